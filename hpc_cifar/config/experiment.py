@@ -1,0 +1,295 @@
+"""What to train: the experiment file as frozen pydantic models.
+
+Nothing here knows where a run happens; that is :mod:`hpc_cifar.config.cluster`. A new optimizer, schedule or model family is
+one class here, one entry in its union and one ``match`` where it is built.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from .layers import Layer
+
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def _number(value: Any) -> Any:
+    """Accept ``5e-4``, which YAML 1.1 reads as text; refuse ``true``, which pydantic reads as 1."""
+    if isinstance(value, bool):
+        raise ValueError("should be a number, not true or false")
+    if isinstance(value, str):
+        if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", value.strip()):
+            return float(value)
+        raise ValueError(f"should be a number, not the text {value!r}")
+    return value
+
+
+def _whole(value: Any) -> Any:
+    """A whole number; ``1e3`` is accepted, ``2.5``, ``true`` and text are not."""
+    value = _number(value)
+    if isinstance(value, float):
+        if not value.is_integer():
+            raise ValueError(f"should be a whole number, not {value}")
+        return int(value)
+    return value
+
+
+def _duration(value: Any) -> Any:
+    """``"HH:MM:SS"`` or ``"D-HH:MM:SS"``; a number is refused, since unquoted 10:00:00 is 36000 in YAML 1.1."""
+    if isinstance(value, bool) or not isinstance(value, str):
+        raise ValueError(f'should be quoted text such as "01:00:00" (hours:minutes:seconds), not {value!r}')
+    match = re.fullmatch(r"(?:(\d{1,3})-)?(\d{1,3}):([0-5]\d):([0-5]\d)", value.strip())
+    if not match or not any(int(part or 0) for part in match.groups()):
+        raise ValueError(f'should be "HH:MM:SS" or "D-HH:MM:SS" and longer than zero, not {value!r}')
+    return value.strip()
+
+
+Real = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+Whole = Annotated[int, BeforeValidator(_whole)]
+Flag = Annotated[bool, Field(strict=True)]
+Duration = Annotated[str, BeforeValidator(_duration)]
+Positive = Annotated[Real, Field(gt=0)]
+Count = Annotated[Whole, Field(ge=1)]
+Share = Annotated[Real, Field(ge=0, lt=1)]
+
+
+class Model(BaseModel):
+    """Base of every configuration model: frozen, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+# ---- model ---------------------------------------------------------------------------------------------------------
+
+
+class SequentialModel(Model):
+    """A network written as a list of layers, applied in order to a (channels, height, width) input."""
+
+    family: Literal["sequential"]
+    layers: Annotated[tuple[Layer, ...], Field(min_length=1, max_length=1000)]
+    init: Literal["torch", "glorot_uniform", "he_normal"] = "torch"
+    logit_scale: Positive = 1.0
+
+
+ModelConfig = SequentialModel
+
+
+# ---- data ----------------------------------------------------------------------------------------------------------
+
+
+class Augment(Model):
+    """Pad, crop, flip and cut out; every draw is a function of (seed, epoch, sample index)."""
+
+    crop_padding: Annotated[Whole, Field(ge=0, le=64)] = 0
+    padding_mode: Literal["zero", "reflect"] = "zero"
+    flip: Literal["none", "random", "alternating"] = "none"
+    cutout: Annotated[Whole, Field(ge=0, le=64)] = 0
+
+
+class Data(Model):
+    dataset: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")] = "cifar10"
+    pipeline: Literal["auto", "resident", "reference"] = "auto"
+    batch_size: Annotated[Count, Field(le=1_000_000)]
+    micro_batch_size: Count | None = None
+    validation: Literal["test"] | Annotated[Real, Field(gt=0, lt=1)] = 0.1
+    split_seed: Annotated[Whole, Field(ge=0, lt=2**63)] = 0
+    augment: Augment = Augment()
+    normalize: Literal["mean_std", "zero_one"] = "mean_std"
+    workers: Annotated[Whole, Field(ge=0, le=256)] = 2
+
+
+# ---- optimizer and schedule ----------------------------------------------------------------------------------------
+
+
+class SGD(Model):
+    name: Literal["sgd"]
+    lr: Positive
+    momentum: Share = 0.0
+    nesterov: Flag = False
+    weight_decay: Annotated[Real, Field(ge=0)] = 0.0
+
+    @model_validator(mode="after")
+    def _nesterov_needs_momentum(self) -> SGD:
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov needs a momentum above 0")
+        return self
+
+
+class Adam(Model):
+    name: Literal["adam"]
+    lr: Positive = 1e-3
+    beta1: Share = 0.9
+    beta2: Share = 0.999
+    eps: Positive = 1e-8
+    weight_decay: Annotated[Real, Field(ge=0)] = 0.0
+
+
+class AdamW(Model):
+    name: Literal["adamw"]
+    lr: Positive = 1e-3
+    beta1: Share = 0.9
+    beta2: Share = 0.999
+    eps: Positive = 1e-8
+    weight_decay: Annotated[Real, Field(ge=0)] = 1e-2
+
+
+Optimizer = Annotated[SGD | Adam | AdamW, Field(discriminator="name")]
+
+
+class Schedule(Model):
+    """Fields shared by all schedules: the factor on ``lr`` rises linearly from 0 over ``warmup_epochs`` first."""
+
+    warmup_epochs: Annotated[Real, Field(ge=0)] = 0.0
+
+
+class Constant(Schedule):
+    name: Literal["constant"]
+
+
+class Cosine(Schedule):
+    name: Literal["cosine"]
+    final_factor: Annotated[Real, Field(ge=0, le=1)] = 0.0
+
+
+class OneCycle(Model):
+    """Linear up to ``lr`` over ``peak`` of the steps, then linear down to ``final_factor``."""
+
+    name: Literal["one_cycle"]
+    peak: Annotated[Real, Field(gt=0, lt=1)] = 0.25
+    initial_factor: Annotated[Real, Field(ge=0, le=1)] = 0.0
+    final_factor: Annotated[Real, Field(ge=0, le=1)] = 0.0
+
+
+class Step(Schedule):
+    """``lr`` is multiplied by ``factor`` at the start of each epoch in ``epochs`` (counted from 1)."""
+
+    name: Literal["step"]
+    epochs: Annotated[tuple[Count, ...], Field(min_length=1)]
+    factor: Annotated[Real, Field(gt=0, lt=1)] = 0.1
+
+    @field_validator("epochs")
+    @classmethod
+    def _rising(cls, epochs: tuple[int, ...]) -> tuple[int, ...]:
+        if list(epochs) != sorted(set(epochs)):
+            raise ValueError("should be rising epoch numbers, each once")
+        return epochs
+
+
+ScheduleConfig = Annotated[Constant | Cosine | OneCycle | Step, Field(discriminator="name")]
+
+
+# ---- the rest ------------------------------------------------------------------------------------------------------
+
+
+class Loss(Model):
+    label_smoothing: Share = 0.0
+
+
+class Training(Model):
+    """How a step is computed.
+
+    ``precision: auto`` is bf16 autocast on a GPU that has it, else float32. ``batch_norm: global`` takes the statistics over
+    the batches of all ranks. ``gradient_sync: flat`` is one all-reduce in a fixed order (reproducible at any world size);
+    ``ddp`` is torch's DistributedDataParallel with overlapping buckets; ``auto`` is flat below 4 million parameters.
+    """
+
+    precision: Literal["auto", "float32", "bf16"] = "auto"
+    channels_last: Literal["auto"] | Flag = "auto"
+    batch_norm: Literal["local", "global"] = "local"
+    gradient_sync: Literal["auto", "flat", "ddp"] = "auto"
+    clip_grad_norm: Positive | None = None
+    ema_decay: Annotated[Real, Field(gt=0, lt=1)] | None = None
+    log_every_steps: Count = 10
+    evaluate_every_epochs: Count = 1
+
+
+class Checkpoint(Model):
+    every_epochs: Count = 1
+    every_steps: Count | None = None
+    keep_last: Count = 3
+    select: Literal["last", "best"] = "last"
+    monitor: Literal["val_accuracy", "val_loss"] = "val_accuracy"
+
+
+class Tracking(Model):
+    wandb: Literal["online", "offline", "disabled"] = "disabled"
+    project: Annotated[str, Field(min_length=1, max_length=128)] = "hpc-cifar"
+    entity: str | None = None
+    group: Annotated[str, Field(max_length=128)] | None = None
+    tags: tuple[Annotated[str, Field(min_length=1, max_length=64)], ...] = ()
+
+
+class Resources(Model):
+    """What one run asks for. ``processes_per_node`` is for CPU runs; with GPUs there is one process a GPU."""
+
+    nodes: Annotated[Count, Field(le=10_000)] = 1
+    gpus_per_node: Annotated[Whole, Field(ge=0, le=64)] = 0
+    processes_per_node: Annotated[Count, Field(le=1024)] | None = None
+    cpus_per_process: Annotated[Count, Field(le=1024)] | None = None
+    memory_gib_per_node: Positive | None = None
+    time: Duration = "01:00:00"
+
+    @model_validator(mode="after")
+    def _one_process_a_gpu(self) -> Resources:
+        if self.gpus_per_node and self.processes_per_node not in (None, self.gpus_per_node):
+            raise ValueError(
+                f"processes_per_node is {self.processes_per_node} but a run on GPUs has one process a GPU "
+                f"({self.gpus_per_node}); leave processes_per_node out"
+            )
+        return self
+
+
+class Claim(Model):
+    """The source's own figures, kept beside the job so that a report can compare. Accuracies are fractions of 1."""
+
+    source: str
+    inferred: tuple[str, ...] = ()
+    note: str | None = None
+    train_accuracy: Annotated[Real, Field(ge=0, le=1)] | None = None
+    train_loss: Annotated[Real, Field(ge=0)] | None = None
+    val_accuracy: Annotated[Real, Field(ge=0, le=1)] | None = None
+    val_loss: Annotated[Real, Field(ge=0)] | None = None
+    test_accuracy: Annotated[Real, Field(ge=0, le=1)] | None = None
+    test_loss: Annotated[Real, Field(ge=0)] | None = None
+    epochs: Count | None = None
+    hours: Positive | None = None
+
+
+class Experiment(Model):
+    """One experiment file."""
+
+    name: str
+    seed: Annotated[Whole, Field(ge=0, lt=2**63)] = 0
+    epochs: Annotated[Count, Field(le=1_000_000)]
+    model: ModelConfig
+    data: Data
+    optimizer: Optimizer
+    schedule: ScheduleConfig = Constant(name="constant")
+    loss: Loss = Loss()
+    training: Training = Training()
+    checkpoint: Checkpoint = Checkpoint()
+    tracking: Tracking = Tracking()
+    resources: Resources = Resources()
+    claim: Claim | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, name: str) -> str:
+        if not NAME_PATTERN.fullmatch(name):
+            raise ValueError(
+                "should be 1 to 64 letters, digits, '.', '_' or '-', starting with a letter or digit "
+                f"(it names a folder and a Slurm job), not {name!r}"
+            )
+        return name
+
+    @model_validator(mode="after")
+    def _nothing_chosen_by_the_test_set(self) -> Experiment:
+        if self.data.validation == "test" and self.checkpoint.select == "best":
+            raise ValueError(
+                "checkpoint.select: best would choose weights by the test set, since data.validation is test; "
+                "use select: last or a validation fraction such as 0.1"
+            )
+        return self

@@ -1,0 +1,118 @@
+"""The layers a sequential network is written in; ``shapes.py`` counts them, ``models/sequential.py`` builds them.
+
+In YAML a layer without options is its name (``- relu``); one with options is a one-key mapping
+(``- conv: {filters: 32, kernel: 3, padding: same}``).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+Size = Annotated[int, Field(ge=1, le=1 << 20, strict=True)]
+Rate = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+Small = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+
+
+class LayerModel(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Conv(LayerModel):
+    """2-d convolution; ``padding: same`` keeps height and width at stride 1 (kernel must be odd), ``valid`` pads nothing."""
+
+    type: Literal["conv"]
+    filters: Size
+    kernel: Annotated[Size, Field(le=64)] = 3
+    stride: Annotated[Size, Field(le=64)] = 1
+    padding: Literal["same", "valid"] | Annotated[int, Field(ge=0, le=64, strict=True)] = "same"
+    bias: Annotated[bool, Field(strict=True)] = True
+
+
+class Dense(LayerModel):
+    """Fully connected layer on a flat input."""
+
+    type: Literal["dense"]
+    units: Size
+    bias: Annotated[bool, Field(strict=True)] = True
+
+
+class BatchNorm(LayerModel):
+    """Batch normalisation; ``momentum`` is the share of the old running statistics (Keras) that is kept."""
+
+    type: Literal["batch_norm"]
+    momentum: Small = 0.9
+    eps: Small = 1e-5
+
+
+class MaxPool(LayerModel):
+    type: Literal["max_pool"]
+    size: Annotated[Size, Field(le=64)] = 2
+
+
+class AvgPool(LayerModel):
+    type: Literal["avg_pool"]
+    size: Annotated[Size, Field(le=64)] = 2
+
+
+class GlobalMaxPool(LayerModel):
+    """(channels, height, width) to (channels,)."""
+
+    type: Literal["global_max_pool"]
+
+
+class GlobalAvgPool(LayerModel):
+    """(channels, height, width) to (channels,)."""
+
+    type: Literal["global_avg_pool"]
+
+
+class Dropout(LayerModel):
+    """Zeroes a share ``rate`` of the values in training."""
+
+    type: Literal["dropout"]
+    rate: Rate
+
+
+class Flatten(LayerModel):
+    type: Literal["flatten"]
+
+
+class ReLU(LayerModel):
+    type: Literal["relu"]
+
+
+class GELU(LayerModel):
+    type: Literal["gelu"]
+
+
+class SiLU(LayerModel):
+    type: Literal["silu"]
+
+
+class Tanh(LayerModel):
+    type: Literal["tanh"]
+
+
+AnyLayer = (
+    Conv | Dense | BatchNorm | MaxPool | AvgPool | GlobalMaxPool | GlobalAvgPool | Dropout | Flatten | ReLU | GELU | SiLU | Tanh
+)
+
+LAYER_NAMES: tuple[str, ...] = tuple(get_args(cls.model_fields["type"].annotation)[0] for cls in get_args(AnyLayer))
+
+
+def _spell_out(value: Any) -> Any:
+    """``relu`` and ``{conv: {...}}`` become ``{type: ..., ...}``; anything else is left for pydantic to judge."""
+    if isinstance(value, str):
+        return {"type": value}
+    if isinstance(value, dict) and "type" not in value and len(value) == 1:
+        ((name, options),) = value.items()
+        if options is None:
+            return {"type": name}
+        if isinstance(options, dict) and "type" not in options:
+            return {"type": name, **options}
+    return value
+
+
+Layer = Annotated[Annotated[AnyLayer, Field(discriminator="type")], BeforeValidator(_spell_out)]

@@ -1,0 +1,63 @@
+"""Every error that hpc-cifar raises on purpose.
+
+    HpcCifarError               base: one clear line for the user
+    ├── UsageError       (2)    the input is wrong: job file, option, archive, name
+    │   └── ConfigError  (2)    one or more fields of a file, each with file:line
+    ├── DataError        (2)    a dataset is missing, damaged or not what it says
+    ├── RunError         (1)    a run cannot be started, found or continued
+    │   ├── CheckpointError     no usable checkpoint, or one that does not fit
+    │   └── NonFiniteLoss       the loss became NaN or infinite
+    └── LaunchError      (1)    the scheduler or the local executor refused
+
+The number is the process exit code. A message names the file, the field, the value, and what would be right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class HpcCifarError(Exception):
+    """Base of all expected errors; ``str(error)`` is what the user sees, without a traceback."""
+
+    exit_code = 1
+
+
+class UsageError(HpcCifarError):
+    """The user's input is wrong."""
+
+    exit_code = 2
+
+
+class ConfigError(UsageError):
+    """All problems of one or more files at once.
+
+    Args:
+        problems: lines of the form ``file:line: field: what is wrong, what would be right``.
+    """
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class DataError(HpcCifarError):
+    """A dataset or archive is missing, damaged or not what it claims to be."""
+
+    exit_code = 2
+
+
+class RunError(HpcCifarError):
+    """A run cannot be started, found or continued."""
+
+
+class CheckpointError(RunError):
+    """No checkpoint can be used, or one does not fit this run."""
+
+
+class NonFiniteLoss(RunError):
+    """The training loss became NaN or infinite."""
+
+
+class LaunchError(HpcCifarError):
+    """The scheduler or the local executor refused a request."""

@@ -1,0 +1,114 @@
+"""Files that are whole or absent: atomic writes, JSON, digests and the site folders."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames inside ``folder`` durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError:  # some network file systems refuse fsync on a folder; the rename itself is still atomic
+        pass
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path, *, durable: bool = True, mode: int = 0o644) -> Iterator[Any]:
+    """Open a temporary binary file beside ``path``; rename it into place only if the block succeeds.
+
+    Args:
+        path: final name; its folder must exist.
+        durable: fsync the file and its folder, so that it survives a power loss.
+        mode: permission bits of the result, reduced by nothing.
+    """
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            yield stream
+            stream.flush()
+            os.fchmod(stream.fileno(), mode)
+            if durable:
+                os.fsync(stream.fileno())
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+    if durable:
+        fsync_folder(path.parent)
+
+
+def write_text(path: Path, text: str, *, durable: bool = True, mode: int = 0o644) -> None:
+    """Atomically write ``text`` as UTF-8."""
+    with atomic_file(path, durable=durable, mode=mode) as stream:
+        stream.write(text.encode())
+
+
+def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
+    """Atomically write ``value`` as indented JSON (NaN is refused)."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n", durable=durable)
+
+
+def read_json(path: Path) -> Any | None:
+    """The parsed file, or None if it is missing or not JSON (for status files that may be half there)."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def append_json_line(path: Path, value: Any) -> None:
+    """Append one JSON object as one line and flush it to disk."""
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(value, allow_nan=False) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Every whole JSON object of the file; a torn or damaged line is left out, a missing file is empty."""
+    rows: list[dict[str, Any]] = []
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return rows
+    for line in data.split(b"\n"):
+        try:
+            row = json.loads(line)
+        except ValueError:  # includes UnicodeDecodeError
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _site_folder(variable: str, fallback: Path) -> Path:
+    value = os.environ.get(variable, "")
+    return Path(value).expanduser().absolute() if value else fallback.absolute()
+
+
+def data_root() -> Path:
+    """Where prepared datasets lie: ``HPC_CIFAR_DATA``, else ``data`` in the working folder."""
+    return _site_folder("HPC_CIFAR_DATA", Path("data"))
+
+
+def runs_root() -> Path:
+    """Where runs lie: ``HPC_CIFAR_RUNS``, else ``runs`` in the working folder."""
+    return _site_folder("HPC_CIFAR_RUNS", Path("runs"))

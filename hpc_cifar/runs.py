@@ -1,0 +1,180 @@
+"""The run directory: the whole truth about a run.
+
+runs/<run>/                     0700, since it holds pickles
+  experiment.yaml               the resolved experiment; what every segment of the run trains
+  plan.json  provenance.json    how it was placed; where it came from (git, versions, host)
+  code/hpc_cifar/               the package as it was at submit
+  submitit/                     pickles, the sbatch script, one log file a rank
+  jobs.jsonl                    one row a submission: executor, job id, time
+  state.json                    written by rank 0: state, epoch, step, ...
+  cancelled                     present once a user cancelled the run
+  checkpoints/  metrics.jsonl  result.json  wandb/
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from . import files
+from .config.experiment import NAME_PATTERN, Experiment
+from .errors import RunError, UsageError
+
+STATES = ("pending", "running", "requeued", "finished", "failed", "cancelled", "stopped")
+
+
+@dataclass(frozen=True)
+class Run:
+    """Paths and records of one run; creating the object touches nothing."""
+
+    path: Path
+
+    @property
+    def id(self) -> str:
+        return self.path.name
+
+    @property
+    def experiment_file(self) -> Path:
+        return self.path / "experiment.yaml"
+
+    @property
+    def code(self) -> Path:
+        return self.path / "code"
+
+    @property
+    def submitit(self) -> Path:
+        return self.path / "submitit"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def result_file(self) -> Path:
+        return self.path / "result.json"
+
+    @property
+    def state_file(self) -> Path:
+        return self.path / "state.json"
+
+    @property
+    def cancel_marker(self) -> Path:
+        return self.path / "cancelled"
+
+    def experiment(self) -> Experiment:
+        """The resolved experiment this run trains."""
+        try:
+            return Experiment.model_validate(yaml.safe_load(self.experiment_file.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise RunError(f"{self.path}: not a run directory (no experiment.yaml)") from None
+        except (ValueError, yaml.YAMLError) as error:
+            raise RunError(f"{self.experiment_file}: cannot be read back: {error}") from None
+
+    def jobs(self) -> list[dict[str, Any]]:
+        """Submissions so far, oldest first: ``executor``, ``job_id``, ``submitted`` (ISO time), ...."""
+        return files.read_json_lines(self.path / "jobs.jsonl")
+
+    def add_job(self, **row: Any) -> None:
+        files.append_json_line(self.path / "jobs.jsonl", {"submitted": now(), **row})
+
+    def state(self) -> dict[str, Any]:
+        """What rank 0 last wrote, or ``{}``."""
+        return files.read_json(self.state_file) or {}
+
+    def write_state(self, **values: Any) -> None:
+        files.write_json(self.state_file, {**values, "updated": now()}, durable=False)
+
+    def plan(self) -> dict[str, Any]:
+        return files.read_json(self.path / "plan.json") or {}
+
+    def result(self) -> dict[str, Any] | None:
+        return files.read_json(self.result_file)
+
+    def finished(self) -> bool:
+        return (self.result() or {}).get("state") == "finished"
+
+
+def now() -> str:
+    """UTC time, ISO 8601, whole seconds."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def new_run_id(name: str) -> str:
+    """``<name>-<UTC time>-<four hex digits>``: sorts by time, unique among concurrent submits."""
+    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
+    return f"{name}-{stamp}-{secrets.token_hex(2)}"
+
+
+def experiment_text(experiment: Experiment) -> str:
+    """The resolved experiment as YAML that reads back to an equal object."""
+    text: str = yaml.safe_dump(experiment.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+    return text
+
+
+def create(root: Path, run_id: str, experiment: Experiment, plan: dict[str, Any], provenance: dict[str, Any]) -> Run:
+    """Make a new run directory; it appears whole or not at all.
+
+    Raises:
+        RunError: the directory exists already or cannot be written.
+    """
+    if not NAME_PATTERN.fullmatch(run_id[:64]) or "/" in run_id:
+        raise UsageError(f"run name {run_id!r}: use letters, digits, '.', '_' and '-'")
+    run = Run(root / run_id)
+    building = root / f".{run_id}.{secrets.token_hex(4)}.new"
+    try:
+        building.mkdir(parents=True, mode=0o700)
+        files.write_text(building / "experiment.yaml", experiment_text(experiment))
+        files.write_json(building / "plan.json", plan)
+        files.write_json(building / "provenance.json", provenance)
+        (building / "checkpoints").mkdir()
+        os.rename(building, run.path)  # fails if a run of this name already has files
+    except OSError as error:
+        if run.path.exists():
+            raise RunError(f"{run.path}: a run of this name exists already") from None
+        raise RunError(f"{root}: cannot create a run here: {error.strerror or error}") from None
+    return run
+
+
+def all_runs(root: Path) -> list[Run]:
+    """Every run below ``root``, oldest first."""
+    if not root.is_dir():
+        return []
+    found = [Run(path) for path in root.iterdir() if not path.name.startswith(".") and (path / "experiment.yaml").is_file()]
+    return sorted(found, key=lambda run: (run.experiment_file.stat().st_mtime_ns, run.id))
+
+
+def find(token: str, root: Path) -> Run:
+    """The run meant by an id, a path, a unique prefix, a job id or ``last``.
+
+    Raises:
+        UsageError: nothing or more than one run fits; the message lists what there is.
+    """
+    as_path = Path(token)
+    if os.sep in token and (as_path / "experiment.yaml").is_file():
+        return Run(as_path.absolute())
+    runs = all_runs(root)
+    if not runs:
+        raise UsageError(f"{root}: there are no runs here; submit one first, or set HPC_CIFAR_RUNS")
+    if token == "last":
+        return runs[-1]
+    exact = [run for run in runs if run.id == token]
+    by_prefix = [run for run in runs if token and run.id.startswith(token)]
+    by_job = [run for run in runs if any(str(row.get("job_id")) == token for row in run.jobs())]
+    matches = exact or by_job or by_prefix
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        names = ", ".join(run.id for run in matches[-5:])
+        raise UsageError(f"run {token!r} is not unique: {len(matches)} runs begin with it, such as {names}")
+    recent = ", ".join(run.id for run in runs[-3:])
+    raise UsageError(f"run {token!r}: no such run or job id in {root}; the latest are {recent}")
