@@ -40,10 +40,10 @@ def atomic_file(path: Path, *, durable: bool = True, mode: int = 0o644) -> Itera
             os.fchmod(stream.fileno(), mode)
             if durable:
                 os.fsync(stream.fileno())
-        os.replace(name, path)
+        Path(name).replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
-            os.unlink(name)
+            Path(name).unlink()
         raise
     if durable:
         fsync_folder(path.parent)

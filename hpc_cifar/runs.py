@@ -137,7 +137,7 @@ def create(root: Path, run_id: str, experiment: Experiment, plan: dict[str, Any]
         files.write_json(building / "plan.json", plan)
         files.write_json(building / "provenance.json", provenance)
         (building / "checkpoints").mkdir()
-        os.rename(building, run.path)  # fails if a run of this name already has files
+        building.rename(run.path)  # fails if a run of this name already has files
     except OSError as error:
         if run.path.exists():
             raise RunError(f"{run.path}: a run of this name exists already") from None
