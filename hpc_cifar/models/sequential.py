@@ -1,0 +1,99 @@
+"""The sequential family: a list of layers from the job file becomes an ``nn.Sequential``."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..config import layers as spec
+from ..config.experiment import SequentialModel
+from .batch_norm import BatchNorm
+
+
+class Scale(nn.Module):
+    """Multiply by a constant (temperature on the logits)."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
+def build(model: SequentialModel, input_shape: tuple[int, int, int], group: dist.ProcessGroup | None = None) -> nn.Sequential:
+    """Build the network and initialise it from torch's current random state.
+
+    Args:
+        model: layers and initialisation.
+        input_shape: (channels, height, width) of one image.
+        group: process group for BatchNorm statistics over all ranks, or None for local ones.
+
+    Returns:
+        A module that maps (n, channels, height, width) to (n, classes).
+    """
+    modules: list[nn.Module] = []
+    shape: tuple[int, ...] = input_shape
+    for layer in model.layers:
+        module, shape = _build_layer(layer, shape, group)
+        modules.append(module)
+    if model.logit_scale != 1.0:
+        modules.append(Scale(model.logit_scale))
+    network = nn.Sequential(*modules)
+    _initialise(network, model.init)
+    return network
+
+
+def _build_layer(
+    layer: spec.AnyLayer, shape: tuple[int, ...], group: dist.ProcessGroup | None
+) -> tuple[nn.Module, tuple[int, ...]]:
+    """One module and the shape it puts out; shapes were checked by ``config/shapes.py`` when the file was read."""
+    match layer:
+        case spec.Conv():
+            padding = {"same": (layer.kernel - 1) // 2, "valid": 0}.get(str(layer.padding), layer.padding)
+            pad = int(padding)
+            side = [(size + 2 * pad - layer.kernel) // layer.stride + 1 for size in shape[1:]]
+            conv = nn.Conv2d(shape[0], layer.filters, layer.kernel, layer.stride, pad, bias=layer.bias)
+            return conv, (layer.filters, *side)
+        case spec.Dense():
+            return nn.Linear(shape[0], layer.units, bias=layer.bias), (layer.units,)
+        case spec.BatchNorm():
+            return BatchNorm(shape[0], layer.momentum, layer.eps, group), shape
+        case spec.MaxPool():
+            return nn.MaxPool2d(layer.size), (shape[0], *(size // layer.size for size in shape[1:]))
+        case spec.AvgPool():
+            return nn.AvgPool2d(layer.size), (shape[0], *(size // layer.size for size in shape[1:]))
+        case spec.GlobalMaxPool():
+            return nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten()), (shape[0],)
+        case spec.GlobalAvgPool():
+            return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), (shape[0],)
+        case spec.Dropout():
+            return nn.Dropout(layer.rate), shape
+        case spec.Flatten():
+            return nn.Flatten(), (math.prod(shape),)
+        case spec.ReLU():
+            return nn.ReLU(), shape
+        case spec.GELU():
+            return nn.GELU(), shape
+        case spec.SiLU():
+            return nn.SiLU(), shape
+        case spec.Tanh():
+            return nn.Tanh(), shape
+
+
+@torch.no_grad()
+def _initialise(network: nn.Sequential, init: str) -> None:
+    """``torch`` keeps torch's own; the other two set weights by Glorot 2010 or He 2015 and biases to 0, as Keras does."""
+    if init == "torch":
+        return
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            if init == "glorot_uniform":
+                nn.init.xavier_uniform_(module.weight)
+            else:
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)

@@ -1,0 +1,178 @@
+"""Checkpoints: written whole, verified when read, the newest good one wins.
+
+    checkpoints/
+      step-00000391/state.pt        tensors and plain values (loads with weights_only=True)
+                    manifest.json   format, step, epoch, size and sha256 of state.pt, validation metrics
+      latest -> step-00000391       best -> ...
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import pickle
+import shutil
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import files
+from ..errors import CheckpointError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Saved:
+    """One checkpoint on disk."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.manifest["step"])
+
+
+def save(
+    folder: Path,
+    state: dict[str, Any],
+    *,
+    step: int,
+    epoch: int,
+    metrics: dict[str, float] | None = None,
+    best: bool = False,
+    keep_last: int = 3,
+) -> Path:
+    """Write one checkpoint and move ``latest`` (and ``best``) to it; old ones beyond ``keep_last`` go, the best stays.
+
+    Raises:
+        CheckpointError: the file system refused; what was there before is untouched.
+    """
+    name = f"step-{step:08d}"
+    building = folder / f".{name}.{os.getpid()}.new"
+    target = folder / name
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    data = buffer.getbuffer()
+    manifest = {
+        "format": FORMAT,
+        "step": step,
+        "epoch": epoch,
+        "bytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "metrics": metrics or {},
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir()
+        with files.atomic_file(building / "state.pt") as stream:
+            stream.write(data)
+        files.write_json(building / "manifest.json", manifest)
+        if target.exists():  # the same step again, after a fall-back past a damaged one
+            shutil.rmtree(target)
+        building.rename(target)
+        files.fsync_folder(folder)
+        _point(folder, "latest", name)
+        if best:
+            _point(folder, "best", name)
+    except OSError as error:
+        shutil.rmtree(building, ignore_errors=True)
+        raise CheckpointError(f"{target}: cannot save the checkpoint: {error.strerror or error}") from None
+    _prune(folder, keep_last)
+    return target
+
+
+def _point(folder: Path, link: str, name: str) -> None:
+    """Move a relative symbolic link atomically."""
+    temporary = folder / f".{link}.{os.getpid()}"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(name)
+    temporary.replace(folder / link)
+
+
+def _prune(folder: Path, keep_last: int) -> None:
+    keep = {os.path.realpath(folder / link) for link in ("latest", "best")}
+    finished = sorted(path for path in folder.glob("step-*") if path.is_dir())
+    for old in finished[:-keep_last]:
+        if os.path.realpath(old) not in keep:
+            shutil.rmtree(old, ignore_errors=True)
+    for leftover in folder.glob(".step-*.new"):  # a save that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def stored(folder: Path) -> list[Saved]:
+    """Checkpoints whose manifest can be read, newest step first; their data is not verified yet."""
+    found = []
+    for path in folder.glob("step-*"):
+        manifest = files.read_json(path / "manifest.json")
+        if isinstance(manifest, dict) and isinstance(manifest.get("step"), int):
+            found.append(Saved(path, manifest))
+    return sorted(found, key=lambda saved: saved.step, reverse=True)
+
+
+def read(saved: Saved) -> dict[str, Any]:
+    """Verify and load one checkpoint onto the CPU.
+
+    Raises:
+        CheckpointError: the file is missing, short, altered, of another format, or not loadable.
+    """
+    path = saved.folder / "state.pt"
+    if saved.manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: format {saved.manifest.get('format')!r}, this version reads {FORMAT}")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from None
+    if len(data) != saved.manifest.get("bytes"):
+        raise CheckpointError(f"{path}: {len(data)} bytes, should be {saved.manifest.get('bytes')}")
+    if hashlib.sha256(data).hexdigest() != saved.manifest.get("sha256"):
+        raise CheckpointError(f"{path}: its sha256 is not the one in manifest.json")
+    try:
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: cannot be loaded: {error}") from None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: holds no checkpoint")
+    return state
+
+
+def newest_good(folder: Path) -> tuple[Saved | None, dict[str, Any] | None, list[str]]:
+    """The newest checkpoint that verifies, its state, and a line about each damaged newer one.
+
+    Raises:
+        CheckpointError: there are checkpoints and none of them can be used (starting anew would lose the work silently).
+    """
+    damaged: list[str] = []
+    candidates = stored(folder)
+    for saved in candidates:
+        try:
+            return saved, read(saved), damaged
+        except CheckpointError as error:
+            damaged.append(str(error))
+    unreadable = [path for path in folder.glob("step-*") if not (path / "manifest.json").is_file()]
+    if damaged or unreadable:
+        lines = damaged + [f"{path}: has no readable manifest.json" for path in unreadable]
+        raise CheckpointError("no checkpoint of this run can be used:\n  " + "\n  ".join(lines))
+    return None, None, []
+
+
+def remove_after(folder: Path, step: int) -> None:
+    """Drop checkpoints newer than ``step``: they are damaged, and would hide the good ones written from now on."""
+    for path in folder.glob("step-*"):
+        with contextlib.suppress(ValueError):
+            if int(path.name.removeprefix("step-")) > step:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def named(folder: Path, link: str) -> Saved | None:
+    """The checkpoint that ``latest`` or ``best`` points to, if it is there."""
+    target = folder / link
+    manifest = files.read_json(target / "manifest.json")
+    return Saved(target, manifest) if isinstance(manifest, dict) else None

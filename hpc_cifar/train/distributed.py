@@ -1,0 +1,192 @@
+"""Ranks, process groups, and the sum of gradients over the ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..errors import RunError
+
+FLAT_LIMIT = 4_000_000  # parameters; below, one flat all-reduce beats overlapping buckets, which hide no communication
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+    control: dist.ProcessGroup | None  # gloo, for flags and Python objects; None in a single process
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any] | None:
+        """Every rank's ``value`` in rank order on rank 0, None elsewhere."""
+        if self.control is None:
+            return [value]
+        out: list[Any] | None = [None] * self.size if self.main else None
+        dist.gather_object(value, out, dst=0, group=self.control)
+        return out
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's ``value`` on every rank."""
+        if self.control is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def barrier(self) -> None:
+        if self.control is not None:
+            dist.barrier(group=self.control)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum ``tensor`` over the ranks, in place, on the device's own backend."""
+        if self.control is not None:
+            dist.all_reduce(tensor)
+        return tensor
+
+
+def available_cpus(local_size: int) -> int:
+    """CPUs this process may use: Slurm's share of the task if there is one, else its part of the affinity mask."""
+    allowed = len(os.sched_getaffinity(0))
+    per_task = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    if per_task.isdigit() and int(per_task):
+        return max(1, min(allowed, int(per_task)))
+    return max(1, allowed // local_size)
+
+
+def connect(timeout_s: float = 600.0) -> World:
+    """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR/PORT describe; alone without them.
+
+    Raises:
+        RunError: the variables do not fit together, or the other ranks did not come within ``timeout_s``.
+    """
+    try:
+        rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    except ValueError as error:
+        raise RunError(f"RANK, WORLD_SIZE, LOCAL_RANK: should be whole numbers ({error})") from None
+    if torch.cuda.is_available():
+        # Slurm may show each task only its own GPU; then that one is number 0
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    torch.set_num_threads(int(os.environ.get("HPC_CIFAR_THREADS", 0)) or available_cpus(local_size))
+    if size == 1:
+        return World(0, 1, 0, 1, device, None)
+    timeout = datetime.timedelta(seconds=timeout_s)
+    try:
+        if device.type == "cuda":
+            dist.init_process_group("nccl", timeout=timeout, device_id=device)
+        else:
+            dist.init_process_group("gloo", timeout=timeout)
+        # a group of its own, so that flags in flight never mix with gradients
+        control = dist.new_group(backend="gloo", timeout=timeout)
+    except (RuntimeError, ValueError) as error:  # DistStoreError and DistNetworkError are RuntimeErrors
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise RunError(f"rank {rank} of {size} could not join the others at {address}: {error}") from None
+    assert isinstance(control, dist.ProcessGroup)
+    return World(rank, size, local_rank, local_size, device, control)
+
+
+def disconnect(world: World) -> None:
+    if world.size > 1 and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class GradientSync(Protocol):
+    """Sums gradients over the ranks; the loss is already divided by the global batch size."""
+
+    module: nn.Module  # what the forward pass calls
+
+    def zero(self) -> None: ...
+
+    def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[Any]: ...
+
+    def finish(self) -> None: ...
+
+
+class FlatSync:
+    """Gradients are views of one buffer, which one all-reduce sums.
+
+    The layout never changes, so that at any world size a resumed run adds in the same order as an undisturbed one (DDP
+    rebuilds its buckets after the first step of every process).
+    """
+
+    def __init__(self, module: nn.Module, world: World) -> None:
+        self.module = module
+        self._world = world
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        self._flat = torch.zeros(sum(p.numel() for p in parameters), device=world.device)
+        offset = 0
+        for p in parameters:
+            view = self._flat[offset : offset + p.numel()]
+            # parameters are dense, so their own strides (channels_last, say) fit the slice; fused optimizers ask for equal ones
+            p.grad = view.as_strided(p.shape, p.stride())
+            offset += p.numel()
+
+    def zero(self) -> None:
+        self._flat.zero_()
+
+    def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext()
+
+    def finish(self) -> None:
+        self._world.sum(self._flat)
+
+
+class DDPSync:
+    """torch's DistributedDataParallel, summing instead of averaging, overlapping communication with the backward pass."""
+
+    def __init__(self, module: nn.Module, world: World) -> None:
+        on_gpu = world.device.type == "cuda"
+        self._ddp = nn.parallel.DistributedDataParallel(
+            module,
+            device_ids=[world.device] if on_gpu else None,
+            broadcast_buffers=False,  # BatchNorm statistics are averaged where they are used
+            gradient_as_bucket_view=True,
+        )
+        self._ddp.register_comm_hook(None, _sum_bucket)
+        self.module: nn.Module = self._ddp
+
+    def zero(self) -> None:
+        self.module.zero_grad(set_to_none=True)
+
+    @contextlib.contextmanager
+    def micro_batch(self, last: bool) -> Iterator[None]:
+        with contextlib.nullcontext() if last else self._ddp.no_sync():
+            yield
+
+    def finish(self) -> None:
+        pass  # the backward pass of the last micro-batch has summed everything
+
+
+def _sum_bucket(_: Any, bucket: Any) -> torch.futures.Future[Tensor]:
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    assert work is not None
+    future: torch.futures.Future[Tensor] = work.get_future().then(lambda done: done.value()[0])
+    return future
+
+
+def gradient_sync(mode: str, module: nn.Module, world: World) -> GradientSync:
+    """``flat``, ``ddp``, or ``auto``: flat below :data:`FLAT_LIMIT` parameters. A single process needs no communication."""
+    size = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    if world.size == 1 or mode == "flat" or (mode == "auto" and size < FLAT_LIMIT):
+        return FlatSync(module, world)
+    return DDPSync(module, world)
