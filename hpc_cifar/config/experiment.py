@@ -7,59 +7,16 @@ one class here, one entry in its union and one ``match`` where it is built.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from .fields import Count, Duration, Flag, Model, Positive, Real, Share, Whole, matching, shown
 from .layers import Layer
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
-
-def _number(value: Any) -> Any:
-    """Accept ``5e-4``, which YAML 1.1 reads as text; refuse ``true``, which pydantic reads as 1."""
-    if isinstance(value, bool):
-        raise ValueError("should be a number, not true or false")
-    if isinstance(value, str):
-        if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", value.strip()):
-            return float(value)
-        raise ValueError(f"should be a number, not the text {value!r}")
-    return value
-
-
-def _whole(value: Any) -> Any:
-    """A whole number; ``1e3`` is accepted, ``2.5``, ``true`` and text are not."""
-    value = _number(value)
-    if isinstance(value, float):
-        if not value.is_integer():
-            raise ValueError(f"should be a whole number, not {value}")
-        return int(value)
-    return value
-
-
-def _duration(value: Any) -> Any:
-    """``"HH:MM:SS"`` or ``"D-HH:MM:SS"``; a number is refused, since unquoted 10:00:00 is 36000 in YAML 1.1."""
-    if isinstance(value, bool) or not isinstance(value, str):
-        raise ValueError(f'should be quoted text such as "01:00:00" (hours:minutes:seconds), not {value!r}')
-    match = re.fullmatch(r"(?:(\d{1,3})-)?(\d{1,3}):([0-5]\d):([0-5]\d)", value.strip())
-    if not match or not any(int(part or 0) for part in match.groups()):
-        raise ValueError(f'should be "HH:MM:SS" or "D-HH:MM:SS" and longer than zero, not {value!r}')
-    return value.strip()
-
-
-Real = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
-Whole = Annotated[int, BeforeValidator(_whole)]
-Flag = Annotated[bool, Field(strict=True)]
-Duration = Annotated[str, BeforeValidator(_duration)]
-Positive = Annotated[Real, Field(gt=0)]
-Count = Annotated[Whole, Field(ge=1)]
-Share = Annotated[Real, Field(ge=0, lt=1)]
-
-
-class Model(BaseModel):
-    """Base of every configuration model: frozen, no unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+_dataset = matching(r"[a-z0-9][a-z0-9_-]{0,31}", "1 to 32 lower-case letters, digits, '_' or '-' (a prepared dataset)")
 
 
 # ---- model ---------------------------------------------------------------------------------------------------------
@@ -90,7 +47,11 @@ class Augment(Model):
 
 
 class Data(Model):
-    dataset: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")] = "cifar10"
+    """Which images, in which batches. ``batch_size`` is global: all ranks together. ``validation`` is the share of the training
+    images held out, or ``test`` to repeat a source that validated on the test images.
+    """
+
+    dataset: Annotated[str, AfterValidator(_dataset)] = "cifar10"
     pipeline: Literal["auto", "resident", "reference"] = "auto"
     batch_size: Annotated[Count, Field(le=1_000_000)]
     micro_batch_size: Count | None = None
@@ -105,6 +66,8 @@ class Data(Model):
 
 
 class SGD(Model):
+    """Stochastic gradient descent."""
+
     name: Literal["sgd"]
     lr: Positive
     momentum: Share = 0.0
@@ -119,6 +82,8 @@ class SGD(Model):
 
 
 class Adam(Model):
+    """Adam; ``weight_decay`` is added to the gradient (L2)."""
+
     name: Literal["adam"]
     lr: Positive = 1e-3
     beta1: Share = 0.9
@@ -128,6 +93,8 @@ class Adam(Model):
 
 
 class AdamW(Model):
+    """Adam with decoupled weight decay."""
+
     name: Literal["adamw"]
     lr: Positive = 1e-3
     beta1: Share = 0.9
@@ -146,10 +113,14 @@ class Schedule(Model):
 
 
 class Constant(Schedule):
+    """The rate stays at ``lr``."""
+
     name: Literal["constant"]
 
 
 class Cosine(Schedule):
+    """Half a cosine from ``lr`` down to ``final_factor`` times ``lr``."""
+
     name: Literal["cosine"]
     final_factor: Annotated[Real, Field(ge=0, le=1)] = 0.0
 
@@ -185,6 +156,8 @@ ScheduleConfig = Annotated[Constant | Cosine | OneCycle | Step, Field(discrimina
 
 
 class Loss(Model):
+    """Cross entropy, with label smoothing if wanted."""
+
     label_smoothing: Share = 0.0
 
 
@@ -207,6 +180,8 @@ class Training(Model):
 
 
 class Checkpoint(Model):
+    """How often to save, how many to keep, and which weights count: those of the last step or the best on validation."""
+
     every_epochs: Count = 1
     every_steps: Count | None = None
     keep_last: Count = 3
@@ -215,6 +190,8 @@ class Checkpoint(Model):
 
 
 class Tracking(Model):
+    """Weights & Biases; a missing login or network never stops a run."""
+
     wandb: Literal["online", "offline", "disabled"] = "disabled"
     project: Annotated[str, Field(min_length=1, max_length=128)] = "hpc-cifar"
     entity: str | None = None
@@ -281,7 +258,7 @@ class Experiment(Model):
         if not NAME_PATTERN.fullmatch(name):
             raise ValueError(
                 "should be 1 to 64 letters, digits, '.', '_' or '-', starting with a letter or digit "
-                f"(it names a folder and a Slurm job), not {name!r}"
+                f"(it names a folder and a Slurm job), not {shown(name)}"
             )
         return name
 

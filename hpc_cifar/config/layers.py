@@ -8,37 +8,35 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
-Size = Annotated[int, Field(ge=1, le=1 << 20, strict=True)]
-Rate = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
-Small = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+from .fields import Flag, Model, Real, Whole
+from .fields import Share as Rate
 
-
-class LayerModel(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+Size = Annotated[Whole, Field(ge=1, le=1 << 20)]
+Small = Annotated[Real, Field(gt=0, lt=1)]
 
 
-class Conv(LayerModel):
+class Conv(Model):
     """2-d convolution; ``padding: same`` keeps height and width at stride 1 (kernel must be odd), ``valid`` pads nothing."""
 
     type: Literal["conv"]
     filters: Size
     kernel: Annotated[Size, Field(le=64)] = 3
     stride: Annotated[Size, Field(le=64)] = 1
-    padding: Literal["same", "valid"] | Annotated[int, Field(ge=0, le=64, strict=True)] = "same"
-    bias: Annotated[bool, Field(strict=True)] = True
+    padding: Literal["same", "valid"] | Annotated[Whole, Field(ge=0, le=64)] = "same"
+    bias: Flag = True
 
 
-class Dense(LayerModel):
+class Dense(Model):
     """Fully connected layer on a flat input."""
 
     type: Literal["dense"]
     units: Size
-    bias: Annotated[bool, Field(strict=True)] = True
+    bias: Flag = True
 
 
-class BatchNorm(LayerModel):
+class BatchNorm(Model):
     """Batch normalisation; ``momentum`` is the share of the old running statistics (Keras) that is kept."""
 
     type: Literal["batch_norm"]
@@ -46,52 +44,66 @@ class BatchNorm(LayerModel):
     eps: Small = 1e-5
 
 
-class MaxPool(LayerModel):
+class MaxPool(Model):
+    """Largest value of each ``size`` x ``size`` square; a rest at the edge is dropped."""
+
     type: Literal["max_pool"]
     size: Annotated[Size, Field(le=64)] = 2
 
 
-class AvgPool(LayerModel):
+class AvgPool(Model):
+    """Mean of each ``size`` x ``size`` square; a rest at the edge is dropped."""
+
     type: Literal["avg_pool"]
     size: Annotated[Size, Field(le=64)] = 2
 
 
-class GlobalMaxPool(LayerModel):
+class GlobalMaxPool(Model):
     """(channels, height, width) to (channels,)."""
 
     type: Literal["global_max_pool"]
 
 
-class GlobalAvgPool(LayerModel):
+class GlobalAvgPool(Model):
     """(channels, height, width) to (channels,)."""
 
     type: Literal["global_avg_pool"]
 
 
-class Dropout(LayerModel):
+class Dropout(Model):
     """Zeroes a share ``rate`` of the values in training."""
 
     type: Literal["dropout"]
     rate: Rate
 
 
-class Flatten(LayerModel):
+class Flatten(Model):
+    """(channels, height, width) to one row of values."""
+
     type: Literal["flatten"]
 
 
-class ReLU(LayerModel):
+class ReLU(Model):
+    """max(x, 0)."""
+
     type: Literal["relu"]
 
 
-class GELU(LayerModel):
+class GELU(Model):
+    """x times the normal distribution function of x."""
+
     type: Literal["gelu"]
 
 
-class SiLU(LayerModel):
+class SiLU(Model):
+    """x times the sigmoid of x."""
+
     type: Literal["silu"]
 
 
-class Tanh(LayerModel):
+class Tanh(Model):
+    """Hyperbolic tangent."""
+
     type: Literal["tanh"]
 
 

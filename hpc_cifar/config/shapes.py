@@ -1,0 +1,152 @@
+"""Layer shapes and parameter counts of a sequential network, by arithmetic and without torch.
+
+``validate`` uses it to find a layer that does not fit in milliseconds, ``models/sequential.py`` to size its modules.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from .experiment import SequentialModel
+from .layers import (
+    GELU,
+    AnyLayer,
+    AvgPool,
+    BatchNorm,
+    Conv,
+    Dense,
+    Dropout,
+    Flatten,
+    GlobalAvgPool,
+    GlobalMaxPool,
+    MaxPool,
+    ReLU,
+    SiLU,
+    Tanh,
+)
+
+Shape = tuple[int, ...]
+
+CIFAR_INPUT: Shape = (3, 32, 32)
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One layer of the network; shapes are without the batch, (channels, height, width) or (features,)."""
+
+    index: int
+    type: str
+    in_shape: Shape
+    out_shape: Shape
+    parameters: int  # trainable: BatchNorm counts 2 a channel (Keras' summaries count 4, with the running statistics)
+    buffers: int = 0  # not trained but saved: BatchNorm's running mean and variance
+
+
+class ShapeError(ValueError):
+    """A layer does not fit what the layer before it delivers."""
+
+    def __init__(self, index: int, message: str) -> None:
+        self.index = index
+        self.message = message
+        super().__init__(f"model.layers[{index}]: {message}")
+
+
+def layer_shapes(model: SequentialModel, input: Shape = CIFAR_INPUT, classes: int | None = None) -> list[LayerShape]:
+    """Shapes and counts of every layer, in order.
+
+    Args:
+        input: shape of one image, (channels, height, width).
+        classes: if given, the last layer must deliver exactly that many values.
+
+    Raises:
+        ShapeError: a layer does not fit, or the output is not one row of scores.
+    """
+    rows: list[LayerShape] = []
+    shape = input
+    for index, layer in enumerate(model.layers):
+        try:
+            out, parameters, buffers = _apply(layer, shape)
+        except ValueError as error:
+            raise ShapeError(index, f"{layer.type} {error}") from None
+        rows.append(LayerShape(index, layer.type, shape, out, parameters, buffers))
+        shape = out
+    last = len(rows) - 1
+    if len(shape) != 1:
+        raise ShapeError(
+            last,
+            f"{rows[last].type} is the last layer and delivers {text_of(shape)}, but a network ends in one score a class; "
+            f"end with flatten (or global_avg_pool) and dense: {{units: {classes or 10}}}",
+        )
+    if classes is not None and shape != (classes,):
+        raise ShapeError(
+            last,
+            f"{rows[last].type} is the last layer and delivers {text_of(shape)}, but there are {classes} classes; "
+            f"end with dense: {{units: {classes}}}",
+        )
+    return rows
+
+
+def parameter_count(rows: list[LayerShape]) -> int:
+    """Trainable parameters of the whole network."""
+    return sum(row.parameters for row in rows)
+
+
+def text_of(shape: Shape) -> str:
+    """``32x16x16`` for an image-like shape, ``128 values`` for a flat one."""
+    return "x".join(map(str, shape)) if len(shape) != 1 else f"{shape[0]:,} values"
+
+
+def _apply(layer: AnyLayer, shape: Shape) -> tuple[Shape, int, int]:
+    """Output shape, trainable parameters and buffers of one layer; ValueError says why it does not fit."""
+    match layer:
+        case Conv():
+            channels, height, width = _image(shape)
+            out = (layer.filters, _conv_size(layer, height), _conv_size(layer, width))
+            if min(out) < 1:
+                raise ValueError(
+                    f"with a {layer.kernel}x{layer.kernel} kernel does not fit its input of {text_of(shape)}; "
+                    "use a smaller kernel or more padding"
+                )
+            weights = layer.kernel * layer.kernel * channels * layer.filters
+            return out, weights + (layer.filters if layer.bias else 0), 0
+        case Dense():
+            if len(shape) != 1:
+                raise ValueError(f"needs a flat input, but gets {text_of(shape)}; put flatten or global_avg_pool before it")
+            return (layer.units,), shape[0] * layer.units + (layer.units if layer.bias else 0), 0
+        case BatchNorm():
+            return shape, 2 * shape[0], 2 * shape[0]
+        case MaxPool() | AvgPool():
+            channels, height, width = _image(shape)
+            if layer.size > min(height, width):
+                raise ValueError(
+                    f"of size {layer.size} is larger than its input of {text_of(shape)}; remove it or use a smaller size"
+                )
+            return (channels, height // layer.size, width // layer.size), 0, 0
+        case GlobalMaxPool() | GlobalAvgPool():
+            return (_image(shape)[0],), 0, 0
+        case Flatten():
+            return (prod(shape),), 0, 0
+        case Dropout() | ReLU() | GELU() | SiLU() | Tanh():
+            return shape, 0, 0
+
+
+def _image(shape: Shape) -> tuple[int, int, int]:
+    if len(shape) != 3:
+        raise ValueError(
+            f"needs an input of channels x height x width, but gets {text_of(shape)}; move it before flatten or the global pool"
+        )
+    return shape[0], shape[1], shape[2]
+
+
+def _conv_size(layer: Conv, size: int) -> int:
+    """Height or width after a convolution."""
+    if layer.padding == "same":
+        if layer.kernel % 2 == 0:
+            raise ValueError(f"with padding: same needs an odd kernel, not {layer.kernel}; use an odd one or padding: valid")
+        padding = layer.kernel // 2
+    elif layer.padding == "valid":
+        padding = 0
+    else:
+        padding = layer.padding
+    return (size + 2 * padding - layer.kernel) // layer.stride + 1
