@@ -61,3 +61,8 @@ class NonFiniteLoss(RunError):
 
 class LaunchError(HpcCifarError):
     """The scheduler or the local executor refused a request."""
+
+
+def first_line(error: BaseException, limit: int = 200) -> str:
+    """The first line of a foreign exception's text, shortened; its type if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:limit]

@@ -29,9 +29,7 @@ class BatchNorm(nn.Module):
     running_mean: Tensor
     running_var: Tensor
 
-    def __init__(
-        self, channels: int, keep: float = 0.9, eps: float = 1e-5, group: dist.ProcessGroup | None = None
-    ) -> None:
+    def __init__(self, channels: int, keep: float = 0.9, eps: float = 1e-5, group: dist.ProcessGroup | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))

@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from ..config.experiment import Tracking
+from ..errors import first_line
 
 INIT_TIMEOUT_S = 20
 FINISH_TIMEOUT_S = 20
@@ -79,7 +80,7 @@ class WandbMirror:
 
             self._run = wandb.init(
                 **arguments,
-                mode=self.mode,
+                mode="online" if self.mode == "online" else "offline",
                 settings=wandb.Settings(
                     init_timeout=INIT_TIMEOUT_S,
                     finish_timeout=FINISH_TIMEOUT_S,
@@ -89,10 +90,10 @@ class WandbMirror:
                     disable_git=True,  # provenance.json has it, and a snapshot is no checkout
                 ),
             )
-            self._run.define_metric("global_step")
-            self._run.define_metric("*", step_metric="global_step")
+            self._run.define_metric("*", step_metric="epoch")
+            self._run.define_metric("step/*", step_metric="global_step")
         except Exception as error:  # whatever the client or its service does, training goes on
-            self._give_up(f"W&B ({self.mode}): {_first_line(error)}", teardown=True)
+            self._give_up(f"W&B ({self.mode}): {first_line(error)}", teardown=True)
             return False
         return True
 
@@ -100,11 +101,13 @@ class WandbMirror:
         """Mirror one row of ``metrics.jsonl``."""
         if self._run is None:
             return
-        values = {key: value for key, value in row.items() if key not in ("kind", "step", "time") and value is not None}
+        prefix = "step/" if row["kind"] == "step" else ""  # curves over steps and over epochs are different panels
+        skipped = ("kind", "step", "epoch", "time")
+        values = {prefix + key: value for key, value in row.items() if key not in skipped and value is not None}
         try:
-            self._run.log({"global_step": row["step"], **values})
+            self._run.log({"global_step": row["step"], "epoch": row["epoch"], **values})
         except Exception as error:
-            self._give_up(f"W&B stopped taking metrics: {_first_line(error)}; metrics.jsonl has them all")
+            self._give_up(f"W&B stopped taking metrics: {first_line(error)}; metrics.jsonl has them all")
 
     def finish(self, summary: dict[str, Any], *, preempted: bool = False, failed: bool = False) -> None:
         """Write the summary and close, in bounded time."""
@@ -116,7 +119,7 @@ class WandbMirror:
             self._run.summary.update({key: value for key, value in summary.items() if value is not None})
             self._run.finish(exit_code=1 if preempted or failed else 0)
         except Exception as error:
-            self._give_up(f"W&B could not be finished: {_first_line(error)}; metrics.jsonl has everything")
+            self._give_up(f"W&B could not be finished: {first_line(error)}; metrics.jsonl has everything")
         self._run = None
 
     def _give_up(self, line: str, *, teardown: bool = False) -> None:
@@ -131,17 +134,13 @@ class WandbMirror:
                 pass
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
 def _has_login() -> bool:
     """Whether W&B would find a key, without asking its server: the variable, or a netrc entry for its host."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    path = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
     try:
+        path = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
         return netrc.netrc(str(path)).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError, RuntimeError):
         return False

@@ -1,9 +1,9 @@
 """Checkpoints: written whole, verified when read, the newest good one wins.
 
-    checkpoints/
-      step-00000391/state.pt        tensors and plain values (loads with weights_only=True)
-                    manifest.json   format, step, epoch, size and sha256 of state.pt, validation metrics
-      latest -> step-00000391       best -> ...
+checkpoints/
+  step-00000391/state.pt        tensors and plain values (loads with weights_only=True)
+                manifest.json   format, step, epoch, size and sha256 of state.pt, validation metrics
+  latest -> step-00000391       best -> ...
 """
 
 from __future__ import annotations
@@ -143,8 +143,8 @@ def read(saved: Saved) -> dict[str, Any]:
     return state
 
 
-def newest_good(folder: Path) -> tuple[Saved | None, dict[str, Any] | None, list[str]]:
-    """The newest checkpoint that verifies, its state, and a line about each damaged newer one.
+def newest_good(folder: Path) -> tuple[Saved | None, list[str]]:
+    """The newest checkpoint that verifies, and a line about each damaged newer one.
 
     Raises:
         CheckpointError: there are checkpoints and none of them can be used (starting anew would lose the work silently).
@@ -153,14 +153,15 @@ def newest_good(folder: Path) -> tuple[Saved | None, dict[str, Any] | None, list
     candidates = stored(folder)
     for saved in candidates:
         try:
-            return saved, read(saved), damaged
+            read(saved)
+            return saved, damaged
         except CheckpointError as error:
             damaged.append(str(error))
     unreadable = [path for path in folder.glob("step-*") if not (path / "manifest.json").is_file()]
     if damaged or unreadable:
         lines = damaged + [f"{path}: has no readable manifest.json" for path in unreadable]
         raise CheckpointError("no checkpoint of this run can be used:\n  " + "\n  ".join(lines))
-    return None, None, []
+    return None, []
 
 
 def remove_after(folder: Path, step: int) -> None:

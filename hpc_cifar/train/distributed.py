@@ -110,6 +110,14 @@ def disconnect(world: World) -> None:
         dist.destroy_process_group()
 
 
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process is gone, as gloo and NCCL report it."""
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or (
+        "gloo" in text and ("peer" in text or "connect" in text or "timed out" in text)
+    )
+
+
 class GradientSync(Protocol):
     """Sums gradients over the ranks; the loss is already divided by the global batch size."""
 

@@ -1,0 +1,47 @@
+"""Two jobs on one run directory exclude each other."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+from typing import Any, TextIO
+
+from ..errors import RunError
+from .distributed import World
+
+
+class RunLock:
+    """Held by rank 0 for as long as the process lives; the kernel frees it however the process ends.
+
+    Raises:
+        RunError: on every rank, if another process holds it; the message names that process.
+    """
+
+    def __init__(self, folder: Path, world: World) -> None:
+        self._path = folder / ".lock"
+        self._world = world
+        self._stream: TextIO | None = None
+
+    def __enter__(self) -> RunLock:
+        problem = self._world.share(self._take() if self._world.main else None)
+        if problem is not None:
+            raise RunError(problem)
+        return self
+
+    def _take(self) -> str | None:
+        self._stream = self._path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._stream.seek(0)
+            holder = self._stream.read().strip() or "another process"
+            return f"{self._path.parent}: this run is being trained already, by {holder}; wait for it or cancel it"
+        self._stream.truncate(0)
+        self._stream.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+        self._stream.flush()
+        return None
+
+    def __exit__(self, *_: Any) -> None:
+        if self._stream is not None:
+            self._stream.close()

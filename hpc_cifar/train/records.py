@@ -1,0 +1,143 @@
+"""What rank 0 tells the outside: metrics.jsonl, state.json, W&B and the console. Silent on the other ranks."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+from ..config.experiment import Experiment
+from ..plan import Plan
+from ..runs import Run, now
+from ..track.metrics import MetricsLog
+from ..track.progress import Progress
+from ..track.wandb_run import WandbMirror
+from .distributed import World
+from .session import Session
+
+
+class Records:
+    """Opened once a run has found its place; see :meth:`close`.
+
+    Args:
+        data_label: which data, for people: "CIFAR-10", "JPEG CIFAR-10", ....
+        last_step: where this segment would end undisturbed.
+        console: whether rank 0 prints.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        world: World,
+        experiment: Experiment,
+        plan: Plan,
+        session: Session,
+        data_label: str,
+        last_step: int,
+        console: bool,
+    ) -> None:
+        self._run, self._world, self._experiment, self._plan = run, world, experiment, plan
+        self._session, self._label, self._last_step = session, data_label, last_step
+        self._before = run.state()
+        self._started = time.time()
+        self._state_written = 0.0
+        self.rate = 0.0  # images/s of the last window
+        self.progress = Progress(console and world.main, last_step, session.position.step)
+        self._metrics: MetricsLog | None = None
+        self._wandb: WandbMirror | None = None
+        if world.main:
+            self._metrics = MetricsLog(run.metrics_file, session.position.step)
+            self._wandb = WandbMirror(
+                experiment.tracking,
+                run.path,
+                session.wandb_id,
+                run.id,
+                {"experiment": experiment.model_dump(mode="json"), "plan": plan.as_dict(), "data": data_label, "run": run.id},
+                self.progress.say,
+            )
+
+    def announce(self, parameters: int, precision: str, notes: list[str]) -> None:
+        """The first lines of a segment: what is trained on what, and what was adapted."""
+        plan, world = self._plan, self._world
+        self.progress.say(
+            f"{self._experiment.name}: {parameters:,} parameters, {self._label}, {plan.train_images:,} training images, "
+            f"{plan.steps_per_epoch} steps x {self._experiment.epochs} epochs, batch {plan.batch_size} "
+            f"on {world.size} x {world.device.type}, {precision}"
+        )
+        for note in notes:
+            self.progress.say(f"note: {note}")
+        self.event("started", world_size=world.size, device=str(world.device))
+        self.state("running")
+
+    def window(self, epoch: int, step: int, losses: list[float], accuracy: float, rate: float, seconds: float) -> None:
+        """A ``step`` row over the last ``len(losses)`` steps, which took ``seconds``."""
+        self.rate = len(losses) * self._plan.batch_size / max(seconds, 1e-9)
+        loss = sum(losses) / len(losses)
+        values = {"train_loss": loss, "train_accuracy": accuracy, "lr": rate, "images_per_second": round(self.rate, 1)}
+        self._emit("step", epoch, step, values)
+        self.progress.step(step, self._last_step, epoch, self._experiment.epochs, loss, self.rate)
+        if time.time() - self._state_written > 0.5:
+            self.state("running", train_loss=loss)
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        """An ``epoch`` row; ``row`` has ``epoch`` (from 1) and ``step``."""
+        values = {key: value for key, value in row.items() if key not in ("epoch", "step")}
+        self._emit("epoch", row["epoch"], row["step"], values)
+        self.progress.epoch(row, self._experiment.epochs)
+        self.state("running", train_loss=row["train_loss"])
+
+    def event(self, event: str, **values: Any) -> None:
+        if self._metrics is not None:
+            position = self._session.position
+            known = {key: value for key, value in values.items() if value is not None}
+            self._metrics.write("event", epoch=position.epoch, step=position.step, event=event, **known)
+
+    def _emit(self, kind: str, epoch: int, step: int, values: dict[str, Any]) -> None:
+        if self._metrics is not None and self._wandb is not None:
+            self._wandb.log(self._metrics.write(kind, epoch=epoch, step=step, **values))
+
+    def state(self, state: str, **values: Any) -> dict[str, Any]:
+        """Write ``state.json`` on rank 0 and return its content, with the time and GPU-hours of all segments so far."""
+        self._state_written = time.time()
+        position, before, world = self._session.position, self._before, self._world
+        seconds = self._state_written - self._started
+        gpus = world.size if world.device.type == "cuda" else 0
+        validated = (row["val_accuracy"] for row in reversed(self._session.history) if "val_accuracy" in row)
+        record: dict[str, Any] = {
+            "state": state,
+            "epoch": position.epoch,
+            "epochs": self._experiment.epochs,
+            "step": position.step,
+            "total_steps": self._plan.total_steps,
+            "val_accuracy": next(validated, None),
+            "images_per_second": round(self.rate, 1),
+            "restarts": int(before.get("restarts", -1)) + 1,
+            "gpu_hours": round(float(before.get("gpu_hours", 0.0)) + gpus * seconds / 3600, 6),
+            "seconds": round(float(before.get("seconds", 0.0)) + seconds, 3),
+            "started": before.get("started") or now(),
+            "world_size": world.size,
+            "device": world.device.type,
+            "data": self._label,
+            "host": os.uname().nodename,
+            "pid": os.getpid(),
+            **values,
+        }
+        if world.main:
+            self._run.write_state(**record)
+        return record
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Close metrics and W&B with the result of this segment."""
+        self.event(result["state"], reason=result.get("reason"))
+        if self._wandb is not None:
+            summary = {key: result.get(key) for key in ("test_accuracy", "test_loss", "gpu_hours", "restarts")}
+            self._wandb.finish(summary, preempted=result["state"] == "requeued")
+        self.close()
+
+    def close(self) -> None:
+        """Let go of files and terminal; W&B is told of a failure if :meth:`finish` was not reached."""
+        if self._wandb is not None:
+            self._wandb.finish({}, failed=True)
+        if self._metrics is not None:
+            self._metrics.close()
+        self.progress.close()

@@ -1,0 +1,109 @@
+"""The state of a run in memory: what a checkpoint holds, and how it is put back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from .distributed import World
+from .optim import EMA
+from .setup import AveragedStatistics
+from .step import Stepper
+
+
+@dataclass
+class Position:
+    """Where a run is: ``step`` updates made, ``batch`` of them in epoch number ``epoch`` (0-based)."""
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+
+
+@dataclass
+class Session:
+    """The live objects of one rank."""
+
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: EMA | None
+    stepper: Stepper
+    world: World
+    local_statistics: bool
+    split_digest: str
+    wandb_id: str
+    position: Position = field(default_factory=Position)
+    history: list[dict[str, Any]] = field(default_factory=list)  # rows of finished epochs
+    best: float | None = None  # of checkpoint.monitor
+
+    def state(self) -> dict[str, Any] | None:
+        """What a checkpoint holds, on rank 0; None elsewhere. Call on every rank."""
+        own = {
+            "epoch_sums": self.stepper.epoch_sums.cpu(),
+            "buffers": [b.cpu().clone() for b in self.network.buffers()] if self.local_statistics else None,
+        }
+        per_rank = self.world.gather(own)
+        with AveragedStatistics(self.network, self.world, self.local_statistics):
+            model = {name: tensor.cpu().clone() for name, tensor in self.network.state_dict().items()}
+        if not self.world.main:
+            return None
+        return {
+            "model": model,
+            "optimizer": self.optimizer.state_dict(),
+            "ema": None if self.ema is None else {"shadow": self.ema.shadow, "updates": self.ema.updates},
+            "position": {"epoch": self.position.epoch, "batch": self.position.batch, "step": self.position.step},
+            "per_rank": per_rank,
+            "world_size": self.world.size,
+            "split_digest": self.split_digest,
+            "wandb_id": self.wandb_id,
+            "history": self.history,
+            "best": self.best,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from ``state``; the world size may differ from the one that saved it.
+
+        Raises:
+            CheckpointError: it belongs to another network, optimizer or dataset.
+        """
+        if state["split_digest"] != self.split_digest:
+            raise CheckpointError(
+                "the checkpoint was trained on other images (another dataset, or another validation split); "
+                "prepare the dataset it was made with, or start a new run"
+            )
+        try:
+            self.network.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise CheckpointError(f"the checkpoint does not fit this experiment's network or optimizer: {first}") from None
+        if self.ema is not None:
+            self._restore_average(state)
+            self.ema.updates = state["ema"]["updates"]
+        self.position = Position(**state["position"])
+        self.wandb_id, self.history, self.best = state["wandb_id"], state["history"], state["best"]
+        if state["world_size"] == self.world.size:
+            own = state["per_rank"][self.world.rank]
+            self.stepper.epoch_sums.copy_(own["epoch_sums"])
+            if self.local_statistics and own["buffers"] is not None:
+                for buffer, saved in zip(self.network.buffers(), own["buffers"], strict=True):
+                    buffer.copy_(saved)
+        elif self.world.main:  # other ranks start their sums at zero; the total is what counts
+            sums: Tensor = torch.stack([own["epoch_sums"] for own in state["per_rank"]]).sum(0)
+            self.stepper.epoch_sums.copy_(sums)
+
+    def use_weights(self, state: dict[str, Any]) -> None:
+        """Take only the weights of a checkpoint, to evaluate them; training cannot go on from here."""
+        self.network.load_state_dict(state["model"])
+        if self.ema is not None:
+            self._restore_average(state)
+        self.local_statistics = False  # the checkpoint holds the mean over the ranks already
+
+    def _restore_average(self, state: dict[str, Any]) -> None:
+        assert self.ema is not None
+        for shadow, saved in zip(self.ema.shadow, state["ema"]["shadow"], strict=True):
+            shadow.copy_(saved)

@@ -1,0 +1,129 @@
+"""Everything a rank needs before its first step: device choices, data, network, optimizer."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..config.experiment import Experiment
+from ..data.split import mean_std, split
+from ..data.store import Store
+from ..models.build import build as build_model
+from ..plan import Placement, Plan, make_plan, requested_placement
+from .distributed import World
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The data side of a run: its store, its split and the statistics of the training part."""
+
+    store: Store
+    train_indices: np.ndarray
+    validation_indices: np.ndarray
+    mean: np.ndarray
+    std: np.ndarray
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+        _, height, width, channels = self.store.train.images.shape
+        return channels, height, width
+
+
+def prepare_data(experiment: Experiment, data_root: Path, world: World) -> Prepared:
+    """Open the dataset and split it; every rank computes the same split and the same exact statistics."""
+    store = Store.open(data_root, experiment.data.dataset)
+    labels = store.train.labels
+    train, validation = split(labels, experiment.data.validation, experiment.data.split_seed)
+    height, width, channels = store.train.images.shape[1:]
+    if experiment.data.normalize == "mean_std":
+        mean, std = mean_std(store.train.moments, train, height * width)
+    else:
+        mean, std = np.zeros(channels), np.ones(channels)
+    return Prepared(store, train, validation, mean, std)
+
+
+def split_digest(prepared: Prepared) -> str:
+    """Identifies data and split, so that a resumed run can tell that it still trains on the same images."""
+    digest = hashlib.sha256(prepared.store.digest.encode())
+    digest.update(prepared.train_indices.tobytes())
+    return digest.hexdigest()
+
+
+def actual_plan(experiment: Experiment, prepared: Prepared, world: World) -> Plan:
+    """The plan for the processes that are really here, with a note on every difference from the file."""
+    wanted = requested_placement(experiment.resources)
+    on_gpu = world.device.type == "cuda"
+    here = Placement(
+        nodes=max(1, world.size // max(1, world.local_size)),
+        processes_per_node=world.local_size,
+        gpus_per_node=world.local_size if on_gpu else 0,
+        cpus_per_process=torch.get_num_threads(),
+    )
+    notes = []
+    if (here.world_size, here.gpus_per_node) != (wanted.world_size, wanted.gpus_per_node):
+        kind = f"x {wanted.gpus_per_node} GPUs" if wanted.gpus_per_node else f"x {wanted.processes_per_node} CPU processes"
+        notes.append(
+            f"the file asks for {wanted.nodes} node(s) {kind}; here run {world.size} process(es) on the "
+            f"{'GPU' if on_gpu else 'CPU'}, the global batch stays {experiment.data.batch_size}"
+        )
+    return make_plan(experiment, here, len(prepared.store.train.labels), tuple(notes))
+
+
+def choose_precision(experiment: Experiment, device: torch.device) -> torch.dtype:
+    """``auto`` is bf16 on a GPU that computes in it, else float32."""
+    wanted = experiment.training.precision
+    if wanted == "auto":
+        wanted = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    return torch.bfloat16 if wanted == "bf16" else torch.float32
+
+
+def choose_channels_last(experiment: Experiment) -> bool:
+    """``auto`` is channels_last, the layout convolutions are fastest in on tensor cores and in oneDNN."""
+    wanted = experiment.training.channels_last
+    return True if wanted == "auto" else wanted
+
+
+def make_network(experiment: Experiment, prepared: Prepared, world: World, channels_last: bool) -> nn.Module:
+    """The network on the device, the same weights on every rank."""
+    torch.manual_seed(experiment.seed)
+    over_all_ranks = experiment.training.batch_norm == "global" and world.size > 1
+    group = dist.group.WORLD if over_all_ranks else None
+    network = build_model(experiment.model, prepared.image_shape, group)
+    network = network.to(world.device)
+    if channels_last:
+        network = network.to(memory_format=torch.channels_last)
+    if world.size > 1:  # equal seeds give equal weights; a broadcast makes it certain across torch builds
+        for tensor in [*network.parameters(), *network.buffers()]:
+            dist.broadcast(tensor.data, src=0)
+    return network
+
+
+class AveragedStatistics:
+    """Within the block, BatchNorm's running statistics are the mean over the ranks; afterwards each rank has its own again.
+
+    With local statistics every rank keeps its own; evaluation and checkpoints use their mean. Putting a rank's own back keeps
+    the training of a run that stopped here equal to that of one that did not.
+    """
+
+    def __init__(self, network: nn.Module, world: World, needed: bool) -> None:
+        self._buffers = [b for b in network.buffers() if b.is_floating_point()] if needed and world.size > 1 else []
+        self._world = world
+        self._own: list[Tensor] = []
+
+    def __enter__(self) -> None:
+        self._own = [buffer.clone() for buffer in self._buffers]
+        if self._buffers:
+            flat = self._world.sum(torch.cat([b.flatten() for b in self._buffers])) / self._world.size
+            for buffer, mean in zip(self._buffers, torch.split(flat, [b.numel() for b in self._buffers]), strict=True):
+                buffer.copy_(mean.view_as(buffer))
+
+    def __exit__(self, *_: object) -> None:
+        for buffer, own in zip(self._buffers, self._own, strict=True):
+            buffer.copy_(own)

@@ -1,0 +1,153 @@
+"""One optimizer step: micro-batches, loss, gradient sum, clipping, update, average."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config.experiment import Experiment
+from ..data.pipeline import Batch
+from ..plan import Plan, shard
+from .distributed import GradientSync, World
+from .optim import EMA
+from .schedule import factor
+
+
+def autocast(precision: torch.dtype, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """bf16 autocast, or nothing for float32."""
+    if precision == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=precision)
+
+
+def seed_of_step(seed: int, step: int, rank: int) -> int:
+    """Seed of the dropout draws of one step on one rank.
+
+    Random state is thus a function of the position and need not be stored: any step can be resumed, by any process.
+    """
+    mask = (1 << 64) - 1
+    mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB + 1) & mask
+    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & mask
+    return mixed >> 1  # torch takes 63 bits
+
+
+class Stepper:
+    """Makes optimizer steps and keeps their metrics on the device.
+
+    Args:
+        plan: gives the schedule its length, and every rank the same number of forward passes a step.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        sync: GradientSync,
+        optimizer: torch.optim.Optimizer,
+        ema: EMA | None,
+        world: World,
+        precision: torch.dtype,
+        plan: Plan,
+    ) -> None:
+        self._experiment = experiment
+        self._sync = sync
+        self._optimizer = optimizer
+        self._ema = ema
+        self._world = world
+        self._precision = precision
+        self._plan = plan
+        self.rate = 0.0  # learning rate of the last step
+        self._parameters = [p for p in sync.module.parameters() if p.requires_grad]
+        window = experiment.training.log_every_steps
+        # per step of the window: this rank's part of the batch loss; then correct and seen images of the window
+        self._window = torch.zeros(window + 2, device=world.device)
+        self._seen = 0
+        # this rank's sums over the epoch: loss, correct, images
+        self.epoch_sums = torch.zeros(3, dtype=torch.float64, device=world.device)
+
+    def __call__(self, batch: Batch, step: int) -> float:
+        """Make update number ``step`` (0-based); returns the learning rate used."""
+        experiment = self._experiment
+        torch.manual_seed(seed_of_step(experiment.seed, step, self._world.rank))
+        plan = self._plan
+        self.rate = experiment.optimizer.lr * factor(experiment.schedule, step, plan.steps_per_epoch, plan.total_steps)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.rate
+        self._sync.zero()
+        count = len(batch.labels)
+        loss_sum = torch.zeros((), device=self._world.device)
+        correct = torch.zeros((), device=self._world.device)
+        for index in range(plan.accumulation):
+            start, stop = shard(count, plan.accumulation, index)
+            with self._sync.micro_batch(last=index == plan.accumulation - 1):
+                part = self._micro_batch(batch.images[start:stop], batch.labels[start:stop], batch.global_size)
+            loss_sum += part[0]
+            correct += part[1]
+        self._sync.finish()
+        if experiment.training.clip_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self._parameters, experiment.training.clip_grad_norm)
+        self._optimizer.step()
+        if self._ema is not None:
+            self._ema.update()
+        self._account(loss_sum, correct, count, batch.global_size)
+        return self.rate
+
+    def _micro_batch(self, images: Tensor, labels: Tensor, global_size: int) -> tuple[Tensor, Tensor]:
+        """Forward and backward of one micro-batch; (sum of losses, number of correct predictions), detached."""
+        with autocast(self._precision, self._world.device):
+            logits = self._sync.module(images)
+        loss = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=self._experiment.loss.label_smoothing)
+        (loss / global_size).backward()  # type: ignore[no-untyped-call]
+        return loss.detach(), (logits.detach().argmax(1) == labels).sum()
+
+    def _account(self, loss_sum: Tensor, correct: Tensor, count: int, global_size: int) -> None:
+        self._window[self._seen] = loss_sum / global_size
+        self._seen += 1
+        self._window[-2] += correct
+        self._window[-1] += count
+        self.epoch_sums[0] += loss_sum
+        self.epoch_sums[1] += correct
+        self.epoch_sums[2] += count
+
+    @property
+    def seen(self) -> int:
+        """Steps in the window so far."""
+        return self._seen
+
+    @property
+    def window_full(self) -> bool:
+        return self._seen == len(self._window) - 2
+
+    def take_window(self) -> PendingWindow:
+        """Sum the window over the ranks and start its way to the host; call on every rank at the same step."""
+        totals = self._world.sum(self._window.clone())
+        pending = PendingWindow(totals, self._seen)
+        self._window.zero_()
+        self._seen = 0
+        return pending
+
+
+class PendingWindow:
+    """Metrics of the last few steps on their way from the device to the host, without stalling either."""
+
+    def __init__(self, totals: Tensor, steps: int) -> None:
+        self.steps = steps
+        self._event: torch.cuda.Event | None = None
+        if totals.is_cuda:
+            self._host = torch.empty(totals.shape, dtype=totals.dtype, pin_memory=True)
+            self._host.copy_(totals, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+        else:
+            self._host = totals
+
+    def result(self) -> tuple[list[float], float]:
+        """Global batch losses of the steps, and the training accuracy over them; waits if they are not there yet."""
+        if self._event is not None:
+            self._event.synchronize()
+        values = self._host.tolist()
+        return values[: self.steps], values[-2] / max(values[-1], 1.0)
