@@ -1,0 +1,197 @@
+"""Where it runs: the profile of a site, as a frozen pydantic model.
+
+Many of these values end up in ``#SBATCH`` lines, so each is checked against a pattern that leaves no room for a second line,
+a space or a quote.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
+
+from ..errors import UsageError
+from .experiment import NAME_PATTERN
+from .explain import first_problem
+from .fields import Count, Duration, Flag, Model, Positive, Whole, matching, shown
+from .messages import did_you_mean
+from .packaged import cluster_files
+
+RESERVED_OPTIONS = frozenset(
+    {"array", "chdir", "cpus-per-gpu", "cpus-per-task", "error", "gpus", "gpus-per-node", "gpus-per-task", "gres", "job-name"}
+    | {"mem", "no-requeue", "nodes", "ntasks", "ntasks-per-node", "open-mode", "output", "requeue", "signal", "time", "wrap"}
+)
+"""sbatch options that follow from the experiment and the profile; ``sbatch_extra`` must not contradict them."""
+
+_word = matching(r"[A-Za-z0-9_][A-Za-z0-9_.,@+:-]*", "a name without spaces (letters, digits and _ . , @ + : -)")
+_constraint = matching(r"[A-Za-z0-9_\[(][A-Za-z0-9_.,:&|*()\[\]!=-]*", "features joined by & or |, without spaces")
+_hosts = matching(r"[A-Za-z0-9_][A-Za-z0-9_.,\[\]-]*", "host names such as node1,node[3-5], without spaces")
+_gpu_type = matching(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", "a GPU type as in `sinfo -o %G`, such as a100")
+_module = matching(r"[A-Za-z0-9_][A-Za-z0-9_.+/@=-]*", "a module name such as cuda/12.4")
+_option = matching(r"--?[A-Za-z][^\x00-\x1f\x7f-\x9f\ud800-\udfff]*", "an srun option that begins with - or --, on one line")
+_line = matching(r"[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]*", "one line without control characters")
+
+Word = Annotated[str, Field(max_length=256), AfterValidator(_word)]
+Line = Annotated[str, Field(max_length=4096), AfterValidator(_line)]
+Hosts = Annotated[str, Field(max_length=4096), AfterValidator(_hosts)]
+Constraint = Annotated[str, Field(max_length=1024), AfterValidator(_constraint)]
+
+_SECRET = re.compile(r"(?i)(^|_)(API_?KEY|TOKEN|PASSWORD|PASSWD|SECRET|CREDENTIALS?)$")
+
+
+class Cluster(Model):
+    """One site: the executor, what every request carries, and how jobs are prepared and stopped there."""
+
+    name: str
+    executor: Literal["slurm", "local"] = "slurm"
+    description: Line = ""
+
+    # Where jobs go. The command line overrides these one by one.
+    partition: Word | None = None
+    account: Word | None = None
+    qos: Word | None = None
+    constraint: Constraint | None = None
+    exclude: Hosts | None = None
+    nodelist: Hosts | None = None
+
+    # How GPUs are asked for, and what a node has.
+    gpu_request: Literal["gpus_per_node", "gres", "none"] = "gpus_per_node"
+    gpu_type: Annotated[str, Field(max_length=64), AfterValidator(_gpu_type)] | None = None
+    gpus_per_node_available: Annotated[Whole, Field(ge=0, le=64)] | None = None
+    cpus_per_process: Annotated[Count, Field(le=1024)] | None = None
+    memory_gib_per_node: Positive | None = None
+    exclusive: Flag = False
+
+    # What happens before the program starts.
+    modules: tuple[Annotated[str, Field(max_length=256), AfterValidator(_module)], ...] = ()
+    setup: tuple[Line, ...] = ()
+    environment: dict[str, Line] = Field(default_factory=dict)
+    python: Line | None = None
+
+    # How jobs end.
+    max_time: Duration | None = None
+    signal_delay_s: Annotated[Whole, Field(ge=5, le=3600)] = 120
+    requeue: Flag = True
+    preemptible: Flag = False
+
+    # What this model has no field for.
+    sbatch_extra: dict[str, Flag | Whole | Line] = Field(default_factory=dict)
+    srun_args: tuple[Annotated[str, Field(max_length=1024), AfterValidator(_option)], ...] = ()
+
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, name: str) -> str:
+        if not NAME_PATTERN.fullmatch(name):
+            raise ValueError(f"should be 1 to 64 letters, digits, '.', '_' or '-', not {shown(name)}")
+        return name
+
+    @field_validator("python")
+    @classmethod
+    def _python_is_named(cls, python: str | None) -> str | None:
+        if python is not None and (not python.strip() or python.startswith("-")):
+            raise ValueError(f"should be the path of a Python interpreter, not {shown(python)}")
+        return python
+
+    @field_validator("environment")
+    @classmethod
+    def _environment_names(cls, environment: dict[str, str]) -> dict[str, str]:
+        for name in environment:
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,127}", name):
+                raise ValueError(f"should name variables with letters, digits and '_', not {shown(name)}")
+            if _SECRET.search(name):
+                raise ValueError(
+                    f"should not hold {name}: keys and tokens do not belong in a file; export it where you submit, or log in"
+                )
+        return environment
+
+    @field_validator("sbatch_extra")
+    @classmethod
+    def _options_of_sbatch(cls, extra: dict[str, bool | int | str]) -> dict[str, bool | int | str]:
+        for name, value in extra.items():
+            if not re.fullmatch(r"[a-z][a-z0-9_-]{0,63}", name):
+                raise ValueError(f"should name sbatch options without dashes in front, such as reservation, not {shown(name)}")
+            if name.replace("_", "-") in RESERVED_OPTIONS:
+                raise ValueError(f"should not set {name}: it follows from the job and the other fields of the profile")
+            if value is False:
+                raise ValueError(f"should not set {name} to false: leave it out")
+        return extra
+
+    @model_validator(mode="after")
+    def _gpu_request_fits(self) -> Cluster:
+        if self.gpu_request == "none" and self.gpu_type is not None:
+            raise ValueError(f"gpu_type {self.gpu_type} needs gpu_request: gpus_per_node or gres, not none")
+        return self
+
+
+LOCAL = Cluster(
+    name="local", executor="local", description="this machine, without a scheduler", gpu_request="none", signal_delay_s=30
+)
+SLURM = Cluster(name="slurm", executor="slurm", description="the Slurm cluster of this machine, with its default partition")
+BUILT_IN: Mapping[str, Cluster] = {"local": LOCAL, "slurm": SLURM}
+
+
+def profile_folders() -> list[Path]:
+    """Folders searched for ``NAME.yaml``, first hit wins; the packaged profiles come after them."""
+    home = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
+    folders = [Path("slurm/profiles"), Path("slurm")]
+    try:
+        folders.append(Path(home).expanduser() / "hpc-cifar" / "clusters")
+    except RuntimeError:  # no home directory, as in some containers
+        pass
+    return folders
+
+
+def known_clusters() -> dict[str, Path | None]:
+    """Every name ``find_cluster`` would find and its file (None: built in)."""
+    known: dict[str, Path | None] = {file.stem: file for file in cluster_files()}
+    known.update(dict.fromkeys(BUILT_IN))
+    for folder in reversed(profile_folders()):
+        try:
+            known.update({file.stem: file for file in sorted(folder.glob("*.yaml")) if file.is_file()})
+        except OSError:  # an unreadable folder holds no profile for us
+            continue
+    return known
+
+
+def find_cluster(name: str | None = None, *, have_sbatch: bool) -> Cluster:
+    """The profile to use.
+
+    Args:
+        name: a path or a name; None means ``HPC_CIFAR_CLUSTER``, else ``slurm`` with sbatch at hand and ``local`` without.
+        have_sbatch: whether this machine can submit to Slurm.
+
+    Raises:
+        UsageError: there is no such profile (the message lists those there are), or it has errors (each with file:line).
+    """
+    from .load import load_cluster  # it needs the model above
+
+    name = name or os.environ.get("HPC_CIFAR_CLUSTER") or ("slurm" if have_sbatch else "local")
+    if os.sep in name or name.endswith((".yaml", ".yml")):
+        return load_cluster(Path(name).expanduser() if name.startswith("~/") else Path(name))
+    known = known_clusters()
+    if name not in known:
+        folders = ", ".join(str(folder) for folder in profile_folders())
+        hint = did_you_mean(name, sorted(known), "known profiles")
+        raise UsageError(f"--cluster: no profile named {shown(name)}; {hint}; searched {folders} and the packaged profiles")
+    path = known[name]
+    return BUILT_IN[name] if path is None else load_cluster(path)
+
+
+def with_overrides(cluster: Cluster, **overrides: Any) -> Cluster:
+    """``cluster`` with the command line's partition, account, qos, constraint, exclude, ...; None leaves a field as it is.
+
+    Raises:
+        UsageError: a value would not be right in the profile either; the message names the option.
+    """
+    given = {field: value for field, value in overrides.items() if value is not None}
+    if not given:
+        return cluster
+    try:
+        return Cluster.model_validate({**cluster.model_dump(), **given})
+    except ValidationError as error:
+        field, message = first_problem(error)
+        raise UsageError(f"--{field.replace('_', '-')}: {message}") from None
