@@ -1,0 +1,114 @@
+"""Read ``train|test/<class>/*.jpg|png`` from a folder or tar archive, without unpacking it."""
+
+from __future__ import annotations
+
+import collections
+import difflib
+import io
+import itertools
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import DataError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png")
+SPLITS = ("train", "test")
+LARGEST_SIDE = 1024  # pixels
+_CHUNK = 256  # images handed to a thread at once: one small JPEG is too little work
+
+Pixels = npt.NDArray[np.uint8]
+Split = tuple[Pixels, npt.NDArray[np.int64]]
+
+
+def place(name: str) -> tuple[str, str] | None:
+    """Split and class of an image file, or None if ``name`` is none: ``[anything/]train|test/<class>/<file>.jpg``."""
+    parts = name.split("/")
+    if len(parts) < 3 or not parts[-1].lower().endswith(EXTENSIONS) or parts[-1].startswith("."):
+        return None
+    return (parts[-3], parts[-2]) if parts[-3] in SPLITS else None
+
+
+def _decode(source: str, chunk: Sequence[tuple[str, bytes]], side: int | None) -> list[Pixels]:
+    from PIL import Image
+
+    decoded = []
+    for name, data in chunk:
+        try:
+            with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
+                mode, size = image.mode, image.size
+                fits = mode == "RGB" and max(size) <= LARGEST_SIDE and (side is None or size == (side, side))
+                pixels = np.asarray(image) if fits else None
+        except Exception as error:  # a damaged image may raise anything in a decoder
+            raise DataError(f"{source}: {name}: is no whole JPEG or PNG image ({error})") from None
+        if pixels is None:
+            wanted = f"{side} x {side}" if side else f"at most {LARGEST_SIDE} x {LARGEST_SIDE}"
+            raise DataError(f"{source}: {name}: is {size[0]} x {size[1]} pixels in mode {mode}; should be {wanted} in mode RGB")
+        decoded.append(pixels)
+    return decoded
+
+
+def _class_list(source: str, found: Iterable[tuple[str, str]], classes: Sequence[str] | None) -> tuple[str, ...]:
+    """The classes in their order of labels; every wrong or missing class folder is an error."""
+    present = sorted(set(found))
+    expected = tuple(classes) if classes else tuple(sorted({name for _, name in present}))
+    for split, name in present:
+        if name not in expected:
+            close = difflib.get_close_matches(name.lower(), expected, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]!r}?" if close else "the classes are " + ", ".join(expected)
+            raise DataError(f"{source}: {split}/{name}: is no class of this dataset; {hint}")
+    for split, name in itertools.product(SPLITS, expected):
+        if (split, name) not in present:
+            raise DataError(f"{source}: {split}/{name}: has no images; every class needs some in train and in test")
+    return expected
+
+
+def read(
+    source: str, found: Iterable[tuple[str, bytes]], classes: Sequence[str] | None, side: int | None, threads: int
+) -> tuple[Split, Split, tuple[str, ...]]:
+    """Decode every image of ``found``, pairs of name and content.
+
+    Args:
+        source: name of the archive or folder, for messages.
+        classes: names in the order of their labels, or None: those found, sorted.
+        side: height and width that every image must have, or None: all equal.
+        threads: decoders at work at once; Pillow decodes without the interpreter lock.
+
+    Returns:
+        Images (N,H,W,3) and labels (N,) of train and of test, sorted by class and name, and the class names.
+
+    Raises:
+        DataError: an image is damaged or of another size or mode, a class folder is wrong,
+            missing or empty, or a name is there twice.
+    """
+    names: list[tuple[str, str, str]] = []
+    running: collections.deque[Future[list[Pixels]]] = collections.deque()
+    decoded: list[Pixels] = []
+    with ThreadPoolExecutor(max_workers=threads) as pool:
+        pending = iter(found)
+        images = ((name, data, where) for name, data in pending if (where := place(name)))
+        try:
+            while chunk := list(itertools.islice(images, _CHUNK)):
+                names += [(*where, name) for name, _, where in chunk]
+                running.append(pool.submit(_decode, source, [(name, data) for name, data, _ in chunk], side))
+                while len(running) > 4 * threads:  # bounds what waits in memory
+                    decoded += running.popleft().result()
+            while running:
+                decoded += running.popleft().result()
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    order = _class_list(source, ((split, name) for split, name, _ in names), classes)
+    shapes = {pixels.shape for pixels in decoded}
+    if len(shapes) > 1:
+        raise DataError(f"{source}: images of different sizes: {sorted(shapes)}; all should be equal")
+    twice = [name for (_, _, name), count in collections.Counter(names).items() if count > 1]
+    if twice:
+        raise DataError(f"{source}: {twice[0]}: is there more than once")
+    splits = []
+    for split in SPLITS:
+        rows = sorted((order.index(name), path, row) for row, (part, name, path) in enumerate(names) if part == split)
+        splits.append((np.stack([decoded[row] for _, _, row in rows]), np.array([label for label, _, _ in rows], np.int64)))
+    return splits[0], splits[1], order

@@ -1,0 +1,249 @@
+"""Find or download a dataset, verify it and build its store: whole or not at all, by one process at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from .. import files
+from ..errors import DataError, HpcCifarError, UsageError
+from . import archive as archives
+from . import download as downloads
+from . import sources, store
+from .store import Store
+
+# errno of a full disk, an exhausted quota, and a file larger than the process may write
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def prepare(
+    dataset: str,
+    *,
+    archive: Path | None,
+    root: Path,
+    force: bool = False,
+    download: bool = True,
+    wait: bool = False,
+    console: Console,
+    url: str = downloads.URL,
+    md5: str = downloads.MD5,
+) -> Store:
+    """Make sure that ``<root>/<dataset>`` is a good store and return it, every byte verified.
+
+    The source is ``archive``, else (for cifar10) the file or folder that HPC_CIFAR_ARCHIVE names, else the store that is
+    there, else the download. A store that was made from the same source is kept; a damaged one is built anew.
+
+    Args:
+        dataset: ``cifar10``, ``digits``, or another name for class folders of your own.
+        root: folder of all datasets, see :func:`hpc_cifar.files.data_root`.
+        force: build anew, and replace a store that was made from another source.
+        download: whether the network may be used.
+        wait: wait for another process that prepares the same dataset, instead of an error.
+        console: where progress and facts are printed.
+        url, md5: of the official archive.
+
+    Raises:
+        DataError: the source is missing or bad, the disk is full, or another process is preparing the dataset. No half store
+            is left, and a good store that was there before is still there.
+        hpc_cifar.data.download.Unreachable: there is no archive, no store and no network.
+        UsageError: ``dataset`` is no name, or takes no archive.
+    """
+    if not store.DATASET_NAME.fullmatch(dataset):
+        raise UsageError(f"dataset {dataset!r}: should be lower-case letters, digits, '_' or '-', 32 at most")
+    if dataset == "digits" and archive:
+        raise UsageError("--archive: digits come with scikit-learn and take no archive; leave it out or name another dataset")
+    source = _source_of(dataset, archive)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with _only_one(root, dataset, wait):
+            _sweep(root, dataset)
+            return _prepare(dataset, source, root, force, download, console, url, md5)
+    except HpcCifarError:
+        raise
+    except OSError as error:
+        raise DataError(f"{root / dataset}: cannot be prepared: {error.strerror or error}") from None
+
+
+def _source_of(dataset: str, archive: Path | None) -> Path | None:
+    if archive is None and dataset == "cifar10" and os.environ.get("HPC_CIFAR_ARCHIVE"):
+        archive = Path(os.environ["HPC_CIFAR_ARCHIVE"])
+    if archive is None:
+        return None
+    archive = archive.expanduser().absolute()
+    if not archive.exists():
+        raise DataError(f"{archive}: no such file or folder; --archive and HPC_CIFAR_ARCHIVE take an archive or a folder")
+    return archive
+
+
+def _prepare(
+    dataset: str, source: Path | None, root: Path, force: bool, download: bool, console: Console, url: str, md5: str
+) -> Store:
+    existing, damage = _existing(root, dataset)
+    identity = _identity(dataset, source)
+    if existing and not force:
+        if source is None or _same_source(existing.manifest["source"], identity, source):
+            _say(console, f"{dataset}: already prepared")
+            return _report(existing, console)
+        raise DataError(
+            f"{existing.path}: was made from {existing.manifest['source'].get('path', 'another source')}, not from {source}; "
+            f"add --force to replace it"
+        )
+    if damage:
+        _say(console, f"{dataset}: {damage}; building it anew")
+    if dataset == "digits":
+        data = sources.read_digits()
+    else:
+        if source is None:
+            source = _downloaded(dataset, root, download, console, url, md5)
+            identity = _identity(dataset, source)
+        _say(console, f"{dataset}: reading {source}")
+        data = sources.read(source, dataset)
+    if source is not None and source.is_file():
+        identity["sha256"] = files.sha256_of(source)
+    _build(root, dataset, data, {**identity, "content": data.content})
+    return _report(Store.open(root, dataset, verify=True), console)
+
+
+def _existing(root: Path, dataset: str) -> tuple[Store | None, str | None]:
+    """The store if it is good; else what is wrong with it, if it is there at all."""
+    if not (root / dataset).exists():
+        return None, None
+    try:
+        return Store.open(root, dataset, verify=True), None
+    except DataError as error:
+        return None, str(error).partition("; run:")[0]
+
+
+def _downloaded(dataset: str, root: Path, download: bool, console: Console, url: str, md5: str) -> Path:
+    if dataset != "cifar10":
+        raise UsageError(f"dataset {dataset!r}: only cifar10 and digits need no archive; give class folders by --archive PATH")
+    if not download:
+        raise downloads.Unreachable("cifar10: no archive and no download; give a copy by --archive PATH or HPC_CIFAR_ARCHIVE")
+    folder = root / "downloads"
+    try:
+        return downloads.download(folder, console, url=url, md5=md5)
+    except OSError as error:
+        if error.errno in _FULL:
+            raise DataError(f"{folder}: the disk is full; the download needs 163 MiB ({error.strerror})") from None
+        raise
+
+
+def _identity(dataset: str, source: Path | None) -> dict[str, Any]:
+    """What tells quickly that a source is the one of last time."""
+    if source is None:
+        return {"path": "scikit-learn digits"} if dataset == "digits" else {}
+    if source.is_file():
+        facts = source.stat()
+        return {"path": str(source), "bytes": facts.st_size, "modified_ns": facts.st_mtime_ns}
+    entries = hashlib.sha256()
+    for path in archives.folder_paths(source):
+        facts = path.stat()
+        entries.update(f"{path.relative_to(source)}\0{facts.st_size}\0{facts.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+    return {"path": str(source), "listing": entries.hexdigest()}
+
+
+def _same_source(recorded: dict[str, Any], identity: dict[str, Any], source: Path) -> bool:
+    if all(recorded.get(key) == value for key, value in identity.items()):
+        return True
+    if source.is_file() and recorded.get("bytes") == identity["bytes"]:  # copied, moved or touched: compare the bytes
+        return bool(recorded.get("sha256") == files.sha256_of(source))
+    return False
+
+
+@contextlib.contextmanager
+def _only_one(root: Path, dataset: str, wait: bool) -> Iterator[None]:
+    """Hold the lock of ``dataset``; the kernel frees it when the process ends, however it ends."""
+    path = root / f".{dataset}.lock"
+    with path.open("a+") as stream:
+        try:
+            fcntl.lockf(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            stream.seek(0)
+            raise DataError(
+                f"{root / dataset}: is being prepared by {stream.read().strip() or 'another process'}; "
+                "try again when it is done, or add --wait"
+            ) from None
+        stream.truncate(0)
+        stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        stream.flush()
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                stream.truncate(0)
+
+
+def _sweep(root: Path, dataset: str) -> None:
+    """Remove what a killed process left (the lock is held, so nobody works there); bring back a store set aside."""
+    for left in root.glob(f".{dataset}.*.tmp"):
+        shutil.rmtree(left, ignore_errors=True)
+    for old in root.glob(f".{dataset}.*.old"):
+        if (root / dataset).exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(root / dataset)
+
+
+def _build(root: Path, dataset: str, data: sources.Dataset, source: dict[str, Any]) -> None:
+    needed = -(-store.bytes_needed(data) // 2**20)
+    target = root / dataset
+    temporary: Path | None = None
+    try:
+        temporary = Path(tempfile.mkdtemp(dir=root, prefix=f".{dataset}.", suffix=".tmp"))
+        created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        store.write(temporary, data, source, created)
+        temporary.chmod(0o755)
+        if target.exists():
+            aside = temporary.with_suffix(".old")
+            target.rename(aside)
+            temporary.rename(target)
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            temporary.rename(target)
+        files.fsync_folder(root)
+    except OSError as error:
+        if error.errno in _FULL:
+            free = shutil.disk_usage(root).free // 2**20
+            raise DataError(
+                f"{target}: the disk is full: the store needs {needed:,} MiB, {free:,} MiB are free ({error.strerror}); "
+                "make room or choose another folder by HPC_CIFAR_DATA"
+            ) from None
+        raise
+    finally:
+        if temporary:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if not target.exists():
+            _sweep(root, dataset)
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _report(made: Store, console: Console) -> Store:
+    """One line for each fact."""
+    manifest = made.manifest
+    verified = "verified" if manifest["verified"] else "NOT verified"
+    _say(console, f"{made.dataset}: {made.label} ({verified})")
+    for split in store.SPLITS:
+        counts = list(manifest[split]["per_class"].values())
+        each = f"{counts[0]:,}" if len(set(counts)) == 1 else f"{min(counts):,} to {max(counts):,}"
+        _say(console, f"{split}: {manifest[split]['images']:,} images, {len(counts)} classes, {each} a class")
+    for name in ("mean", "std"):
+        _say(console, f"{name}: " + ", ".join(f"{value:.4f}" for value in manifest["train"][name]))
+    for warning in manifest["warnings"]:
+        _say(console, f"warning: {warning}")
+    _say(console, f"store: {made.path} ({sum(entry['bytes'] for entry in manifest['files'].values()) / 2**20:.0f} MiB)")
+    return made
