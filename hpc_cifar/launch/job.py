@@ -1,0 +1,214 @@
+"""The tiny pickled object that every rank calls.
+
+Nothing heavy is imported at the top: submitit unpickles this before the job has said anything, and a pickle that names few
+modules can still be read after a requeue.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import time
+import types
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from ..runs import Run
+
+FIRST_PORT, PORTS = 10_000, 20_000
+MAX_TIMEOUTS = 1_000_000
+"""submitit counts every preemption under a time limit of 10 minutes or less as a timeout; a run may be preempted often."""
+
+
+class EarlyStop(BaseException):
+    """A stop signal before the training loop listens: nothing is at risk yet, so leave at once."""
+
+
+class TrainJob:
+    """Trains one run directory; what submitit pickles at submit and again at every requeue.
+
+    Args:
+        run: the run directory.
+        data_root: where prepared datasets lie.
+    """
+
+    def __init__(self, run: Path, data_root: Path) -> None:
+        self.run = str(run)
+        self.data_root = str(data_root)
+
+    def __call__(self) -> dict[str, Any]:
+        import submitit
+
+        from ..runs import Run
+
+        run = Run(Path(self.run))
+        env = submitit.JobEnvironment()
+        usr: signal.Signals = env._usr_sig()
+        hand_over = signal.getsignal(usr)  # submitit's own handler, before the training loop installs its flag
+        set_environment(env)
+        for number in (usr, signal.SIGTERM):
+            signal.signal(number, _stop_early)
+        try:
+            result = self._train(run)
+        except EarlyStop as early:
+            if run.cancel_marker.exists():
+                result = {"state": "cancelled"}
+            else:
+                result = {"state": "requeued"} if early.args[0] == usr else {"state": "stopped", "reason": "terminated"}
+            if env.global_rank == 0:
+                run.write_state(**{**run.state(), **result})
+        except Exception as error:
+            record_failure(run, error, rank=env.global_rank, segment=segment())
+            raise
+        # From here on signals only get in the way: a TERM that follows the USR2 would kill `scontrol requeue`, which
+        # inherits what is ignored here.
+        for number in (usr, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        if wants_requeue(result, env.cluster) and not run.cancel_marker.exists():
+            _requeue(run, env, usr, hand_over, result)
+        return result
+
+    def _train(self, run: Run) -> dict[str, Any]:
+        if run.cancel_marker.exists():
+            return {"state": "cancelled"}
+        if run.finished():  # Slurm may requeue a job that ended during its grace time
+            return run.result() or {}
+        from ..train.loop import train
+
+        return train(run, data_root=Path(self.data_root), console=True)  # rank 0 prints plain lines to the job's log
+
+    def checkpoint(self) -> Any:
+        """What the next segment calls: the same, since the training loop finds its checkpoint by itself."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+def _stop_early(number: int, frame: types.FrameType | None) -> NoReturn:
+    raise EarlyStop(number)
+
+
+def restart_count() -> int:
+    """How often the scheduler or the local controller has restarted this job."""
+    text = os.environ.get("SLURM_RESTART_COUNT") or os.environ.get("HPC_CIFAR_RESTART_COUNT") or "0"
+    return int(text) if text.isdigit() else 0
+
+
+def segment() -> str:
+    """Names this stretch of the run: job id and restart count."""
+    job = os.environ.get("SLURM_JOB_ID") or os.environ.get("SUBMITIT_LOCAL_JOB_ID") or ""
+    return f"{job}.{restart_count()}"
+
+
+def port_for(job_id: str, restart: int) -> int:
+    """The port where ranks meet: every rank finds the same one, and a restart does not wait for the last one's socket."""
+    digest = hashlib.sha256(f"{job_id}:{restart}".encode()).digest()
+    return FIRST_PORT + int.from_bytes(digest[:8], "big") % PORTS
+
+
+def set_environment(env: Any) -> None:
+    """Describe this rank as torchrun would. CUDA_VISIBLE_DEVICES stays as the scheduler set it; LOCAL_RANK picks the device."""
+    nodes, world = env.num_nodes, env.num_tasks
+    local_world = max(1, world // nodes)
+    # a free port that the local controller found, else one that follows from the job
+    port = os.environ.get("HPC_CIFAR_MASTER_PORT") or str(port_for(env.job_id, restart_count()))
+    os.environ.update(
+        RANK=str(env.global_rank),
+        WORLD_SIZE=str(world),
+        LOCAL_RANK=str(env.local_rank),
+        LOCAL_WORLD_SIZE=str(local_world),
+        MASTER_ADDR="127.0.0.1" if nodes == 1 else str(env.hostnames[0]),
+        MASTER_PORT=port,
+    )
+    per_task = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    threads = int(per_task) if per_task.isdigit() else max(1, len(os.sched_getaffinity(0)) // local_world)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    # torchrun's agent would own the meeting point; here rank 0 does
+    for name in [name for name in os.environ if name.startswith("TORCHELASTIC_")]:
+        del os.environ[name]
+
+
+def one_line(error: BaseException, limit: int = 500) -> str:
+    """The first line of an error that says something."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    name = type(error).__name__
+    from ..errors import HpcCifarError
+
+    line = text if isinstance(error, HpcCifarError) and text else f"{name}: {text}" if text else name
+    return line[:limit]
+
+
+def record_failure(run: Run, error: BaseException, *, rank: int, segment: str) -> None:
+    """Say in the run directory why it failed.
+
+    When one rank fails, its peers fail too, with a message about a lost connection; the first report of the segment counts.
+    """
+    from .. import files, runs
+
+    reports = run.path / "failures.jsonl"
+    row = {"time": runs.now(), "segment": segment, "rank": rank, "reason": one_line(error)}
+    try:
+        files.append_json_line(reports, row)
+        first = next((old for old in files.read_json_lines(reports) if old.get("segment") == segment), row)
+        reason = first["reason"] if first["rank"] == rank else f"rank {first['rank']}: {first['reason']}"
+        run.write_state(**{**run.state(), "state": "failed", "reason": reason})
+    except OSError as problem:  # a full disk must not hide the error itself
+        print(f"hpc-cifar: the failure could not be recorded in {run.path}: {problem}", flush=True)
+
+
+def wants_requeue(result: dict[str, Any], cluster: str) -> bool:
+    """Whether the run was interrupted rather than ended. Some sites announce a preemption by TERM alone."""
+    terminated = result.get("state") == "stopped" and result.get("reason") == "terminated"
+    return result.get("state") == "requeued" or (terminated and cluster == "slurm")
+
+
+def _requeue(run: Run, env: Any, usr: signal.Signals, hand_over: Any, result: dict[str, Any]) -> None:
+    """Leave the process; rank 0 hands over to submitit's own handler, which requeues the job.
+
+    Returns only if the job must not be requeued, because it was cancelled.
+    """
+    if env.global_rank != 0:
+        raise SystemExit(0)  # without a result: this rank is not done, and rank 0 speaks for all
+    if env.cluster == "slurm":
+        # scancel and preemption both send TERM; only the job's state tells them apart where no marker was left
+        job_state = _slurm_job_state(env.raw_job_id)
+        if job_state.startswith("CANCELLED"):
+            run.write_state(**{**run.state(), "state": "cancelled", "reason": "cancelled with scancel"})
+            result["state"] = "cancelled"
+            return
+        if result["state"] == "stopped" and not job_state:
+            return  # nobody can say whether this was a cancel; a preempted job is requeued by Slurm itself
+    run.write_state(**{**run.state(), "state": "requeued"})
+    if not callable(hand_over):
+        raise RuntimeError("submitit's requeue handler is missing")
+    problem: BaseException | None = None
+    for _ in range(3):
+        # a handler killed half-way leaves this file, and submitit then refuses to write
+        leftover = env.paths.submitted_pickle
+        leftover.with_suffix(leftover.suffix + ".save_tmp").unlink(missing_ok=True)
+        try:
+            hand_over(usr, None)
+        except Exception as error:
+            problem = error
+            if env.cluster == "slurm" and _slurm_job_state(env.raw_job_id) in ("PENDING", "REQUEUED", "PREEMPTED"):
+                raise SystemExit(0) from None  # Slurm requeues it by itself
+            time.sleep(1)
+    text = "" if problem is None else one_line(problem)
+    reason = f"stopped with a checkpoint but could not be requeued ({text}); continue it with: hpc-cifar resume {run.id}"
+    run.write_state(**{**run.state(), "state": "failed", "reason": reason})
+    raise SystemExit(1)
+
+
+def _slurm_job_state(job_id: str) -> str:
+    """Slurm's word for the state of a job, or "" where it cannot be asked."""
+    try:
+        done = subprocess.run(
+            ["squeue", "--noheader", "--states=all", "--format=%T", "--jobs", job_id],
+            capture_output=True, text=True, timeout=20, check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.split()[0] if done.stdout.split() else ""

@@ -1,0 +1,139 @@
+"""The Slurm request: experiment + cluster + placement -> submitit's parameters -> the exact sbatch script."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import os
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import submitit
+from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+from ..config.cluster import Cluster
+from ..config.experiment import Experiment
+from ..errors import LaunchError, UsageError
+from ..plan import Plan
+from .job import MAX_TIMEOUTS
+
+PLAIN_PATH = re.compile(r"[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff%\\'\"`$]+")
+KEPT_SLURM_VARIABLES = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT")
+
+
+class SlurmExecutor(submitit.SlurmExecutor):  # type: ignore[misc, unused-ignore]
+    """submitit's Slurm executor, which also writes a script where there is no Slurm."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        return 2  # whether sbatch is there is checked before a submission, with a message of our own
+
+    def script(self) -> str:
+        """Exactly the text that ``submit`` hands to sbatch."""
+        text: str = self._make_submission_file_text(self._submitit_command_str, "")
+        return text
+
+
+def check_path(path: Path, what: str) -> str:
+    """A path that sbatch, Slurm's file name patterns and a shell all read as it is written.
+
+    Raises:
+        UsageError: it has a control character, a quote, a backslash, a dollar or a percent sign.
+    """
+    text = str(path)
+    if not PLAIN_PATH.fullmatch(text):
+        raise UsageError(f"{what} {text!r}: Slurm cannot write to a path with quotes, backslashes, $, % or control characters")
+    return text
+
+
+def setup_lines(cluster: Cluster, code: Path) -> list[str]:
+    """What the script does before ``srun``: modules, the profile's own lines, variables, and the code snapshot."""
+    lines = [f"module load {shlex.quote(module)}" for module in cluster.modules]
+    lines += cluster.setup
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in cluster.environment.items()]
+    # after the modules, which may set PYTHONPATH too
+    lines.append(f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}")
+    lines.append("export PYTHONSAFEPATH=1")
+    return lines
+
+
+def parameters(experiment: Experiment, cluster: Cluster, plan: Plan, run: Path) -> dict[str, Any]:
+    """submitit's parameters for one job of this run."""
+    placement = plan.placement
+    memory_gib = experiment.resources.memory_gib_per_node or cluster.memory_gib_per_node
+    gpus: str | int = placement.gpus_per_node
+    typed = f"{cluster.gpu_type}:{gpus}" if cluster.gpu_type else gpus
+    # srun has not inherited --cpus-per-task since Slurm 22.05; and when a rank dies, its peers must not wait for it
+    srun = ["--kill-on-bad-exit=1", "--open-mode=append", *cluster.srun_args]
+    if placement.cpus_per_process:
+        srun.insert(0, f"--cpus-per-task={placement.cpus_per_process}")
+    extra: dict[str, Any] = {"requeue" if cluster.requeue else "no-requeue": True}
+    extra |= {name.replace("_", "-"): value for name, value in cluster.sbatch_extra.items()}
+    chosen = {
+        "job_name": experiment.name,
+        "comment": f"hpc-cifar run {run.name}",
+        "nodes": placement.nodes,
+        "ntasks_per_node": placement.processes_per_node,
+        "cpus_per_task": placement.cpus_per_process,
+        "gpus_per_node": typed if gpus and cluster.gpu_request == "gpus_per_node" else None,
+        "gres": f"gpu:{typed}" if gpus and cluster.gpu_request == "gres" else None,
+        "mem": f"{math.ceil(memory_gib * 1024)}M" if memory_gib else None,
+        "time": math.ceil(plan.time_s / 60),
+        "signal_delay_s": min(cluster.signal_delay_s, max(1, plan.time_s // 2)),
+        "exclusive": True if cluster.exclusive else None,
+        "setup": setup_lines(cluster, run / "code"),
+        "srun_args": srun,
+        "additional_parameters": extra,
+        **{name: getattr(cluster, name) for name in ("partition", "account", "qos", "constraint", "exclude", "nodelist")},
+    }
+    # submitit names a workload key of its own, which sites that use them refuse
+    return {name: value for name, value in chosen.items() if value is not None} | {"wckey": None}
+
+
+def executor(experiment: Experiment, cluster: Cluster, plan: Plan, run: Path) -> SlurmExecutor:
+    """The executor that submits this run; its :meth:`SlurmExecutor.script` is what it would submit."""
+    check_path(run, "run directory")
+    made = SlurmExecutor(run / "submitit", max_num_timeout=MAX_TIMEOUTS, python=cluster.python or shlex.quote(sys.executable))
+    made.update_parameters(**parameters(experiment, cluster, plan, run))
+    return made
+
+
+@contextlib.contextmanager
+def clean_environment() -> Iterator[None]:
+    """Hide what a surrounding Slurm job says about itself: sbatch would take it for options of the new job."""
+    kept = dict(os.environ)
+    for name in kept:
+        if name.startswith(("SLURM_", "SRUN_", "SUBMITIT_LOCAL_")) and name not in KEPT_SLURM_VARIABLES:
+            del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
+
+
+def submit(executor: SlurmExecutor, job: Any) -> str:
+    """Hand ``job`` to sbatch; the job id.
+
+    Raises:
+        LaunchError: Slurm refused; its own words in one line.
+    """
+    executor.folder.mkdir(parents=True, exist_ok=True)
+    printed = io.StringIO()  # submitit prints sbatch's words too; ours come once, in one line
+    try:
+        with clean_environment(), contextlib.redirect_stderr(printed):
+            return str(executor.submit(job).job_id)
+    except (FailedJobError, FailedSubmissionError, OSError) as error:
+        raise LaunchError(f"sbatch refused the job: {slurm_words(str(error))}") from None
+
+
+def slurm_words(text: str) -> str:
+    """What a Slurm command said, without its prefixes, on one line."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if "error:" in line] or lines[-3:]
+    said = "; ".join(re.sub(r"^\w+: (error: )?", "", line) for line in errors)
+    return "".join(char if char.isprintable() else " " for char in said)[:500] or "no reason given"

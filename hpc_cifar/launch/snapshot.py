@@ -1,0 +1,33 @@
+"""A copy of the package in the run directory, so that a requeue never runs edited code."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from pathlib import Path
+
+from ..errors import RunError
+
+PACKAGE = Path(__file__).resolve().parent.parent
+_SKIPPED = shutil.ignore_patterns("__pycache__", "*.pyc", "*.pyo", ".*", "*~", "#*#", "*.nbi", "*.nbc")
+
+
+def take(code: Path, package: Path = PACKAGE) -> Path:
+    """Copy ``package`` to ``code/hpc_cifar``; it appears whole or not at all, and an existing copy stays as it is.
+
+    Works alike from an installed wheel and an editable checkout, since only the package itself is copied.
+    """
+    if (code / package.name / "__init__.py").is_file():
+        return code
+    building = code.with_name(f".{code.name}.{secrets.token_hex(4)}.new")
+    try:
+        building.mkdir(mode=0o700)
+        # contents only: a read-only site-packages must not make a run directory that nobody can delete
+        shutil.copytree(package, building / package.name, ignore=_SKIPPED, copy_function=shutil.copyfile)
+        for folder in (building, *(path for path in building.rglob("*") if path.is_dir())):
+            folder.chmod(0o700)
+        building.rename(code)
+    except (OSError, shutil.Error) as error:
+        shutil.rmtree(building, ignore_errors=True)
+        raise RunError(f"{code}: the code cannot be copied there: {error}") from None
+    return code

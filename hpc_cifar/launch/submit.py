@@ -1,0 +1,200 @@
+"""From an experiment to a queued or running job, with everything checked before it is queued."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import files, runs
+from ..config.cluster import Cluster
+from ..config.experiment import Experiment
+from ..errors import DataError, HpcCifarError, LaunchError, UsageError
+from ..plan import Placement, Plan, make_plan, requested_placement, seconds_of
+from ..runs import Run
+from . import local, provenance, script, snapshot
+from .job import TrainJob
+
+NO_SBATCH = "no sbatch on this machine: use --cluster local to run here, or --dry-run to see the script"
+USUAL_TRAIN_IMAGES = 50_000
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A job that was handed over."""
+
+    run: Run
+    job_id: str
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a submission would do."""
+
+    plan: Plan
+    script: str | None  # None for the local executor, which has none
+
+
+def have_sbatch() -> bool:
+    return shutil.which("sbatch") is not None
+
+
+def stored_train_images(data_root: Path, dataset: str) -> int:
+    """Training images of a prepared dataset.
+
+    Raises:
+        DataError: it is not prepared, or damaged; the message names the ``prepare`` command.
+    """
+    from ..data.store import Store
+
+    return len(Store.open(data_root, dataset).train.labels)
+
+
+def place(experiment: Experiment, cluster: Cluster) -> tuple[Placement, int, tuple[str, ...]]:
+    """Where the processes go, the time of one job in seconds, and what was adapted."""
+    resources = experiment.resources
+    time_s, notes = seconds_of(resources.time), []
+    if cluster.max_time is not None and time_s > seconds_of(cluster.max_time):
+        time_s = seconds_of(cluster.max_time)
+        notes.append(f"{cluster.name} allows jobs of {cluster.max_time}: the run goes on after each as a requeued job")
+    if cluster.executor == "local":
+        cpus = len(os.sched_getaffinity(0))
+        placement, adapted = local.local_placement(resources, len(local.visible_gpus()), cpus)
+        return placement, time_s, (*adapted, *notes)
+    available = cluster.gpus_per_node_available
+    placement = requested_placement(resources)
+    if available == 0 and resources.gpus_per_node:
+        placement = dataclasses.replace(placement, gpus_per_node=0)
+        notes.append(f"{cluster.name} has no GPUs: {placement.processes_per_node} processes a node on the CPU instead")
+    elif available is not None and resources.gpus_per_node > available:
+        raise UsageError(
+            f"resources.gpus_per_node: {resources.gpus_per_node}, but nodes of {cluster.name} have {available}; "
+            f"use --gpus-per-node {available} and more --nodes"
+        )
+    if placement.cpus_per_process is None:
+        placement = dataclasses.replace(placement, cpus_per_process=cluster.cpus_per_process)
+    return placement, time_s, tuple(notes)
+
+
+def plan_for(experiment: Experiment, cluster: Cluster, stored: int, notes: tuple[str, ...] = ()) -> Plan:
+    """The plan of one job on this cluster."""
+    placement, time_s, adapted = place(experiment, cluster)
+    plan = make_plan(experiment, placement, stored, (*adapted, *notes))
+    if time_s == plan.time_s:
+        return plan
+    share = time_s / plan.time_s
+    return dataclasses.replace(plan, time_s=time_s, gpu_hours=plan.gpu_hours * share, core_hours=plan.core_hours * share)
+
+
+def preview(experiment: Experiment, cluster: Cluster, *, root: Path, data_root: Path) -> Preview:
+    """Plan and script without touching anything; a dataset that is not there yet is taken to have the usual size."""
+    notes: tuple[str, ...] = ()
+    try:
+        stored = stored_train_images(data_root, experiment.data.dataset)
+    except DataError:
+        stored = USUAL_TRAIN_IMAGES
+        notes = (f"{experiment.data.dataset} is not prepared in {data_root}: counted as {stored:,} training images",)
+    plan = plan_for(experiment, cluster, stored, notes)
+    if cluster.executor == "local":
+        return Preview(plan, None)
+    return Preview(plan, script.executor(experiment, cluster, plan, root / runs.new_run_id(experiment.name)).script())
+
+
+def check_budget(plan: Plan, max_gpu_hours: float | None) -> None:
+    """Refuse a job that may use more than the user allows.
+
+    Raises:
+        UsageError: GPUs times time limit is more than ``max_gpu_hours``.
+    """
+    if max_gpu_hours is not None and plan.gpu_hours > max_gpu_hours:
+        raise UsageError(
+            f"--max-gpu-hours {max_gpu_hours:g}: one job of this run may use {plan.gpu_hours:.2f} GPU-hours "
+            f"({plan.placement.nodes * plan.placement.gpus_per_node} GPUs x {plan.time_s / 3600:.2f} h); "
+            "ask for fewer GPUs or less --time, or allow more"
+        )
+
+
+def submit(
+    experiment: Experiment,
+    cluster: Cluster,
+    *,
+    root: Path,
+    data_root: Path,
+    max_gpu_hours: float | None = None,
+    command: list[str] | None = None,
+) -> Submitted:
+    """Queue ``experiment`` on ``cluster``, or start it here.
+
+    Args:
+        root: folder of runs.
+        data_root: folder of prepared datasets; jobs read it from there.
+        max_gpu_hours: refuse a job that may use more.
+        command: for the provenance; None means this process's own.
+
+    Raises:
+        UsageError: the request cannot be right (batch, budget, path).
+        DataError: the dataset is not prepared.
+        LaunchError: there is no Slurm, or it refused; the run directory, if there is one already, says so too.
+    """
+    if cluster.executor == "slurm" and not have_sbatch():
+        raise LaunchError(NO_SBATCH)
+    plan = plan_for(experiment, cluster, stored_train_images(data_root, experiment.data.dataset))
+    check_budget(plan, max_gpu_hours)
+    run_id = runs.new_run_id(experiment.name)
+    if cluster.executor == "slurm":
+        script.check_path(root / run_id, "run directory")
+    run = runs.create(root, run_id, experiment, plan.as_dict(), provenance.collect(command))
+    return Submitted(run, start(run, cluster, plan, data_root=data_root), plan)
+
+
+def start(run: Run, cluster: Cluster, plan: Plan, *, data_root: Path) -> str:
+    """Hand a job for an existing run directory over; the job id. What fails is written into the run directory."""
+    try:
+        files.write_json(run.path / "cluster.json", cluster.model_dump(mode="json"))
+        snapshot.take(run.code)
+        run.submitit.mkdir(exist_ok=True)
+        waiting = {key: value for key, value in run.state().items() if key != "reason"}
+        run.write_state(**{**waiting, "state": "pending"})
+        job = TrainJob(run.path, data_root)
+        return _start_local(run, cluster, plan, job) if cluster.executor == "local" else _start_slurm(run, cluster, plan, job)
+    except BaseException as error:
+        reason = str(error) if isinstance(error, HpcCifarError) else f"not submitted: {type(error).__name__}: {error}"
+        run.write_state(**{**run.state(), "state": "failed", "reason": reason.splitlines()[0] if reason else "not submitted"})
+        if isinstance(error, OSError):
+            raise LaunchError(f"{run.path}: cannot be written: {error}") from None
+        raise
+
+
+def _start_local(run: Run, cluster: Cluster, plan: Plan, job: TrainJob) -> str:
+    job_id = local.new_job_id()
+    executor = local.LocalExecutor(
+        run.submitit,
+        job_id=job_id,
+        code=run.code,
+        gpus=local.visible_gpus()[: plan.placement.gpus_per_node],
+        environment=dict(cluster.environment),
+    )
+    executor.update_parameters(
+        timeout_min=plan.time_s / 60,
+        tasks_per_node=plan.placement.processes_per_node,
+        cpus_per_task=plan.placement.cpus_per_process or 1,
+        signal_delay_s=cluster.signal_delay_s,
+    )
+    _record(run, "local", job_id, plan, host=os.uname().nodename)
+    executor.submit(job)
+    return job_id
+
+
+def _start_slurm(run: Run, cluster: Cluster, plan: Plan, job: TrainJob) -> str:
+    job_id = script.submit(script.executor(run.experiment(), cluster, plan, run.path), job)
+    _record(run, "slurm", job_id, plan, cluster=cluster.name)
+    return job_id
+
+
+def _record(run: Run, executor: str, job_id: str, plan: Plan, **more: Any) -> None:
+    gpus = plan.placement.nodes * plan.placement.gpus_per_node
+    run.add_job(executor=executor, job_id=job_id, tasks=plan.placement.world_size, gpus=gpus, **more)
