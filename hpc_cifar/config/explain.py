@@ -30,6 +30,8 @@ def explain(error: ValidationError, root: Node, model: type[BaseModel], file: st
         place, path, node = _locate(detail, root, file)
         if node is not None and reported(node):
             continue
+        if detail["type"] == "too_short" and node is not None and node.items:
+            continue  # pydantic does not count entries with errors, which are reported themselves
         message, path, place = _message(detail, path, place, node, model, root)
         if match := re.fullmatch(r"should be (.*?)(, not .*)", message, re.DOTALL):
             known = expected.setdefault((place, path), [])
@@ -68,7 +70,7 @@ def _locate(detail: ErrorDetails, root: Node, file: str) -> tuple[Place, str, No
         elif about_absent and position == last:
             return place, join(path, str(element)), None
         elif element in LAYER_NAMES and node is not None and node.kind == "scalar" and position != last:
-            continue  # `- dense` for `- dense: {}`; the layer itself is named by the message
+            path = join(path, str(element))  # `- dense`, which stands for `- dense: {}`
     return place, path, node
 
 

@@ -65,6 +65,30 @@ def check(paths: Sequence[Path], sets: Sequence[str] = ()) -> tuple[list[tuple[P
     return good, problems
 
 
+def is_profile(path: Path) -> bool:
+    """Whether the file is a cluster profile by its keys, for a command that is given either kind."""
+    text = read_text(path)
+    root = parse(text, "")[0] if isinstance(text, str) else None
+    keys = root.entries.keys() if root is not None else set()
+    return bool(keys & (Cluster.model_fields.keys() - Experiment.model_fields.keys())) and not keys & {
+        "model",
+        "epochs",
+        "data",
+    }
+
+
+def place_of(path: Path, field: str) -> str:
+    """``file:line`` of a field, for a rule that only a plan can check; the file alone where the field is not in it."""
+    text = read_text(path)
+    root = parse(text, shown_path(path))[0] if isinstance(text, str) else None
+    place = Place(shown_path(path))
+    for key in field.split("."):
+        if root is None or key not in root.entries:
+            break
+        place, root = root.entries[key]
+    return str(place)
+
+
 def _read(path: Path, sets: Sequence[str], model: type[AnyModel]) -> tuple[AnyModel | None, list[str]]:
     file = shown_path(path)
     text = read_text(path)

@@ -1,0 +1,150 @@
+"""``validate``, ``schema`` and ``jobs``: everything about job files that needs no data, no torch and no cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from ..config.experiment import Experiment
+
+STORED_TRAIN_IMAGES = {"cifar10": 50_000, "cifar10-jpeg": 50_000}
+"""What ``validate`` can count steps from before anything is prepared."""
+
+
+def validate(
+    jobs: Annotated[list[str], typer.Argument(metavar="JOB...", help="job files, or names of packaged ones")],
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a field, such as epochs=2")
+    ] = None,
+) -> None:
+    """Check job files; every problem is one line, file:line: field: what is wrong, what would be right."""
+    from ..config.load import is_profile, load_cluster
+    from ..config.messages import shown_path
+    from ..config.packaged import find_job
+    from ..errors import ConfigError, UsageError
+
+    problems: list[str] = []
+    for job in jobs:
+        try:
+            path = find_job(job)
+            if is_profile(path):
+                cluster = load_cluster(path)
+                typer.echo(f"ok  {shown_path(path)}  cluster profile {cluster.name}: {cluster.description or cluster.executor}")
+            else:
+                typer.echo(f"ok  {shown_path(path)}  {_checked(path, sets or ())}")
+        except ConfigError as error:
+            problems += error.problems
+        except UsageError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError(problems)
+
+
+def _checked(path: Path, sets: Sequence[str]) -> str:
+    """The summary of a job file that is right."""
+    from ..config.load import load_experiment, place_of
+    from ..errors import ConfigError, UsageError
+
+    experiment = load_experiment(path, sets)
+    try:
+        return summary(experiment)
+    except UsageError as error:  # a batch smaller than the number of processes: the plan's rule, at the file's line
+        raise ConfigError([f"{place_of(path, 'data.batch_size')}: {error}"]) from None
+
+
+def summary(experiment: Experiment) -> str:
+    """``deep300: 551,722 parameters, 76 steps an epoch, 22,800 steps in 300 epochs, ...``."""
+    from ..config.shapes import layer_shapes, parameter_count
+    from ..plan import make_plan, requested_placement
+
+    resources = experiment.resources
+    placement = requested_placement(resources)
+    stored = STORED_TRAIN_IMAGES.get(experiment.data.dataset)
+    plan = make_plan(experiment, placement, stored or experiment.data.batch_size)
+    words = [f"{parameter_count(layer_shapes(experiment.model)):,} parameters"]
+    if stored:
+        words += [
+            f"{plan.steps_per_epoch:,} steps an epoch",
+            f"{plan.total_steps:,} steps in {experiment.epochs:,} epoch{'s' if experiment.epochs > 1 else ''}",
+        ]
+    else:
+        words.append(f"{experiment.epochs:,} epochs (steps depend on the prepared dataset {experiment.data.dataset})")
+    processes = f"{placement.world_size:,} process{'es' if placement.world_size > 1 else ''}"
+    if plan.gpu_hours:
+        words.append(f"{processes} on GPUs, at most {plan.gpu_hours:,.3g} GPU-hours")
+    else:
+        words.append(f"{processes} on CPUs, at most {resources.time}")
+    return f"{experiment.name}: {', '.join(words)}"
+
+
+def schema(
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="write to this file instead of the terminal")] = None,
+) -> None:
+    """Print the JSON Schema of job files; name it in a file's first line as # yaml-language-server: $schema=FILE."""
+    from .. import files
+    from ..config.messages import shown_path
+    from ..config.schema import schema_text
+    from ..errors import UsageError
+
+    if out is None:
+        typer.echo(schema_text(), nl=False)
+        return
+    try:
+        files.write_text(out, schema_text())
+    except OSError as error:
+        raise UsageError(f"{shown_path(out)}: cannot be written: {error.strerror or error}") from None
+    typer.echo(f"wrote {shown_path(out)}")
+
+
+def jobs(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="packaged jobs to copy; all without a name")
+    ] = None,
+    copy: Annotated[bool, typer.Option("--copy", help="copy the named jobs (all without a name)")] = False,
+    into: Annotated[Path, typer.Option("--into", help="folder that gets the copies")] = Path("jobs"),
+    force: Annotated[bool, typer.Option("--force", help="overwrite files that are there")] = False,
+) -> None:
+    """List the job files that come with hpc-cifar, or copy them out to change them."""
+    from ..config.fields import shown
+    from ..config.messages import did_you_mean
+    from ..config.packaged import headline, job_files
+    from ..errors import UsageError
+
+    packaged = {path.stem: path for path in job_files()}
+    wanted = [name.removesuffix(".yaml") for name in names or packaged]
+    for name in wanted:
+        if name not in packaged:
+            raise UsageError(f"{shown(name)}: no such packaged job; {did_you_mean(name, list(packaged), 'packaged jobs')}")
+    if copy or names:
+        _copy([packaged[name] for name in wanted], into, force)
+        return
+    width = max(map(len, packaged), default=0)
+    for name, path in packaged.items():
+        typer.echo(f"{name:{width}}  {headline(path).removeprefix(f'{name}: ')}")
+    typer.echo("\nhpc-cifar jobs NAME copies one into jobs/; hpc-cifar submit NAME runs it as it is")
+
+
+def _copy(sources: list[Path], into: Path, force: bool) -> None:
+    """Copy job files and the schema their first line names; all or, where one is in the way, none."""
+    from .. import files
+    from ..config.messages import shown_path
+    from ..config.schema import schema_text
+    from ..errors import UsageError
+
+    in_the_way = [shown_path(into / source.name) for source in sources if (into / source.name).exists()]
+    if in_the_way and not force:
+        raise UsageError(f"{', '.join(in_the_way)}: exists already; use --force to overwrite, or --into another folder")
+    try:
+        into.mkdir(parents=True, exist_ok=True)
+        for source in sources:
+            if source.resolve() == (into / source.name).resolve():
+                raise UsageError(f"{shown_path(source)}: is the packaged file itself; use --into another folder")
+            files.write_text(into / source.name, source.read_text(encoding="utf-8"))
+            typer.echo(f"wrote {shown_path(into / source.name)}")
+        files.write_text(into / "experiment.schema.json", schema_text())
+    except OSError as error:
+        raise UsageError(f"{shown_path(into)}: cannot be written: {error.strerror or error}") from None
