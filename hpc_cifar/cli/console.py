@@ -1,0 +1,220 @@
+"""What people read: tables, the plan, and a run that is being followed."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..launch.status import Status
+    from ..plan import Plan
+    from ..runs import Run
+
+ERASE = "\x1b[2J\x1b[H"
+
+
+def _printable(text: str) -> str:
+    return "".join(char if char.isprintable() else " " for char in text)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Sequence[str] = ()) -> None:
+    """A table on a terminal, tab-separated lines in a pipe, so that ``cut`` and ``grep`` work."""
+    if not sys.stdout.isatty():
+        if title:
+            print(title)
+        for row in [columns, *rows]:
+            print("\t".join(_printable(cell) for cell in row))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for name in columns:
+        made.add_column(name, justify="right" if name in numbers else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*(Text(_printable(cell)) for cell in row))
+    Console().print(made)
+
+
+def facts(title: str, rows: Sequence[tuple[str, str]]) -> None:
+    """Names and values, one a line, aligned."""
+    width = max((len(name) for name, _ in rows), default=0)
+    print(title)
+    for name, value in rows:
+        print(f"  {name:<{width}}  {_printable(value)}")
+
+
+def percent(share: Any) -> str:
+    return f"{100 * share:.2f} %" if isinstance(share, int | float) else "-"
+
+
+def number(value: Any, form: str = ",.0f") -> str:
+    return format(value, form) if isinstance(value, int | float) else "-"
+
+
+def duration(seconds: Any) -> str:
+    """``1:02:03`` or ``2:03``."""
+    if not isinstance(seconds, int | float):
+        return "-"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def plan_facts(name: str, cluster: str, plan: Plan) -> None:
+    """The plan of a job, its budget and what was adapted."""
+    place = plan.placement
+    what = f"{place.gpus_per_node} GPUs" if place.gpus_per_node else "CPU only"
+    nodes = f"{place.nodes} node{'s' if place.nodes > 1 else ''}"
+    share = f"at most {plan.largest_shard} on a rank" + (f", in {plan.accumulation} parts" if plan.accumulation > 1 else "")
+    facts(
+        f"plan of {name} on {cluster}",
+        [
+            ("processes", f"{place.world_size} ({nodes} x {place.processes_per_node}, {what})"),
+            ("batch", f"{plan.batch_size} images, {share}"),
+            ("steps", f"{plan.total_steps:,} ({plan.steps_per_epoch:,} an epoch, {plan.train_images:,} training images)"),
+            ("time limit", f"{duration(plan.time_s)} a job; a run that needs more goes on in a requeued one"),
+            ("budget", f"at most {plan.gpu_hours:.2f} GPU-hours and {plan.core_hours:.2f} core-hours a job"),
+        ],
+    )
+    for note in plan.notes:
+        print(f"  note: {_printable(note)}")
+
+
+def status_table(rows: Sequence[Status], title: str = "") -> None:
+    columns = ("run", "state", "job", "epoch", "step", "validation", "test", "restarts", "GPU-hours", "left", "reason")
+    cells = [
+        (
+            row.run,
+            row.state,
+            row.job_id or "-",
+            f"{number(row.epoch)}/{number(row.epochs)}",
+            number(row.step),
+            percent(row.val_accuracy),
+            percent(row.test_accuracy),
+            str(row.restarts),
+            number(row.gpu_hours, ".3f"),
+            duration(row.eta_s),
+            row.reason or "",
+        )
+        for row in rows
+    ]
+    table(title, columns, cells, numbers=columns[3:10])
+
+
+def result_table(run: Run, seen: Status) -> None:
+    """How a run ended."""
+    result = run.result() or {}
+    rows = [("state", seen.state)]
+    if seen.reason:
+        rows.append(("reason", seen.reason))
+    if result.get("test_accuracy") is not None:
+        rows += [("test accuracy", percent(result["test_accuracy"])), ("test loss", number(result.get("test_loss"), ".4f"))]
+    elif result.get("val_accuracy") is not None or seen.val_accuracy is not None:
+        rows.append(("validation", percent(result.get("val_accuracy", seen.val_accuracy))))
+    rows += [
+        ("epochs", f"{number(result.get('epochs', seen.epoch))} of {number(seen.epochs)}"),
+        ("time", duration(result.get("seconds", run.state().get("seconds")))),
+        ("data", str(result.get("data") or run.state().get("data") or "-")),
+        ("restarts", str(seen.restarts)),
+        ("GPU-hours", number(seen.gpu_hours, ".3f")),
+        ("run", str(run.path)),
+    ]
+    facts(f"result of {run.id}", rows)
+
+
+def epoch_line(row: dict[str, Any], epochs: Any) -> str:
+    """One plain line for a row of ``metrics.jsonl`` of kind ``epoch``."""
+    parts = [f"epoch {row.get('epoch')}/{number(epochs)}"]
+    for key, label in (("train_loss", "loss"), ("train_accuracy", "accuracy"), ("val_accuracy", "validation accuracy")):
+        if row.get(key) is not None:
+            parts.append(f"{label} {row[key]:.4f}" if key.endswith("loss") else f"{label} {percent(row[key])}")
+    if row.get("images_per_second"):
+        parts.append(f"{number(row['images_per_second'])} images/s")
+    return "  ".join(parts)
+
+
+class _Bar:
+    """A live progress bar on a terminal; nothing elsewhere."""
+
+    def __init__(self) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self._bar = Progress(
+            TextColumn("{task.fields[what]}"), BarColumn(), TextColumn("{task.fields[how]}"), TimeElapsedColumn()
+        )
+        self._task = self._bar.add_task("", total=None, what="waiting to start", how="")
+        self._bar.start()
+
+    def update(self, seen: Status, state: dict[str, Any]) -> None:
+        if seen.step is None or not state.get("total_steps"):
+            self._bar.update(self._task, what=seen.state + (f" ({seen.reason})" if seen.reason else ""))
+            return
+        epoch = min((seen.epoch or 0) + 1, seen.epochs or 1)
+        how = [f"step {seen.step:,}/{state['total_steps']:,}"]
+        if state.get("train_loss") is not None:
+            how.append(f"loss {state['train_loss']:.4f}")
+        if seen.val_accuracy is not None:
+            how.append(f"validation {percent(seen.val_accuracy)}")
+        how += [f"{number(state.get('images_per_second'))} images/s", f"left {duration(seen.eta_s)}"]
+        what = f"epoch {epoch}/{number(seen.epochs)}" + (f" [{seen.state}]" if seen.state != "running" else "")
+        self._bar.update(self._task, total=state["total_steps"], completed=seen.step, what=what, how="  ".join(how))
+
+    def say(self, text: str) -> None:
+        self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        self._bar.stop()
+
+
+def follow(run: Run) -> Status:
+    """Watch a run to its end: a bar on a terminal, one line an epoch in any case; then the result.
+
+    Ctrl-C leaves the run alone and raises ``KeyboardInterrupt`` again, after saying so.
+    """
+    from .. import files
+    from ..launch.status import status
+
+    bar = _Bar() if sys.stdout.isatty() else None
+    told: set[Any] = set()
+    last, size = "", -1
+    try:
+        while True:
+            seen, state = status(run), run.state()
+            try:
+                now_size = run.metrics_file.stat().st_size
+            except OSError:
+                now_size = 0
+            if now_size != size:
+                size = now_size
+                for row in files.read_json_lines(run.metrics_file):
+                    if row.get("kind") == "epoch" and row.get("epoch") not in told:
+                        told.add(row["epoch"])
+                        (bar.say if bar else _say)(epoch_line(row, seen.epochs))
+            if bar:
+                bar.update(seen, state)
+            elif seen.state != last:
+                _say(f"{run.id}: {seen.state}" + (f" ({seen.reason})" if seen.reason else ""))
+            last = seen.state
+            if seen.ended:
+                break
+            # Slurm is shared: ask it rarely; our own files may be read often
+            time.sleep(0.5 if (run.jobs() or [{}])[-1].get("executor") != "slurm" else 3.0)
+    except KeyboardInterrupt:
+        if bar:
+            bar.close()
+            bar = None
+        print(f"\n{run.id} goes on; look again with: hpc-cifar logs {run.id} -f   stop it with: hpc-cifar cancel {run.id}")
+        raise
+    finally:
+        if bar:
+            bar.close()
+    result_table(run, seen)
+    return seen
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)

@@ -1,0 +1,154 @@
+"""``status``, ``list``, ``logs``, ``wait``, ``cancel``, ``resume``: parse, call, print."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Annotated
+
+import typer
+
+RECENT = 20
+RunName = Annotated[str, typer.Argument(help="Run id, unique prefix, job id, path, or last.")]
+
+
+def status(
+    run: Annotated[
+        str | None,
+        typer.Argument(help="Run id, unique prefix, job id, path, or last; all runs without it.", show_default=False),
+    ] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Look again every few seconds until all have ended.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="A list of objects, one a run.")] = False,
+    every: Annotated[float, typer.Option(min=0.2, help="Seconds between looks with --watch.")] = 5.0,
+) -> None:
+    """Show the state of a run, or of the latest runs."""
+    from .. import files, runs
+    from ..launch.status import statuses
+    from . import console
+
+    root = files.runs_root()
+    while True:
+        wanted = [runs.find(run, root)] if run is not None else runs.all_runs(root)
+        hidden = 0 if as_json else max(0, len(wanted) - RECENT)
+        seen = statuses(wanted[hidden:])
+        if as_json:
+            typer.echo(json.dumps([row.as_dict() for row in seen], indent=None if watch else 2))
+        else:
+            if watch and sys.stdout.isatty():
+                typer.echo(console.ERASE, nl=False)
+            if seen:
+                console.status_table(seen)
+            else:
+                typer.echo(f"no runs in {root}")
+            if hidden:
+                typer.echo(f"and {hidden} older: hpc-cifar list")
+        if not watch or all(row.ended for row in seen):
+            return
+        time.sleep(every)
+
+
+def list_runs(
+    as_json: Annotated[bool, typer.Option("--json", help="A list of objects, as of status.")] = False,
+) -> None:
+    """List every run, oldest first."""
+    from .. import files, runs
+    from ..launch.status import statuses
+    from . import console
+
+    root = files.runs_root()
+    seen = statuses(runs.all_runs(root))
+    if as_json:
+        typer.echo(json.dumps([row.as_dict() for row in seen], indent=2))
+    elif seen:
+        console.status_table(seen)
+    else:
+        typer.echo(f"no runs in {root}")
+
+
+def logs(
+    run: RunName = "last",
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run has ended.")] = False,
+    rank: Annotated[int, typer.Option(min=0, help="Whose log.")] = 0,
+) -> None:
+    """Print what a rank wrote: standard output and standard error of every job of the run, in order."""
+    from .. import files, runs
+    from ..errors import RunError
+    from ..launch import control
+
+    found = runs.find(run, files.runs_root())
+    last = None
+    if follow:
+        for path, text in control.follow_logs(found, rank):
+            if path != last and (last is not None or path.suffix == ".err"):
+                typer.echo(f"==> {path.name} <==")
+            last = path
+            typer.echo(text, nl=False)
+        return
+    paths = control.log_files(found, rank)
+    if not paths:
+        raise RunError(f"{found.id}: rank {rank} has no log yet (they will lie in {found.submitit})")
+    for path in paths:
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if text:
+            if len(paths) > 1:
+                typer.echo(f"==> {path.name} <==")
+            typer.echo(text, nl=not text.endswith("\n"))
+
+
+def wait(run: RunName = "last") -> None:
+    """Wait until a run has ended; exit code 0 if it finished, 1 if it failed or was cancelled."""
+    from .. import files, runs
+    from ..launch import control
+
+    found = runs.find(run, files.runs_root())
+    _exit_with(control.wait(found))
+
+
+def _exit_with(seen: object) -> None:
+    from ..launch.status import Status
+
+    assert isinstance(seen, Status)
+    typer.echo(f"{seen.run}: {seen.state}" + (f" ({seen.reason})" if seen.reason else ""))
+    if seen.state not in ("finished", "stopped"):
+        raise typer.Exit(1)
+
+
+def cancel(run: Annotated[list[str], typer.Argument(help="Run ids, unique prefixes, job ids, paths, or last.")]) -> None:
+    """Stop runs for good; each saves a checkpoint first and does not requeue."""
+    from .. import files, runs
+    from ..launch import control
+
+    for found in [runs.find(name, files.runs_root()) for name in run]:
+        typer.echo(control.cancel(found))
+
+
+def resume(
+    run: RunName = "last",
+    cluster: Annotated[str | None, typer.Option(help="Another profile than last time.", show_default=False)] = None,
+    max_gpu_hours: Annotated[
+        float | None, typer.Option(min=0, help="Refuse a job that may use more GPU-hours.", show_default=False)
+    ] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Watch the run to its end and print the result.")] = False,
+) -> None:
+    """Submit a stopped, failed or cancelled run again: same experiment, same code, from its last checkpoint."""
+    from .. import files, runs
+    from ..config.cluster import find_cluster
+    from ..launch import control
+    from ..launch.submit import have_sbatch
+    from . import console
+
+    found = runs.find(run, files.runs_root())
+    profile = None if cluster is None else find_cluster(cluster, have_sbatch=have_sbatch())
+    done = control.resume(found, data_root=files.data_root(), cluster=profile, max_gpu_hours=max_gpu_hours)
+    if done.job_id is None:
+        typer.echo(f"{found.id} has finished already; nothing to do")
+        return
+    typer.echo(f"{found.id}: resumed as job {done.job_id}")
+    if follow:
+        try:
+            seen = console.follow(found)
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+        if seen.state not in ("finished", "stopped"):
+            raise typer.Exit(1)

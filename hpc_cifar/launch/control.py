@@ -1,0 +1,193 @@
+"""What one does with a run that exists: read its logs, wait for it, cancel it, resume it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import files
+from ..config.cluster import Cluster
+from ..errors import LaunchError, RunError
+from ..runs import Run, now
+from . import process, slurm
+from .status import Status, controller_of, is_live, status
+
+CANCEL_GRACE_S = 75.0  # a little more than the controller gives the ranks
+FIRST_POLL_S, LAST_POLL_S = 1.0, 10.0
+
+
+# ---- logs ----------------------------------------------------------------------------------------------------------
+
+
+def log_files(run: Run, rank: int = 0) -> list[Path]:
+    """Log files of one rank, oldest job first, standard output before standard error. A requeue appends to its job's files."""
+    names = (f"{job.get('job_id')}_{rank}_log.{kind}" for job in run.jobs() for kind in ("out", "err"))
+    return [path for name in names if (path := run.submitit / name).is_file()]
+
+
+def follow_logs(run: Run, rank: int, poll_s: float = 0.5) -> Iterator[tuple[Path, str]]:
+    """Pieces of the logs as they are written, until the run has ended; new files of later jobs too."""
+    offsets: dict[Path, int] = {}
+    checked, ended = 0.0, False
+    while True:
+        for path in log_files(run, rank):
+            with path.open("rb") as stream:
+                stream.seek(offsets.get(path, 0))
+                data = stream.read()
+            whole = len(data) if ended else data.rfind(b"\n") + 1  # a line that is still being written waits
+            if whole:
+                offsets[path] = offsets.get(path, 0) + whole
+                yield path, data[:whole].decode(errors="replace")
+        if ended:
+            return
+        if time.monotonic() - checked > FIRST_POLL_S:
+            checked = time.monotonic()
+            ended = status(run).ended
+        if not ended:
+            time.sleep(poll_s)
+
+
+# ---- wait ----------------------------------------------------------------------------------------------------------
+
+
+def wait(run: Run, tick: Callable[[Status], None] | None = None) -> Status:
+    """Block until the run has ended; a requeue is not an end."""
+    pause = FIRST_POLL_S / 2
+    while True:
+        seen = status(run)
+        if tick is not None:
+            tick(seen)
+        if seen.ended:
+            return seen
+        time.sleep(pause)
+        pause = min(pause * 1.5, LAST_POLL_S)
+
+
+# ---- cancel --------------------------------------------------------------------------------------------------------
+
+
+def cancel(run: Run, grace_s: float = CANCEL_GRACE_S) -> str:
+    """Stop a run for good; it never requeues. Returns what happened, for people to read.
+
+    Raises:
+        LaunchError: the scheduler refused, or the run is on a machine that cannot be reached from here.
+    """
+    before = status(run)
+    if before.state == "finished":
+        return f"{run.id} has finished already"
+    if before.ended and not is_live(run):
+        return f"{run.id} is not running: it is {before.state}"
+    files.write_text(run.cancel_marker, now() + "\n")  # first: whatever stops now must not requeue
+    jobs = run.jobs()
+    job = jobs[-1] if jobs else {}
+    if job.get("executor") == "slurm":
+        slurm.cancel([str(row["job_id"]) for row in jobs if row.get("executor") == "slurm"])
+        if before.state in ("pending", "requeued"):  # no process is there to say so
+            _mark_cancelled(run)
+            return f"{run.id}: cancelled while it was waiting (job {job['job_id']})"
+        return f"{run.id}: cancelling job {job['job_id']}; it saves a checkpoint first"
+    _cancel_local(run, job, grace_s)
+    if not run.finished():
+        _mark_cancelled(run)
+        return f"{run.id}: cancelled"
+    return f"{run.id} finished before it could be cancelled"
+
+
+def _mark_cancelled(run: Run) -> None:
+    run.write_state(**{**run.state(), "state": "cancelled"})
+
+
+def _cancel_local(run: Run, job: dict[str, Any], grace_s: float) -> None:
+    host = job.get("host") or run.state().get("host")
+    if host is not None and host != socket.gethostname():
+        raise LaunchError(f"{run.id} runs on {host}: cancel it there")
+    who = controller_of(run, job)
+    deadline = time.monotonic() + 5
+    while not who and job.get("executor") == "local" and time.monotonic() < deadline:  # it is just starting
+        time.sleep(0.1)
+        who = controller_of(run, job)
+    if process.is_alive(who):
+        process.send(int(who["pid"]), signal.SIGTERM)
+        deadline = time.monotonic() + grace_s
+        while process.is_alive(who) and time.monotonic() < deadline:
+            time.sleep(0.1)
+    if job.get("executor") == "local":  # a session of our own, so that all of it may go
+        for pid in process.survivors(who):
+            process.send(pid, signal.SIGKILL)
+    elif process.is_alive(who):
+        process.send(int(who["pid"]), signal.SIGKILL)
+
+
+# ---- resume --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """``job_id`` is None if there was nothing to do, since the run has finished."""
+
+    run: Run
+    job_id: str | None
+
+
+@contextlib.contextmanager
+def _alone(run: Run) -> Iterator[None]:
+    """Two people must not resume one run at the same time."""
+    with (run.path / ".submit.lock").open("a") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"{run.id}: another command is submitting this run right now") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
+def resume(run: Run, *, data_root: Path, cluster: Cluster | None = None, max_gpu_hours: float | None = None) -> Resumed:
+    """Submit an existing run again, with its own experiment and code; it continues from its last checkpoint.
+
+    Args:
+        cluster: another place than last time.
+
+    Raises:
+        RunError: it is queued or running.
+        LaunchError: the scheduler refused.
+    """
+    from . import submit
+
+    if run.finished():
+        return Resumed(run, None)
+    with _alone(run):
+        seen = status(run)
+        if is_live(run) or not seen.ended:
+            where = f" as job {seen.job_id}" if seen.job_id else ""
+            raise RunError(f"{run.id} is {seen.state}{where}: wait for it or cancel it before resuming")
+        chosen = cluster or last_cluster(run)
+        if chosen.executor == "slurm" and not submit.have_sbatch():
+            raise LaunchError(submit.NO_SBATCH)
+        experiment = run.experiment()
+        plan = submit.plan_for(experiment, chosen, submit.stored_train_images(data_root, experiment.data.dataset))
+        submit.check_budget(plan, max_gpu_hours)
+        run.cancel_marker.unlink(missing_ok=True)
+        files.write_json(run.path / "plan.json", plan.as_dict())
+        return Resumed(run, submit.start(run, chosen, plan, data_root=data_root))
+
+
+def last_cluster(run: Run) -> Cluster:
+    """The profile the run was last submitted with; this machine for a run begun by ``train``."""
+    from ..config.cluster import LOCAL
+
+    saved = files.read_json(run.path / "cluster.json")
+    return Cluster.model_validate(saved) if isinstance(saved, dict) else LOCAL
+
+
+def here() -> dict[str, Any]:
+    """The identity of this process, for the record of a bare ``train``."""
+    return process.identity(os.getpid())

@@ -1,0 +1,179 @@
+"""The state of runs: from the run directory first, Slurm second, local processes third."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .. import files
+from ..runs import Run
+from . import local, process, slurm
+
+ENDED = frozenset(("finished", "failed", "cancelled", "stopped"))
+VANISHED = "processes ended without a result"
+START_GRACE_S = 15.0  # between the record of a local job and its first process
+
+
+@dataclass(frozen=True)
+class Status:
+    """One row of ``status --json``; the field names are the contract."""
+
+    run: str
+    state: str
+    job_id: str | None
+    epoch: int | None
+    epochs: int | None
+    step: int | None
+    val_accuracy: float | None
+    test_accuracy: float | None
+    restarts: int
+    gpu_hours: float | None
+    eta_s: float | None
+    reason: str | None
+
+    @property
+    def ended(self) -> bool:
+        return self.state in ENDED
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def statuses(runs: Sequence[Run]) -> list[Status]:
+    """The state of each run; Slurm is asked once for all of them."""
+    jobs = {run.id: _last_job(run) for run in runs}
+    # a finished run needs no question, whatever Slurm makes of its job
+    asked = {run.id for run in runs if jobs[run.id].get("executor") == "slurm" and not run.finished()}
+    answer = slurm.query(str(jobs[run_id]["job_id"]) for run_id in asked)
+    return [_status(run, jobs[run.id], answer) for run in runs]
+
+
+def status(run: Run) -> Status:
+    return statuses([run])[0]
+
+
+def controller_of(run: Run, job: dict[str, Any]) -> dict[str, Any]:
+    """The recorded identity of a local job's controller, or of a bare ``train``, or ``{}``."""
+    if job.get("executor") == "train":
+        return job
+    found = files.read_json(local.process_file(run.submitit, str(job.get("job_id"))))
+    return found if isinstance(found, dict) else {}
+
+
+def _last_job(run: Run) -> dict[str, Any]:
+    jobs = run.jobs()
+    return jobs[-1] if jobs else {}
+
+
+def _status(run: Run, job: dict[str, Any], answer: slurm.Answer) -> Status:
+    alive = _alive(run, job, answer)  # before the files are read: a process that ends in between has written its last word
+    result, state = run.result() or {}, run.state()
+    if result.get("state") == "finished":
+        return _row(run, job, state, result, "finished", None)
+    word, reason = str(state.get("state") or "pending"), state.get("reason")
+    if job.get("executor") == "slurm":
+        word, reason = _with_slurm(run, word, reason, state, answer.jobs.get(str(job["job_id"])), answer.reachable)
+    elif alive is False and word not in ENDED:
+        cancelled = run.cancel_marker.exists()
+        word, reason = ("cancelled", reason) if cancelled else ("failed", VANISHED)
+    elif alive is None and word in ("running", "requeued"):
+        reason = f"on {job.get('host') or state.get('host') or 'another host'}, last heard of {state.get('updated', 'never')}"
+    return _row(run, job, state, result, word, reason)
+
+
+def _alive(run: Run, job: dict[str, Any], answer: slurm.Answer) -> bool | None:
+    """Whether the run has processes or a place in the queue; None if that cannot be seen from here."""
+    if job.get("executor") == "slurm":
+        known = answer.jobs.get(str(job["job_id"]))
+        return known.alive if known else (False if answer.reachable else None)
+    host = job.get("host") or run.state().get("host")
+    if host is not None and host != socket.gethostname():
+        return None
+    who = controller_of(run, job)
+    if who:
+        return process.is_alive(who) or bool(job.get("executor") == "local" and process.survivors(who))
+    return min(_age_s(job.get("submitted")), _age_s(run.state().get("updated")), _file_age_s(run)) < START_GRACE_S
+
+
+def is_live(run: Run) -> bool:
+    """Whether a job of this run is queued or running, as far as can be seen from here."""
+    job = _last_job(run)
+    if job.get("executor") == "slurm":
+        return _alive(run, job, slurm.query([str(job["job_id"])])) is not False
+    return _alive(run, job, slurm.Answer({}, True)) is True
+
+
+def _with_slurm(
+    run: Run, word: str, reason: Any, state: dict[str, Any], job: slurm.JobState | None, reachable: bool
+) -> tuple[str, str | None]:
+    """Slurm is the authority on whether a job is there; the run directory on what it did."""
+    if job is None:
+        if word in ENDED:
+            return word, reason
+        if not reachable:
+            return word, "Slurm does not answer; this is what the run last wrote"
+        return ("cancelled", None) if run.cancel_marker.exists() else ("failed", VANISHED)
+    if job.waiting:
+        if run.cancel_marker.exists():
+            return "cancelled", reason
+        # a job that failed, or stopped, and waits again was requeued by Slurm
+        return ("requeued" if state.get("step") is not None else "pending"), job.reason or None
+    if job.active:
+        # also when the last word was "failed": Slurm may have requeued the job since, and this one has not ended yet
+        return "running", "being cancelled" if run.cancel_marker.exists() else None
+    if word in ENDED:
+        return word, reason
+    if job.state == "CANCELLED" or run.cancel_marker.exists():
+        return "cancelled", None if run.cancel_marker.exists() else "cancelled with scancel"
+    words = {"TIMEOUT": "the time limit was reached before a checkpoint was saved", "COMPLETED": VANISHED}
+    detail = f" ({job.reason})" if job.reason else ""
+    return "failed", words.get(job.state, f"Slurm: {job.state}{detail}")
+
+
+def _age_s(stamp: Any) -> float:
+    try:
+        then = datetime.datetime.fromisoformat(str(stamp))
+    except ValueError:
+        return float("inf")
+    return time.time() - then.timestamp()
+
+
+def _file_age_s(run: Run) -> float:
+    try:
+        return time.time() - run.experiment_file.stat().st_mtime
+    except OSError:
+        return float("inf")
+
+
+def _row(run: Run, job: dict[str, Any], state: dict[str, Any], result: dict[str, Any], word: str, reason: Any) -> Status:
+    eta = None
+    speed, step, total = state.get("images_per_second"), state.get("step"), state.get("total_steps")
+    batch = run.plan().get("batch_size")
+    if word == "running" and speed and batch and step is not None and total:
+        eta = round(max(total - step, 0) * batch / speed, 1)
+    hours = result.get("gpu_hours", state.get("gpu_hours"))
+    return Status(
+        run=run.id,
+        state=word,
+        job_id=str(job["job_id"]) if job.get("job_id") is not None else None,
+        epoch=state.get("epoch"),
+        epochs=state.get("epochs") or _planned_epochs(run),
+        step=step,
+        val_accuracy=state.get("val_accuracy"),
+        test_accuracy=result.get("test_accuracy"),
+        restarts=int(result.get("restarts") or state.get("restarts") or 0),
+        gpu_hours=hours,
+        eta_s=eta,
+        reason=str(reason) if reason else None,
+    )
+
+
+def _planned_epochs(run: Run) -> int | None:
+    plan = run.plan()
+    steps, total = plan.get("steps_per_epoch"), plan.get("total_steps")
+    return total // steps if steps and total else None
