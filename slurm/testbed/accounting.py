@@ -12,14 +12,21 @@ from processes import ClusterError, until
 if TYPE_CHECKING:
     from cluster import Cluster
 
-PACKAGES = {"slurmdbd": "slurmdbd", "sacctmgr": "slurmdbd", "mariadbd": "mariadb-server", "mariadb-install-db": "mariadb-server"}
+PACKAGES = {
+    "slurmdbd": "slurmdbd",
+    "sacctmgr": "slurmdbd",
+    "mariadbd": "mariadb-server",
+    "mariadb-install-db": "mariadb-server",
+}
 
 
 def start(cluster: Cluster, ports: configuration.Ports) -> None:
     """Bring up the database and slurmdbd and register the cluster; munged runs already."""
     folder, daemons = cluster.folder, cluster.daemons
     data, socket = folder / "database", folder / "database.socket"
-    made = cluster.call("mariadb-install-db", "--no-defaults", "--user=root", f"--datadir={data}", "--skip-test-db", timeout_s=60)
+    made = cluster.call(
+        "mariadb-install-db", "--no-defaults", "--user=root", f"--datadir={data}", "--skip-test-db", timeout_s=60
+    )
     if made.returncode != 0:
         raise ClusterError(f"mariadb-install-db: {(made.stderr or made.stdout).strip()[-300:]}")
     files = [f"--datadir={data}", f"--socket={socket}", f"--pid-file={folder}/run/mariadbd.pid"]

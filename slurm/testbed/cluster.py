@@ -104,7 +104,9 @@ class Cluster:
 
     def ready(self) -> bool:
         states = self.node_states()
-        return set(states) == set(NODES) and all(state.rstrip("*") in {"idle", "mixed", "allocated"} for state in states.values())
+        return set(states) == set(NODES) and all(
+            state.rstrip("*") in {"idle", "mixed", "allocated"} for state in states.values()
+        )
 
     def up(self, options: Options) -> None:
         check_machine(options)
@@ -152,7 +154,12 @@ class Cluster:
         key.touch(mode=0o600)
         key.write_bytes(secrets.token_bytes(128))
         socket = self.folder / "munge.socket"
-        files = {"key-file": key, "socket": socket, "pid-file": self.folder / "run/munged.pid", "seed-file": self.folder / "munge.seed"}
+        files = {
+            "key-file": key,
+            "socket": socket,
+            "pid-file": self.folder / "run/munged.pid",
+            "seed-file": self.folder / "munge.seed",
+        }
         options = [f"--{name}={path}" for name, path in files.items()]
         self.daemons.start("munged", ["munged", "--foreground", "--force", "--num-threads=4", *options])
         if not until(lambda: self.call("munge", f"--socket={socket}", "--no-input").returncode == 0, 10):

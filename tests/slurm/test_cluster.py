@@ -1,0 +1,114 @@
+"""The test cluster is a real one: what other tests rely on."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import submitit
+
+if TYPE_CHECKING:
+    from conftest import SlurmCluster
+
+pytestmark = pytest.mark.slow
+
+
+def test_batch_job_runs(slurm_cluster: SlurmCluster) -> None:
+    job = slurm_cluster.batch(script="echo hello from $(hostname)")
+    assert slurm_cluster.wait(job) == "COMPLETED"
+    assert slurm_cluster.output(job).strip() in {f"hello from n{number}" for number in (1, 2, 3)}
+
+
+def test_a_failed_job_is_seen_as_failed(slurm_cluster: SlurmCluster) -> None:
+    assert slurm_cluster.wait(slurm_cluster.batch(script="exit 3")) == "FAILED"
+
+
+def test_a_step_spans_nodes_that_find_each_other(slurm_cluster: SlurmCluster) -> None:
+    job = slurm_cluster.batch(
+        "--nodes=2",
+        script="srun hostname\nfor node in $(scontrol show hostnames $SLURM_JOB_NODELIST); do getent hosts $node; done",
+    )
+    assert slurm_cluster.wait(job) == "COMPLETED"
+    lines = slurm_cluster.output(job).split("\n")
+    first, second = sorted(lines[:2])
+    assert first != second
+    assert {line.split()[1] for line in lines[2:4]} == {first, second}
+    assert all(line.startswith("127.0.0.1") for line in lines[2:4])
+
+
+def test_fake_gpus_are_handed_out_once(slurm_cluster: SlurmCluster) -> None:
+    script = "echo devices=$CUDA_VISIBLE_DEVICES; sleep 2"
+    jobs = [slurm_cluster.batch("--nodelist=n1", "--gres=gpu:2", script=script) for _ in range(2)]
+    assert [slurm_cluster.wait(job) for job in jobs] == ["COMPLETED"] * 2
+    assert sorted(slurm_cluster.output(job).strip() for job in jobs) == ["devices=0,1", "devices=2,3"]
+
+
+def test_submitit_returns_a_value(slurm_cluster: SlurmCluster) -> None:
+    executor = submitit.SlurmExecutor(folder=slurm_cluster.work / "logs", python=sys.executable)
+    executor.update_parameters(time=5, ntasks_per_node=1, cpus_per_task=1)
+    job = executor.submit(os.path.join, "a", "b")
+    slurm_cluster.wait(job.job_id)
+    assert job.results() == ["a/b"]
+
+
+def test_requeue_runs_again(slurm_cluster: SlurmCluster) -> None:
+    job = slurm_cluster.batch(
+        "--requeue", script="echo run ${SLURM_RESTART_COUNT:-0}; [ ${SLURM_RESTART_COUNT:-0} = 1 ] || sleep 100"
+    )
+    slurm_cluster.until(lambda: "run 0" in slurm_cluster.output(job), 20, "the first run")
+    slurm_cluster.call("scontrol", "requeue", job)
+    assert slurm_cluster.wait(job) == "COMPLETED"
+    assert "run 1" in slurm_cluster.output(job)
+    assert slurm_cluster.job(job)["Restarts"] == "1"
+
+
+def test_a_high_job_preempts_and_the_low_one_hears_of_it(slurm_cluster: SlurmCluster) -> None:
+    script = "trap 'echo signalled; exit 0' USR1\necho run ${SLURM_RESTART_COUNT:-0}\n"
+    script += "[ ${SLURM_RESTART_COUNT:-0} = 0 ] || exit 0\nwhile true; do sleep 0.1; done"
+    low = slurm_cluster.batch(
+        "--requeue", "--nodelist=n1", "--exclusive", "--signal=B:USR1@60", "--partition=low", script=script
+    )
+    slurm_cluster.until(lambda: "run 0" in slurm_cluster.output(low), 20, "the low job runs")
+    high = slurm_cluster.batch("--nodelist=n1", "--exclusive", "--partition=high", script="true")
+    assert slurm_cluster.wait(high) == "COMPLETED"
+    assert "signalled" in slurm_cluster.output(low)
+
+
+def test_crash_and_boot_of_a_node(slurm_cluster: SlurmCluster) -> None:
+    job = slurm_cluster.batch("--nodelist=n3", "--no-requeue", script="sleep 100")
+    slurm_cluster.wait(job, {"RUNNING"})
+    assert "processes of n3 killed" in slurm_cluster.testbed("crash", "n3")
+    slurm_cluster.call("scancel", job)
+    slurm_cluster.testbed("boot", "n3")
+    slurm_cluster.until(lambda: "n3 idle" in slurm_cluster.testbed("status"), 60, "n3 is back")
+
+
+@pytest.fixture
+def own(tmp_path: Path, slurm_cluster: SlurmCluster) -> str:
+    """Folder of a second cluster on the same machine."""
+    return str(tmp_path / "c")
+
+
+def test_a_dirty_stop_is_cleaned_up_by_the_next_start(slurm_cluster: SlurmCluster, own: str) -> None:
+    import json
+    import signal
+
+    def testbed(verb: str) -> subprocess.CompletedProcess[str]:
+        script = Path(__file__).resolve().parents[2] / "slurm/testbed/cluster.py"
+        return subprocess.run([sys.executable, str(script), verb, "--dir", own], capture_output=True, text=True, check=False)
+
+    try:
+        assert testbed("up").returncode == 0
+        pids = [pid for pid, _ in json.loads(Path(own, "daemons.json").read_text()).values()]
+        for pid in pids[1:3]:
+            os.kill(pid, signal.SIGKILL)
+        assert testbed("up").returncode == 0
+        assert testbed("status").stdout.count("idle") == 3
+    finally:
+        assert testbed("down").returncode == 0
+    assert list(Path(own).iterdir()) == []
+    assert "n1" in slurm_cluster.testbed("status"), "the session's cluster is untouched"
