@@ -170,7 +170,7 @@ def _write_array(path: Path, array: npt.NDArray[Any]) -> dict[str, Any]:
     array = np.ascontiguousarray(array)
     with path.open("xb") as stream:
         hashed = _Hashed(stream)
-        np.lib.format.write_array_header_1_0(hashed, np.lib.format.header_data_from_array_1_0(array))  # type: ignore[arg-type]
+        np.lib.format.write_array_header_1_0(hashed, np.lib.format.header_data_from_array_1_0(array))
         hashed.write(array.data)
         stream.flush()
         os.fsync(stream.fileno())
@@ -185,7 +185,7 @@ def _write_array(path: Path, array: npt.NDArray[Any]) -> dict[str, Any]:
 def bytes_needed(data: Dataset) -> int:
     """Bytes on disk of the store of ``data``, to within a few KiB."""
     count = len(data.train_labels) + len(data.test_labels)
-    return data.train_images.nbytes + data.test_images.nbytes + count * 8 * (1 + 2 * data.train_images.shape[3]) + 2**14
+    return int(data.train_images.nbytes + data.test_images.nbytes + count * 8 * (1 + 2 * data.train_images.shape[3]) + 2**14)
 
 
 def write(folder: Path, data: Dataset, source: dict[str, Any], created: str) -> None:
@@ -203,7 +203,8 @@ def write(folder: Path, data: Dataset, source: dict[str, Any], created: str) -> 
     summary: dict[str, Any] = {}
     for split, (images, labels) in splits.items():
         moments = moments_of(images)
-        for part, array in zip(PARTS, (images, labels, moments), strict=True):
+        parts: tuple[npt.NDArray[Any], ...] = (images, labels, moments)
+        for part, array in zip(PARTS, parts, strict=True):
             entries[f"{split}-{part}.npy"] = _write_array(folder / f"{split}-{part}.npy", array)
         counts = np.bincount(labels, minlength=len(data.classes)).tolist()
         summary[split] = {"images": len(labels), "per_class": dict(zip(data.classes, counts, strict=True))}
