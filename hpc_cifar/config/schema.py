@@ -19,6 +19,9 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 DURATION_PATTERN = r"^([0-9]{1,3}-)?[0-9]{1,3}:[0-5][0-9]:[0-5][0-9]$"
 DATASET_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,31}$"
 
+# pydantic keeps its own names for bounds that stand behind a validator
+_BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
+
 
 def experiment_schema() -> dict[str, Any]:
     """The schema of one experiment file, draft 2020-12."""
@@ -76,5 +79,6 @@ def _tidy(node: Any) -> Any:
     tidy = {key: _tidy(value) for key, value in node.items() if not (key == "discriminator" and "propertyName" in str(value))}
     if tidy.get("type") not in ("number", "integer"):
         return tidy
+    tidy = {_BOUNDS.get(key, key): value for key, value in tidy.items()}
     outside = {key: tidy.pop(key) for key in ("title", "description", "default") if key in tidy}
     return {"anyOf": [tidy, {"type": "string", "pattern": NUMBER_TEXT}], **outside}
