@@ -188,6 +188,8 @@ def follow(run: Run) -> Status:
                 now_size = run.metrics_file.stat().st_size
             except OSError:
                 now_size = 0
+            if not bar and seen.state != last and not seen.ended:
+                _say(_state_line(seen))
             if now_size != size:
                 size = now_size
                 for row in files.read_json_lines(run.metrics_file):
@@ -196,8 +198,8 @@ def follow(run: Run) -> Status:
                         (bar.say if bar else _say)(epoch_line(row, seen.epochs))
             if bar:
                 bar.update(seen, state)
-            elif seen.state != last:
-                _say(f"{run.id}: {seen.state}" + (f" ({seen.reason})" if seen.reason else ""))
+            elif seen.state != last and seen.ended:
+                _say(_state_line(seen))
             last = seen.state
             if seen.ended:
                 break
@@ -214,6 +216,10 @@ def follow(run: Run) -> Status:
             bar.close()
     result_table(run, seen)
     return seen
+
+
+def _state_line(seen: Status) -> str:
+    return f"{seen.run}: {seen.state}" + (f" ({seen.reason})" if seen.reason else "")
 
 
 def _say(text: str) -> None:

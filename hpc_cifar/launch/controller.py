@@ -23,7 +23,7 @@ from . import process
 from .job import port_for
 
 REQUEUE = 144  # exit code of submitit's local requeue
-PEER_GRACE_S = 10.0  # what the other ranks get when one died
+PEER_GRACE_S = 5.0  # what the other ranks get when one died
 TERM_GRACE_S = 60.0  # what all ranks get to save after a TERM
 MAX_IDLE_SEGMENTS = 5  # requeues without a single step in between
 POLL_S = 0.1

@@ -1,0 +1,92 @@
+"""A training loop without torch, which keeps to the interface of ``hpc_cifar.train.loop``; tags of the experiment steer it.
+
+Tests copy it over ``train/loop.py`` in a copy of the package, so that everything around it is the real thing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from .. import files
+from ..errors import NonFiniteLoss
+from ..runs import Run
+
+VERSION = "first"
+
+
+def train(run: Run, *, max_steps: int | None = None, data_root: Path, console: bool = True) -> dict[str, Any]:
+    rank, asked = int(os.environ.get("RANK", 0)), []
+    restore = {
+        number: signal.signal(number, lambda number, _: asked.append(number)) for number in (signal.SIGUSR2, signal.SIGTERM)
+    }
+    try:
+        return _train(run, max_steps, console, rank, asked)
+    finally:
+        for number, handler in restore.items():
+            signal.signal(number, handler)
+
+
+def _train(run: Run, max_steps: int | None, console: bool, rank: int, asked: list[int]) -> dict[str, Any]:
+    experiment = run.experiment()
+    tags = dict(tag.partition("=")[::2] for tag in experiment.tracking.tags)
+    saved = run.checkpoints / f"step-{rank}"
+    step = int(saved.read_text()) if saved.exists() else 0
+    steps_per_epoch, before = 10, run.state()
+    total = experiment.epochs * steps_per_epoch
+    restarts = int(before.get("restarts", -1)) + 1
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+    facts = {name: os.environ.get(name) for name in (*names, "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "PYTHONSAFEPATH")}
+    facts |= {"version": VERSION, "file": __file__, "sid": os.getsid(0), "pid": os.getpid(), "step": step}
+    facts |= {"stdin": str(Path("/proc/self/fd/0").resolve()), "fds": sorted(os.listdir("/proc/self/fd"))}
+    files.append_json_line(run.path / f"seen-{rank}.jsonl", facts)
+    if console and rank == 0:
+        print(f"training {run.id} from step {step} with {VERSION} code", flush=True)
+
+    def state(word: str, **more: Any) -> None:
+        if rank == 0:
+            run.write_state(
+                state=word, epoch=step // steps_per_epoch, epochs=experiment.epochs, step=step, total_steps=total,
+                train_loss=1.0, val_accuracy=0.5, images_per_second=1000.0, restarts=restarts, gpu_hours=0.0, seconds=1.0,
+                world_size=int(os.environ.get("WORLD_SIZE", 1)), device="cpu", data="fake data", **more,
+            )  # fmt: skip
+
+    state("running")
+    while step < min(total, max_steps or total):
+        time.sleep(float(tags.get("step_s", "0.02")))
+        if tags.get("die") == str(rank) and step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if tags.get("raise") == str(rank) and step == 5:
+            raise NonFiniteLoss("the training loss became nan at step 5\nmore words")
+        if tags.get("deaf"):
+            asked.clear()
+        if "reason" in tags and rank == 0 and step == 5:
+            print("to stderr", file=__import__("sys").stderr, flush=True)
+        step += 1
+        saved.write_text(str(step))
+        state("running")
+        if rank == 0 and step % steps_per_epoch == 0:
+            row = {"kind": "epoch", "epoch": step // steps_per_epoch, "step": step, "train_loss": 1.0, "val_accuracy": 0.5}
+            files.append_json_line(run.metrics_file, row)
+        if asked:
+            cancelled = run.cancel_marker.exists()
+            preempted = signal.SIGUSR2 in asked and "SUBMITIT_EXECUTOR" in os.environ
+            word = "cancelled" if cancelled else "requeued" if preempted else "stopped"
+            reason = "preempted" if signal.SIGUSR2 in asked else "terminated"
+            state(word, reason=reason)
+            return _result(run, rank, word, step, restarts, reason=reason)
+    word = "finished" if step >= total else "stopped"
+    state(word)
+    return _result(run, rank, word, step, restarts, test_accuracy=0.75, test_loss=0.5)
+
+
+def _result(run: Run, rank: int, word: str, step: int, restarts: int, **more: Any) -> dict[str, Any]:
+    result = {"run": run.id, "state": word, "epochs": step // 10, "steps": step, "restarts": restarts, **more}
+    result |= {"gpu_hours": 0.0, "seconds": 1.0, "data": "fake data"}
+    if rank == 0:
+        files.write_json(run.result_file, json.loads(json.dumps(result)))
+    return result

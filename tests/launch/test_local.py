@@ -1,0 +1,252 @@
+"""Real jobs on the local executor: real submitit, real processes, a training loop without torch."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+import pytest
+from launch_site import Site, eventually
+
+from hpc_cifar import files
+from hpc_cifar.launch import control, process
+from hpc_cifar.launch.local import process_file
+
+
+def test_two_ranks_run_the_snapshot_in_a_session_of_their_own(site: Site) -> None:
+    run = site.submit()
+    assert site.cli("wait", run.id).stdout == f"{run.id}: finished\n"
+    ranks = [site.seen(run, rank)[0] for rank in (0, 1)]
+    assert [rank["RANK"] for rank in ranks] == ["0", "1"] == [rank["LOCAL_RANK"] for rank in ranks]
+    assert {rank["WORLD_SIZE"] for rank in ranks} == {"2"}
+    assert {rank["MASTER_ADDR"] for rank in ranks} == {"127.0.0.1"}
+    assert len({rank["MASTER_PORT"] for rank in ranks}) == 1
+    assert 10_000 <= int(ranks[0]["MASTER_PORT"]) < 30_000
+    for rank in ranks:
+        assert rank["file"] == str(run.code / "hpc_cifar" / "train" / "loop.py")
+        assert rank["PYTHONSAFEPATH"] == "1"
+        assert rank["stdin"] == "/dev/null"
+        assert rank["fds"] == ["0", "1", "2", "3"]  # 3 is the listing itself
+        assert rank["sid"] == site.controller(run)["pid"] != os.getsid(0)
+    assert not list(run.code.rglob("*.pyc")) or not list(site.package.rglob("snapshot*.new"))
+    assert run.path.stat().st_mode & 0o777 == 0o700
+
+
+def test_status_json_is_the_contract(site: Site) -> None:
+    run = site.submit("step_s=0.1", epochs=20)
+    site.running(run)
+    fields = "run state job_id epoch epochs step val_accuracy test_accuracy restarts gpu_hours eta_s reason".split()
+    running = site.status(run)
+    assert list(running) == fields
+    assert running["state"] == "running"
+    assert running["job_id"] == run.jobs()[0]["job_id"]
+    assert running["eta_s"] > 0
+    assert running["test_accuracy"] is None
+    site.cli("cancel", run.id)
+    cancelled = site.status(run)
+    assert cancelled["state"] == "cancelled"
+    assert cancelled["eta_s"] is None
+
+
+def test_a_job_id_and_a_unique_prefix_name_the_run(site: Site) -> None:
+    first, second = site.submit(), site.submit()
+    assert site.cli("wait", str(first.jobs()[0]["job_id"])).stdout.startswith(first.id)
+    assert site.cli("wait", second.id[:-1]).stdout.startswith(second.id)
+    assert site.cli("wait").stdout.startswith(second.id)
+    ambiguous = site.cli("wait", "tiny", code=2)
+    assert "not unique" in ambiguous.stderr
+    assert "no such run" in site.cli("status", "nothing", code=2).stderr
+    listed = site.cli("list").stdout.splitlines()
+    assert [line.split("\t")[0] for line in listed[1:]] == [first.id, second.id]
+
+
+def test_ctrl_c_ends_the_watching_and_not_the_run(site: Site) -> None:
+    child = site.start(
+        "submit", site.job("step_s=0.1", epochs=3), "--cluster", "local", "--follow", start_new_session=True
+    )
+    run = eventually(lambda: next(iter(control_runs(site)), None))
+    site.running(run)
+    time.sleep(0.5)
+    os.killpg(child.pid, signal.SIGINT)  # as a terminal does: to the whole foreground group
+    out, err = child.communicate(timeout=20)
+    assert child.returncode == 130, err
+    assert f"{run.id} goes on" in out
+    assert f"hpc-cifar logs {run.id} -f" in out
+    assert site.cli("wait", run.id).stdout == f"{run.id}: finished\n"
+    assert len(site.seen(run)) == 1
+
+
+def control_runs(site: Site) -> list[Any]:
+    from hpc_cifar import runs
+
+    return [run for run in runs.all_runs(site.runs) if run.jobs()]
+
+
+def test_the_run_survives_the_hang_up_of_its_terminal(site: Site) -> None:
+    child = site.start("submit", site.job("step_s=0.1"), "--cluster", "local", "--follow", start_new_session=True)
+    run = eventually(lambda: next(iter(control_runs(site)), None))
+    site.running(run)
+    for number in (signal.SIGHUP, signal.SIGKILL):
+        os.killpg(child.pid, number)
+    child.communicate(timeout=20)
+    assert site.cli("wait", run.id).stdout == f"{run.id}: finished\n"
+
+
+def test_follow_prints_epochs_and_the_result(site: Site) -> None:
+    done = site.cli("submit", site.job(), "--cluster", "local", "--follow")
+    assert "epoch 1/2" in done.stdout
+    assert "epoch 2/2" in done.stdout
+    assert "test accuracy  75.00 %" in done.stdout
+    assert "fake data" in done.stdout
+    assert str(site.runs) in done.stdout
+    assert "\x1b" not in done.stdout
+
+
+def test_a_dead_rank_ends_the_job(site: Site) -> None:
+    run = site.submit("die=1", "step_s=0.1", epochs=100)
+    began = time.monotonic()
+    assert f"{run.id}: failed (rank 1 was killed by SIGKILL)\n" == site.cli("wait", run.id, code=1).stdout
+    assert time.monotonic() - began < 40
+    assert not process.survivors(site.controller(run))
+
+
+def test_an_exception_becomes_one_line(site: Site) -> None:
+    run = site.submit("raise=1", "step_s=0.1", epochs=100)
+    done = site.cli("wait", run.id, code=1)
+    assert done.stdout == f"{run.id}: failed (rank 1: the training loss became nan at step 5)\n"
+    assert site.status(run)["reason"] == "rank 1: the training loss became nan at step 5"
+    assert "NonFiniteLoss" in site.cli("logs", run.id, "--rank", "1").stdout
+
+
+def test_logs_follow_to_the_end(site: Site) -> None:
+    run = site.submit("reason")
+    followed = site.cli("logs", run.id, "-f").stdout
+    assert f"training {run.id} from step 0" in followed
+    assert "to stderr" in followed
+    assert "Job completed successfully" in followed
+    assert site.cli("logs", run.id, "--rank", "7", code=1).stderr.startswith("hpc-cifar: error: ")
+
+
+def test_cancel_saves_and_never_requeues_and_resume_continues(site: Site) -> None:
+    run = site.submit("step_s=0.1", epochs=3)
+    site.running(run)
+    assert site.cli("cancel", run.id).stdout == f"{run.id}: cancelled\n"
+    assert run.cancel_marker.exists()
+    assert site.status(run)["state"] == "cancelled"
+    assert site.cli("wait", run.id, code=1).stdout == f"{run.id}: cancelled (terminated)\n"
+    assert len(site.seen(run)) == 1
+    assert "not running: it is cancelled" in site.cli("cancel", run.id).stdout
+    step = run.state()["step"]
+    assert "resumed as job" in site.cli("resume", run.id).stdout
+    assert site.cli("wait", run.id).stdout == f"{run.id}: finished\n"
+    assert site.seen(run)[1]["step"] == step
+    assert len(run.jobs()) == 2
+    assert site.cli("resume", run.id).stdout == f"{run.id} has finished already; nothing to do\n"
+    assert site.cli("cancel", run.id).stdout == f"{run.id} has finished already\n"
+
+
+def test_cancel_while_starting(site: Site) -> None:
+    run = site.submit("step_s=0.1", epochs=50)
+    assert site.cli("cancel", run.id).stdout == f"{run.id}: cancelled\n"
+    assert not process.survivors(site.controller(run))
+    assert site.status(run)["state"] == "cancelled"
+
+
+def test_cancel_escalates_to_everything_the_job_started(site: Site) -> None:
+    run = site.submit("deaf", "step_s=0.1", epochs=1000)
+    site.running(run)
+    who = site.controller(run)
+    assert len(process.survivors(who)) == 3
+    assert control.cancel(run, grace_s=1.0) == f"{run.id}: cancelled"
+    eventually(lambda: not process.survivors(who))
+
+
+def test_a_running_run_is_not_resumed(site: Site) -> None:
+    run = site.submit("step_s=0.1", epochs=20)
+    site.running(run)
+    refused = site.cli("resume", run.id, code=1).stderr
+    assert f"{run.id} is running as job" in refused
+    assert len(run.jobs()) == 1
+
+
+def test_the_time_limit_requeues_as_often_as_needed(site: Site) -> None:
+    run = site.submit("step_s=0.1", epochs=8, processes=1, time="00:00:03")
+    assert site.cli("wait", run.id, timeout=120).stdout == f"{run.id}: finished\n"
+    segments = site.seen(run)
+    assert len(segments) > 7  # submitit's own controller gives up after six
+    assert [row["step"] for row in segments] == sorted({row["step"] for row in segments})
+    assert site.status(run)["restarts"] == len(segments) - 1
+    assert len({row["MASTER_PORT"] for row in segments}) == len(segments)
+
+
+def test_a_requeue_never_runs_edited_code(site: Site) -> None:
+    run = site.submit("step_s=0.1", epochs=3)
+    site.running(run)
+    loop = site.package / "train" / "loop.py"
+    loop.write_text(loop.read_text().replace('VERSION = "first"', 'VERSION = "edited"'))
+    (site.work / "hpc_cifar").mkdir()  # nor what lies in the working folder
+    (site.work / "hpc_cifar" / "__init__.py").write_text("raise SystemExit('wrong package')\n")
+    process.send(site.controller(run)["pid"], signal.SIGUSR2)
+    assert site.cli("wait", run.id).stdout == f"{run.id}: finished\n"
+    assert [row["version"] for row in site.seen(run)] == ["first", "first"]
+    fresh = site.submit()
+    site.cli("wait", fresh.id)
+    assert site.seen(fresh)[0]["version"] == "edited"
+
+
+def test_a_killed_controller_takes_its_ranks_along_and_the_run_resumes(site: Site) -> None:
+    run = site.submit("step_s=0.1", epochs=3)
+    site.running(run)
+    who = site.controller(run)
+    process.send(who["pid"], signal.SIGKILL)
+    eventually(lambda: not process.survivors(who))
+    seen = site.status(run)
+    assert (seen["state"], seen["reason"]) == ("failed", "processes ended without a result")
+    site.cli("resume", run.id, "--follow")
+    assert site.status(run)["state"] == "finished"
+    assert site.seen(run)[1]["step"] > 0
+
+
+def test_a_recycled_pid_is_never_signalled(site: Site) -> None:
+    run = site.submit("step_s=0.1", epochs=50)
+    site.running(run)
+    who = site.controller(run)
+    for pid in process.survivors(who):
+        process.send(pid, signal.SIGKILL)
+    eventually(lambda: not process.survivors(who))
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True) as innocent:
+        record = {**who, "pid": innocent.pid}  # as if the number had come round again
+        files.write_json(process_file(run.submitit, str(run.jobs()[-1]["job_id"])), record)
+        assert site.status(run)["state"] == "failed"
+        assert control.cancel(run, grace_s=1.0) == f"{run.id} is not running: it is failed"
+        run.write_state(**{**run.state(), "state": "running"})
+        control._cancel_local(run, run.jobs()[-1], 1.0)
+        assert innocent.poll() is None
+        innocent.kill()
+
+
+def test_a_term_without_a_cancel_leaves_a_run_that_resumes(site: Site) -> None:
+    run = site.submit("step_s=0.1", epochs=3)
+    site.running(run)
+    process.send(site.controller(run)["pid"], signal.SIGTERM)
+    eventually(lambda: site.status(run)["state"] == "stopped")
+    site.cli("resume", run.id)
+    assert site.cli("wait", run.id).stdout == f"{run.id}: finished\n"
+
+
+def test_what_is_missing_is_said_before_anything_is_made(site: Site) -> None:
+    (site.data / "digits").rmdir()
+    refused = site.cli("submit", site.job(), "--cluster", "local", code=2)
+    assert "hpc-cifar prepare digits" in refused.stderr
+    assert not site.runs.exists()
+
+
+@pytest.mark.parametrize("setting", ["data.batch_size=1"])
+def test_more_processes_than_images_in_a_batch(site: Site, setting: str) -> None:
+    refused = site.cli("submit", site.job(), "--cluster", "local", "--set", setting, code=2)
+    assert "data.batch_size: 1 images for 2 processes" in refused.stderr
+    assert not site.runs.exists()
