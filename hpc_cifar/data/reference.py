@@ -6,6 +6,7 @@ but the draws.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -73,7 +74,7 @@ class Reference:
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         iterator = self._iterate(epoch, first)
-        self._open = [other for other in self._open if other.gi_frame is not None]
+        self._open = [other for other in self._open if inspect.getgeneratorstate(other) != inspect.GEN_CLOSED]
         self._open.append(iterator)
         return iterator
 

@@ -24,7 +24,7 @@ _LEAST_PER_THREAD = 128  # images; fewer are done sooner than a thread wakes up
 
 def lookup_table(output: Output) -> torch.Tensor:
     """float32 (C,256): the normalised value of each raw value, in the steps of torchvision, so equal to the last bit."""
-    raw = torch.arange(256, dtype=torch.float32) / 255
+    raw = torch.arange(256, dtype=torch.float32) * (1 / 255)
     mean, std = (torch.tensor(values, dtype=torch.float32)[:, None] for values in (output.mean, output.std))
     return (raw - mean) / std
 
