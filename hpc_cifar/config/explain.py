@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from .fields import shown
+from .fields import NUMBER_TEXT, shown
 from .layers import LAYER_NAMES
 from .messages import Place, Problem, closest, did_you_mean
 from .source import Node, join, reported
@@ -235,6 +235,8 @@ def _written(detail: ErrorDetails, node: Node | None) -> str:
     """The value as the file has it."""
     if node is not None and node.kind == "scalar" and not isinstance(node.scalar, str) and node.raw:
         return node.raw if len(node.raw) <= 60 else node.raw[:60] + "..."
+    if isinstance(detail["input"], str) and len(detail["input"]) <= 60 and re.match(NUMBER_TEXT, detail["input"].strip()):
+        return detail["input"].strip()  # text by YAML's rules, a number by ours
     return shown(node.value() if node is not None and node.kind == "scalar" else detail["input"])
 
 

@@ -1,7 +1,7 @@
 """YAML text to a tree that knows the line of every key, with every problem of the text at once.
 
 PyYAML only delivers events here; no tag is ever resolved, so nothing can be constructed from a file. Scalars are read as
-YAML 1.2 means them: ``no``, ``0123`` and ``10:00:00`` stay text, ``5e-4`` is a number. The limits below keep a hostile file
+YAML 1.2 means them: ``no``, ``0123`` and ``10:00:00`` stay text. The limits below keep a hostile file
 (alias bomb, endless nesting, megabytes) from costing more than milliseconds.
 """
 
@@ -26,7 +26,8 @@ _PARSER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _NOT_PRINTABLE = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]{0,39})")
-_FLOAT = re.compile(r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+# Only what YAML 1.1 reads as a number too, so that what PyYAML wrote reads back: 5e-4 stays text, as number fields accept.
+_FLOAT = re.compile(r"([-+]?(0|[1-9][0-9]*)\.[0-9]*|\.[0-9]+)([eE][-+][0-9]+)?")
 _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 _WORDS: dict[str, bool | None] = {
     **dict.fromkeys(("", "~", "null", "Null", "NULL")),

@@ -11,7 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import yaml
 
+from hpc_cifar import runs
+from hpc_cifar.config.experiment import Experiment
 from hpc_cifar.config.load import load_cluster, load_experiment
 from hpc_cifar.errors import ConfigError
 
@@ -71,6 +74,8 @@ def test_the_good_file_is_good(tmp_path: Path) -> None:
         ("epochs: 2\n", "", "x.yaml:1: epochs: is missing; add a whole number of at least 1, such as epochs: 10"),
         ("lr: 5e-4", "lr: .inf", "x.yaml:12: optimizer.lr: should be a finite number, not .inf"),
         ("lr: 5e-4", "lr: 1e999", "x.yaml:12: optimizer.lr: should be a finite number, not 1e999"),
+        ("lr: 5e-4", "lr: -5e-4", "x.yaml:12: optimizer.lr: should be more than 0, not -5e-4"),
+        ("epochs: 2", "epochs: 1e-2", "x.yaml:3: epochs: should be a whole number, not 0.01"),
         ("lr: 5e-4", "lr: 0", "x.yaml:12: optimizer.lr: should be more than 0, not 0"),
         ("lr: 5e-4", "learning_rate: 1, lr: 1", "x.yaml:12: optimizer.learning_rate: unknown key; did you mean 'lr'?"),
         ("lr: 5e-4", "lr: 1, nesterov: true", "x.yaml:12: optimizer: nesterov needs a momentum above 0"),
@@ -148,6 +153,34 @@ def test_quoted_number_is_a_number_only_with_an_exponent(tmp_path: Path) -> None
     assert problems(tmp_path, GOOD.replace("5e-4", '"0.1"')) == [
         "x.yaml:12: optimizer.lr: should be a number, not the text '0.1'"
     ]
+
+
+def test_what_a_run_keeps_reads_back(tmp_path: Path) -> None:
+    """experiment.yaml of a run is written by PyYAML, which leaves unquoted what YAML 1.1 reads as text."""
+    traps = [
+        "5e-4",
+        "1e3",
+        "0123",
+        "1_000",
+        "10:00:00",
+        "-.5",
+        ".5",
+        "1.",
+        "no",
+        "on",
+        "~",
+        "0x10",
+        "2001-01-01",
+        "=",
+        "<<",
+        ".nan",
+    ]
+    path = write(tmp_path, GOOD + f"tracking: {{tags: {traps}}}\n")
+    experiment = load_experiment(path)
+    assert experiment.tracking.tags == tuple(traps)
+    text = runs.experiment_text(experiment)
+    assert Experiment.model_validate(yaml.safe_load(text)) == experiment
+    assert load_experiment(write(tmp_path, text)) == experiment
 
 
 def test_all_problems_of_a_file_at_once(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from hpc_cifar.config.packaged import find_job, job_files
 from hpc_cifar.errors import ConfigError, UsageError
 
 RELAXED = settings(
-    max_examples=int(os.environ.get("HPC_CIFAR_EXAMPLES", "150")),
+    max_examples=int(os.environ.get("HPC_CIFAR_EXAMPLES", "40")),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
