@@ -94,20 +94,24 @@ def cifar_archive() -> Path:
 @pytest.fixture(scope="session")
 def cifar_data(cifar_archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store root with CIFAR-10 prepared from the archive; read only."""
+    from rich.console import Console
+
     from hpc_cifar.data.prepare import prepare
 
     root = tmp_path_factory.mktemp("cifar")
-    prepare("cifar10", archive=cifar_archive, root=root)
+    prepare("cifar10", archive=cifar_archive, root=root, console=Console(quiet=True))
     return root
 
 
 @pytest.fixture(scope="session")
 def digits_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store root with scikit-learn's digits prepared; read only."""
+    from rich.console import Console
+
     from hpc_cifar.data.prepare import prepare
 
     root = tmp_path_factory.mktemp("digits")
-    prepare("digits", root=root)
+    prepare("digits", archive=None, root=root, console=Console(quiet=True))
     return root
 
 

@@ -80,7 +80,7 @@ def test_imports_point_one_way(path: Path) -> None:
             theirs = rest.partition(".")[0]
             if theirs in LEVEL and theirs != mine and LEVEL[theirs] <= LEVEL[mine] and (mine, theirs) not in ORDERED:
                 wrong.append(f"{mine} imports {theirs} ({name})")
-        if top == "torch" and mine not in WITH_TORCH and (at_once or mine not in {"launch", "track"}):
+        if top == "torch" and mine not in WITH_TORCH:
             wrong.append(f"{mine} imports torch; only {sorted(WITH_TORCH)} may")
         if top in LAZY and at_once:
             wrong.append(f"{name} is imported at the top of the file; import it where it is used")
