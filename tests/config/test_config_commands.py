@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from hpc_cifar.cli import configure
+from hpc_cifar.config import packaged
 from hpc_cifar.config.layers import LAYER_NAMES
 from hpc_cifar.config.packaged import find_job, headline, job_files, job_folder
 from hpc_cifar.config.schema import experiment_schema, schema_text
@@ -215,3 +216,14 @@ def test_schema_knows_every_layer() -> None:
     short = experiment_schema()["$defs"]["Layer"]["anyOf"][1]["properties"]
     assert tuple(short) == LAYER_NAMES
     assert all("description" in layer for layer in short.values())
+
+
+def test_files_inside_a_wheel_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wheel has them in hpc_cifar/_files, where no checkout lies beside the package."""
+    for folder, name in [("jobs", "one.yaml"), ("clusters", "site.yaml")]:
+        (tmp_path / "hpc_cifar/_files" / folder).mkdir(parents=True)
+        (tmp_path / "hpc_cifar/_files" / folder / name).write_text("name: x\n")
+    monkeypatch.setattr(packaged, "_PACKAGE", tmp_path / "hpc_cifar")
+    assert [path.name for path in packaged.job_files()] == ["one.yaml"]
+    assert [path.name for path in packaged.cluster_files()] == ["site.yaml"]
+    assert packaged.find_job("one") == tmp_path / "hpc_cifar/_files/jobs/one.yaml"
