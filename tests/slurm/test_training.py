@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
-EPOCHS = 40
+EPOCHS = 30
 JOB = f"""\
 name: small
 seed: 5
@@ -26,13 +26,14 @@ epochs: {EPOCHS}
 model:
   family: sequential
   layers:
-    - conv: {{filters: 16, kernel: 3, padding: same}}
+    - conv: {{filters: 8, kernel: 3, padding: same}}
     - batch_norm
     - relu
-    - global_max_pool
+    - avg_pool: {{size: 4}}
+    - flatten
     - dense: {{units: 10}}
 data: {{dataset: digits, batch_size: 48, augment: {{crop_padding: 1}}}}
-optimizer: {{name: sgd, lr: 0.1, momentum: 0.9}}
+optimizer: {{name: sgd, lr: 0.01, momentum: 0.9}}
 schedule: {{name: cosine}}
 resources: {{nodes: 2, processes_per_node: 1, time: "00:10:00"}}
 """
