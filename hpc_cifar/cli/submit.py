@@ -110,12 +110,12 @@ def with_resources(experiment: Experiment, **changes: Any) -> Experiment:
     from ..config.explain import first_problem
     from ..errors import UsageError
 
-    fields = experiment.model_dump()
-    if "gpus_per_node" in given and given["gpus_per_node"] != fields["resources"]["gpus_per_node"]:
-        fields["resources"]["processes_per_node"] = None  # it described the file's own number of GPUs
-    fields["resources"] |= given
+    fields = experiment.resources.model_dump()
+    if "gpus_per_node" in given and given["gpus_per_node"] != fields["gpus_per_node"]:
+        fields["processes_per_node"] = None  # it described the file's own number of GPUs
     try:
-        return type(experiment).model_validate(fields)
+        resources = type(experiment.resources).model_validate(fields | given)
+        return experiment.model_copy(update={"resources": resources})
     except ValidationError as error:
         field, message = first_problem(error)
         raise UsageError(f"--{field.rpartition('.')[2].replace('_', '-')}: {message}") from None

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ..plan import Placement
     from ..runs import Run
 
+ACKNOWLEDGE_S = 30.0  # for the other ranks to read where the run is, if rank 0 has nothing more to do
 WAIT_S = 120.0  # for rank 0 to make the run directory, also over a slow network file system
 
 
@@ -58,7 +59,7 @@ def train(
     if rank == 0:
         found = _prepare(root, name, experiment, data_root, fresh=fresh, world=world, local_world=local_world, token=token)
     else:
-        found = _join(root, name, token)
+        found = _join(root, name, token, rank)
     if found.finished():
         if rank == 0:
             _print_result(found, "finished already; --fresh starts over")
@@ -127,7 +128,7 @@ def _prepare(
         if world > 1:
             root.mkdir(parents=True, exist_ok=True)
             files.write_json(meeting, what)
-            atexit.register(meeting.unlink, missing_ok=True)
+            atexit.register(_leave, meeting, world)
 
     try:
         found = _find_or_create(root, name, experiment, data_root, fresh=fresh, world=world, local_world=local_world)
@@ -138,6 +139,15 @@ def _prepare(
     found.add_job(executor="train", job_id=f"train-{token[:8]}", tasks=world, **here())
     tell(run=found.id)
     return found
+
+
+def _leave(meeting: Path, world: int) -> None:
+    """Rank 0, at its end: take the meeting file away, but not before a slower rank has read it."""
+    deadline = time.monotonic() + ACKNOWLEDGE_S
+    while len(read := list(meeting.parent.glob(f"{meeting.stem}.rank*"))) < world - 1 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for path in (meeting, *read):
+        path.unlink(missing_ok=True)
 
 
 def _find_or_create(
@@ -191,7 +201,7 @@ def _describe(place: Placement) -> str:
     return f"{nodes} x {place.processes_per_node} CPU process{'es' if place.processes_per_node > 1 else ''}"
 
 
-def _join(root: Path, name: str, token: str) -> Run:
+def _join(root: Path, name: str, token: str, rank: int) -> Run:
     """Other ranks: wait until rank 0 says where the run is."""
     from .. import files, runs
     from ..errors import RunError
@@ -200,6 +210,8 @@ def _join(root: Path, name: str, token: str) -> Run:
     deadline = time.monotonic() + WAIT_S
     while time.monotonic() < deadline:
         told = files.read_json(meeting)
+        if isinstance(told, dict):
+            meeting.with_suffix(f".rank{rank}").touch()
         if isinstance(told, dict) and "error" in told:
             raise SystemExit(1)  # rank 0 prints it
         if isinstance(told, dict):

@@ -42,7 +42,7 @@ def _train(run: Run, max_steps: int | None, console: bool, rank: int, asked: lis
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
     facts = {name: os.environ.get(name) for name in (*names, "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "PYTHONSAFEPATH")}
     facts |= {"version": VERSION, "file": __file__, "sid": os.getsid(0), "pid": os.getpid(), "step": step}
-    facts |= {"stdin": str(Path("/proc/self/fd/0").resolve()), "fds": sorted(os.listdir("/proc/self/fd"))}
+    facts |= {"stdin": str(Path("/proc/self/fd/0").resolve()), "fds": sorted(p.name for p in Path("/proc/self/fd").iterdir())}
     files.append_json_line(run.path / f"seen-{rank}.jsonl", facts)
     if console and rank == 0:
         print(f"training {run.id} from step {step} with {VERSION} code", flush=True)

@@ -32,14 +32,15 @@ def test_two_ranks_run_the_snapshot_in_a_session_of_their_own(site: Site) -> Non
         assert rank["stdin"] == "/dev/null"
         assert rank["fds"] == ["0", "1", "2", "3"]  # 3 is the listing itself
         assert rank["sid"] == site.controller(run)["pid"] != os.getsid(0)
-    assert not list(run.code.rglob("*.pyc")) or not list(site.package.rglob("snapshot*.new"))
+    assert not list(run.path.glob(".code*"))
     assert run.path.stat().st_mode & 0o777 == 0o700
 
 
 def test_status_json_is_the_contract(site: Site) -> None:
     run = site.submit("step_s=0.1", epochs=20)
     site.running(run)
-    fields = "run state job_id epoch epochs step val_accuracy test_accuracy restarts gpu_hours eta_s reason".split()
+    fields = ["run", "state", "job_id", "epoch", "epochs", "step", "val_accuracy", "test_accuracy", "restarts", "gpu_hours"]
+    fields += ["eta_s", "reason"]
     running = site.status(run)
     assert list(running) == fields
     assert running["state"] == "running"
@@ -65,9 +66,7 @@ def test_a_job_id_and_a_unique_prefix_name_the_run(site: Site) -> None:
 
 
 def test_ctrl_c_ends_the_watching_and_not_the_run(site: Site) -> None:
-    child = site.start(
-        "submit", site.job("step_s=0.1", epochs=3), "--cluster", "local", "--follow", start_new_session=True
-    )
+    child = site.start("submit", site.job("step_s=0.1", epochs=3), "--cluster", "local", "--follow", start_new_session=True)
     run = eventually(lambda: next(iter(control_runs(site)), None))
     site.running(run)
     time.sleep(0.5)
@@ -173,14 +172,28 @@ def test_a_running_run_is_not_resumed(site: Site) -> None:
     assert len(run.jobs()) == 1
 
 
-def test_the_time_limit_requeues_as_often_as_needed(site: Site) -> None:
-    run = site.submit("step_s=0.1", epochs=8, processes=1, time="00:00:03")
+def test_the_time_limit_requeues(site: Site) -> None:
+    run = site.submit("step_s=0.1", epochs=10, processes=1, time="00:00:10")
     assert site.cli("wait", run.id, timeout=120).stdout == f"{run.id}: finished\n"
     segments = site.seen(run)
-    assert len(segments) > 7  # submitit's own controller gives up after six
+    assert len(segments) > 1
     assert [row["step"] for row in segments] == sorted({row["step"] for row in segments})
     assert site.status(run)["restarts"] == len(segments) - 1
     assert len({row["MASTER_PORT"] for row in segments}) == len(segments)
+
+
+def test_preemptions_are_not_counted(site: Site) -> None:
+    run = site.submit("step_s=0.05", epochs=100, processes=1)
+    site.running(run)
+    who = site.controller(run)
+    for count in range(1, 9):  # submitit's own controller gives up after six
+        process.send(who["pid"], signal.SIGUSR2)
+        eventually(lambda count=count: len(site.seen(run)) > count)
+        step = site.seen(run)[-1]["step"]
+        eventually(lambda step=step: run.state()["step"] > step)
+    assert site.status(run)["restarts"] == 8
+    assert control.cancel(run) == f"{run.id}: cancelled"
+    assert len(site.seen(run)) == 9
 
 
 def test_a_requeue_never_runs_edited_code(site: Site) -> None:

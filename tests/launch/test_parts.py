@@ -1,0 +1,126 @@
+"""Small parts of a launch, each for itself."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hpc_cifar.config.experiment import Resources
+from hpc_cifar.launch import job, local, process, provenance, snapshot
+
+
+@pytest.mark.parametrize(
+    ("resources", "gpus", "cpus", "expected", "note"),
+    [
+        (
+            {"gpus_per_node": 8},
+            0,
+            16,
+            (1, 2, 0),
+            "asks for 1 node x 8 GPUs; this machine has no GPU, so 2 processes on the CPU",
+        ),
+        ({"gpus_per_node": 8}, 0, 1, (1, 1, 0), "no GPU, so 1 process on the CPU"),
+        ({"gpus_per_node": 8}, 1, 16, (1, 1, 1), "this machine has 1 GPU"),
+        ({"nodes": 4, "gpus_per_node": 2}, 4, 16, (1, 2, 2), "asks for 4 nodes x 2 GPUs; this machine has 2 GPUs"),
+        ({"gpus_per_node": 2}, 2, 16, (1, 2, 2), None),
+        ({"processes_per_node": 3}, 0, 16, (1, 3, 0), None),
+        ({}, 4, 16, (1, 2, 0), "does not say how many processes"),
+        ({"processes_per_node": 2, "nodes": 2}, 0, 16, (1, 2, 0), "one machine"),
+    ],
+)
+def test_local_placement(
+    resources: dict[str, int], gpus: int, cpus: int, expected: tuple[int, int, int], note: str | None
+) -> None:
+    placement, notes = local.local_placement(Resources.model_validate(resources), gpus, cpus)
+    assert (placement.nodes, placement.processes_per_node, placement.gpus_per_node) == expected
+    assert (note in notes[0]) if note else not notes
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("", []), ("-1", []), ("3", ["3"]), ("1,0", ["1", "0"]), ("GPU-ab12,GPU-cd", ["GPU-ab12", "GPU-cd"]), ("0,-1,2", ["0"])],
+)
+def test_visible_gpus_respect_what_is_set(monkeypatch: pytest.MonkeyPatch, value: str, expected: list[str]) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+    assert local.visible_gpus() == expected
+
+
+def test_the_pickled_job_is_tiny_and_light() -> None:
+    made = job.TrainJob(Path("/runs/x"), Path("/data"))
+    assert len(pickle.dumps(made)) < 200
+    assert vars(pickle.loads(pickle.dumps(made))) == {"run": "/runs/x", "data_root": "/data"}
+    code = "import sys, hpc_cifar.launch.job; print([m for m in ('torch', 'pydantic', 'yaml', 'submitit') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_ports_differ_between_restarts_and_agree_between_ranks() -> None:
+    ports = {job.port_for("123", restart) for restart in range(50)}
+    assert len(ports) > 45
+    assert all(10_000 <= port < 30_000 for port in ports)
+    assert job.port_for("123", 1) == job.port_for("123", 1)
+
+
+def test_identity_tells_a_process_from_its_successor() -> None:
+    me = process.identity(os.getpid())
+    assert process.is_alive(me)
+    assert not process.is_alive({**me, "pid_started": 1})
+    assert not process.is_alive({**me, "boot": "another"})
+    with subprocess.Popen(["sleep", "60"]) as child:
+        who = process.identity(child.pid)
+        child.kill()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        assert not process.is_alive(who)  # a zombie runs no more
+
+
+def test_snapshot_is_whole_and_taken_once(tmp_path: Path) -> None:
+    code = snapshot.take(tmp_path / "code")
+    ours = {p.relative_to(snapshot.PACKAGE) for p in snapshot.PACKAGE.rglob("*.py")}
+    assert {p.relative_to(code / "hpc_cifar") for p in (code / "hpc_cifar").rglob("*.py")} == ours
+    assert not list(code.rglob("__pycache__"))
+    (code / "hpc_cifar" / "__init__.py").write_text("mine")
+    snapshot.take(tmp_path / "code")
+    assert (code / "hpc_cifar" / "__init__.py").read_text() == "mine"
+
+
+SECRETS = ("hunter2hunter2", "a" * 40, "ghp_abcdefghij0123456789", "wandb_v1_0123456789abcdef")
+
+
+def test_provenance_has_no_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").write_text("x = 1\n")
+    (package / ".env").write_text("X=1\n")
+    for command in (["init", "-q"], ["add", "-f", "."], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "x"]):
+        subprocess.run(["git", *command], cwd=package, check=True)
+    (package / "__init__.py").write_text(
+        f"x = 2\npassword = '{SECRETS[0]}'\nWANDB_API_KEY={SECRETS[1]}\n# {SECRETS[2]}\nurl = 'https://me:{SECRETS[3]}@host/x'\n"
+    )
+    (package / ".env").write_text("X=topsecretvalue\n")
+    monkeypatch.setattr(sys, "argv", ["hpc-cifar", "--set", f"api_key={SECRETS[0]}"])
+    found = provenance.git(package)
+    assert found is not None
+    assert found["dirty"]
+    assert "+x = 2" in found["diff"]
+    everything = found["diff"] + str(provenance.collect())
+    assert not [secret for secret in (*SECRETS, "topsecretvalue") if secret in everything]
+
+
+def test_provenance_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert provenance.git() is None
+    found = provenance.collect(["x"])
+    assert found["git"] is None
+    assert found["packages"]["submitit"]
+
+
+def test_a_package_inside_somebody_elses_repository_has_no_commit(tmp_path: Path) -> None:
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    (tmp_path / "site-packages").mkdir()
+    (tmp_path / "site-packages" / "__init__.py").touch()
+    assert provenance.git(tmp_path / "site-packages") is None
