@@ -91,7 +91,7 @@ def read(
         images = ((name, data, where) for name, data in pending if (where := place(name)))
         try:
             while chunk := list(itertools.islice(images, _CHUNK)):
-                names += [(*where, name) for name, _, where in chunk]
+                names += [(*where, name.rpartition("/")[2]) for name, _, where in chunk]
                 running.append(pool.submit(_decode, source, [(name, data) for name, data, _ in chunk], side))
                 while len(running) > 4 * threads:  # bounds what waits in memory
                     decoded += running.popleft().result()
@@ -104,7 +104,7 @@ def read(
     shapes = {pixels.shape for pixels in decoded}
     if len(shapes) > 1:
         raise DataError(f"{source}: images of different sizes: {sorted(shapes)}; all should be equal")
-    twice = [name for (_, _, name), count in collections.Counter(names).items() if count > 1]
+    twice = ["/".join(place) for place, count in collections.Counter(names).items() if count > 1]
     if twice:
         raise DataError(f"{source}: {twice[0]}: is there more than once")
     splits = []
