@@ -229,9 +229,10 @@ def test_what_is_not_there_or_no_archive(tmp_path: Path) -> None:
 def test_unbalanced_data_is_told(tmp_path: Path) -> None:
     files = makers.image_files(each=2)
     del files["train/cat/0000.jpg"]
-    assert "train is not balanced: 1 to 2 images a class" in sources.read(
-        makers.write_tar(tmp_path / "a", files), "cifar10"
-    ).warnings
+    assert (
+        "train is not balanced: 1 to 2 images a class"
+        in sources.read(makers.write_tar(tmp_path / "a", files), "cifar10").warnings
+    )
 
 
 def test_the_lossless_subset(lossless_archive: Path, tmp_path: Path) -> None:
