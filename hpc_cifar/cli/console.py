@@ -108,6 +108,8 @@ def status_table(rows: Sequence[Status], title: str = "") -> None:
 def result_table(run: Run, seen: Status) -> None:
     """How a run ended."""
     result = run.result() or {}
+    if result.get("state") != seen.state:
+        result = {}  # it is of an earlier segment
     rows = [("state", seen.state)]
     if seen.reason:
         rows.append(("reason", seen.reason))

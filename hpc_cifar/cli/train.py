@@ -170,8 +170,6 @@ def _find_or_create(
         typer.echo(f"{found.id}: starting over; the run so far is now {aside.name}")
         exists = False
     placement, notes = _placement(experiment, world, local_world)
-    for note in notes:
-        typer.echo(f"note: {note}")
     if exists:
         if runs.experiment_text(found.experiment()) != runs.experiment_text(experiment):
             raise RunError(f"{found.id} trains another experiment; use --fresh to start over or --run with another name")

@@ -156,7 +156,8 @@ def _row(run: Run, job: dict[str, Any], state: dict[str, Any], result: dict[str,
     batch = run.plan().get("batch_size")
     if word == "running" and speed and batch and step is not None and total:
         eta = round(max(total - step, 0) * batch / speed, 1)
-    hours = result.get("gpu_hours", state.get("gpu_hours"))
+    # a result of an earlier segment lies there too, so it counts only once the run has finished
+    latest = {**state, **result} if word == "finished" else state
     return Status(
         run=run.id,
         state=word,
@@ -165,9 +166,9 @@ def _row(run: Run, job: dict[str, Any], state: dict[str, Any], result: dict[str,
         epochs=state.get("epochs") or _planned_epochs(run),
         step=step,
         val_accuracy=state.get("val_accuracy"),
-        test_accuracy=result.get("test_accuracy"),
-        restarts=int(result.get("restarts") or state.get("restarts") or 0),
-        gpu_hours=hours,
+        test_accuracy=latest.get("test_accuracy"),
+        restarts=int(latest.get("restarts") or 0),
+        gpu_hours=latest.get("gpu_hours"),
         eta_s=eta,
         reason=str(reason) if reason else None,
     )
