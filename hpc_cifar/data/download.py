@@ -58,6 +58,7 @@ def download(folder: Path, console: Console, *, url: str = URL, md5: str = MD5, 
     finished = False
     while not finished:
         before = _size(part)
+        reason: object = "the connection was closed early"
         try:
             finished = _fetch(url, part, console, timeout_s)
         except urllib.error.HTTPError as error:
@@ -65,7 +66,7 @@ def download(folder: Path, console: Console, *, url: str = URL, md5: str = MD5, 
                 part.unlink(missing_ok=True)
             elif error.code < 500 and error.code != 429:
                 raise DataError(f"{url}: the server answers {error.code} {error.reason}; {_elsewhere()}") from None
-            reason: object = error
+            reason = error
         except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
             reason = getattr(error, "reason", None) or error
             if failures == 0 and before == _size(part) and isinstance(error, urllib.error.URLError):
@@ -74,7 +75,7 @@ def download(folder: Path, console: Console, *, url: str = URL, md5: str = MD5, 
             break
         failures = 0 if _size(part) > before else failures + 1
         if failures >= ATTEMPTS:
-            raise Unreachable(f"{url}: broke off {ATTEMPTS} times ({reason}); run the command again to continue") from None
+            raise Unreachable(f"{url}: failed {ATTEMPTS} times in a row ({reason}); run the command again to continue")
     found = md5_of(part)
     if found != md5:
         part.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from hpc_cifar.data.pickles import CLASSES
 
-BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6)) + ("test_batch",)
+BATCHES = (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch")
 
 
 def batch_bytes(number: int, count: int = 20, protocol: int = 2, **changes: Any) -> bytes:

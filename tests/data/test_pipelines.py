@@ -18,6 +18,8 @@ from hpc_cifar.errors import UsageError
 
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 COUNT = 700
+NOTHING = Augment()
+COMMON: dict[str, Any] = {"device": "cpu", "dtype": torch.float32, "channels_last": False, "mean": MEAN, "std": STD}
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,7 @@ def arrays() -> Arrays:
     return Arrays(images, labels, moments_of(images))
 
 
-def make(arrays: Arrays, name: str, augment: Augment = Augment(), indices: Any = None, **options: Any) -> pipeline.Pipeline:
+def make(arrays: Arrays, name: str, augment: Augment = NOTHING, indices: Any = None, **options: Any) -> pipeline.Pipeline:
     config = Data(
         batch_size=options.pop("batch_size", 64),
         pipeline=name,
@@ -36,9 +38,7 @@ def make(arrays: Arrays, name: str, augment: Augment = Augment(), indices: Any =
         workers=options.pop("workers", 0),
         normalize=options.pop("normalize", "mean_std"),
     )
-    settings: dict[str, Any] = dict(
-        seed=3, rank=0, world_size=1, device="cpu", dtype=torch.float32, channels_last=False, mean=MEAN, std=STD
-    )
+    settings = COMMON | {"seed": 3, "rank": 0, "world_size": 1}
     return pipeline.build(config, arrays, np.arange(COUNT) if indices is None else indices, **settings | options)
 
 
@@ -192,7 +192,7 @@ def test_a_batch_stays_what_it_was(arrays: Arrays) -> None:
 def test_an_evaluation_has_each_sample_once(arrays: Arrays, world_size: int) -> None:
     indices = np.arange(5, 400, 7)
     config = Data(batch_size=10, augment=Augment(crop_padding=4, flip="random", cutout=8))
-    common: Any = dict(device="cpu", dtype=torch.float32, channels_last=False, mean=MEAN, std=STD, world_size=world_size)
+    common = COMMON | {"world_size": world_size}
     batches = [
         b
         for rank in range(world_size)
@@ -204,8 +204,7 @@ def test_an_evaluation_has_each_sample_once(arrays: Arrays, world_size: int) -> 
 
 
 def test_a_rank_may_have_nothing_to_evaluate(arrays: Arrays) -> None:
-    common: Any = dict(device="cpu", dtype=torch.float32, channels_last=True, mean=MEAN, std=STD)
-    batches = pipeline.evaluation_batches(Data(batch_size=4), arrays, [1], batch_size=4, rank=0, world_size=2, **common)
+    batches = pipeline.evaluation_batches(Data(batch_size=4), arrays, [1], batch_size=4, rank=0, world_size=2, **COMMON)
     assert list(batches) == []
 
 

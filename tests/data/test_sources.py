@@ -9,9 +9,9 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-from data import makers
 import numpy as np
 import pytest
+from data import makers
 
 from hpc_cifar.data import pickles, sources
 from hpc_cifar.errors import DataError, UsageError
