@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..config import layers as spec
 from ..config.experiment import SequentialModel
+from ..config.shapes import layer_shapes
 from .batch_norm import BatchNorm
 
 
@@ -35,11 +34,8 @@ def build(model: SequentialModel, input_shape: tuple[int, int, int], group: dist
     Returns:
         A module that maps (n, channels, height, width) to (n, classes).
     """
-    modules: list[nn.Module] = []
-    shape: tuple[int, ...] = input_shape
-    for layer in model.layers:
-        module, shape = _build_layer(layer, shape, group)
-        modules.append(module)
+    shapes = layer_shapes(model, input_shape)
+    modules = [_module(layer, row.in_shape, group) for layer, row in zip(model.layers, shapes, strict=True)]
     if model.logit_scale != 1.0:
         modules.append(Scale(model.logit_scale))
     network = nn.Sequential(*modules)
@@ -47,41 +43,36 @@ def build(model: SequentialModel, input_shape: tuple[int, int, int], group: dist
     return network
 
 
-def _build_layer(
-    layer: spec.AnyLayer, shape: tuple[int, ...], group: dist.ProcessGroup | None
-) -> tuple[nn.Module, tuple[int, ...]]:
-    """One module and the shape it puts out; shapes were checked by ``config/shapes.py`` when the file was read."""
+def _module(layer: spec.AnyLayer, shape: tuple[int, ...], group: dist.ProcessGroup | None) -> nn.Module:
+    """The module of one layer, given the shape it takes in; shapes were checked when the file was read."""
     match layer:
         case spec.Conv():
-            padding = {"same": (layer.kernel - 1) // 2, "valid": 0}.get(str(layer.padding), layer.padding)
-            pad = int(padding)
-            side = [(size + 2 * pad - layer.kernel) // layer.stride + 1 for size in shape[1:]]
-            conv = nn.Conv2d(shape[0], layer.filters, layer.kernel, layer.stride, pad, bias=layer.bias)
-            return conv, (layer.filters, *side)
+            padding = {"same": layer.kernel // 2, "valid": 0}.get(str(layer.padding), layer.padding)
+            return nn.Conv2d(shape[0], layer.filters, layer.kernel, layer.stride, int(padding), bias=layer.bias)
         case spec.Dense():
-            return nn.Linear(shape[0], layer.units, bias=layer.bias), (layer.units,)
+            return nn.Linear(shape[0], layer.units, bias=layer.bias)
         case spec.BatchNorm():
-            return BatchNorm(shape[0], layer.momentum, layer.eps, group), shape
+            return BatchNorm(shape[0], layer.momentum, layer.eps, group)
         case spec.MaxPool():
-            return nn.MaxPool2d(layer.size), (shape[0], *(size // layer.size for size in shape[1:]))
+            return nn.MaxPool2d(layer.size)
         case spec.AvgPool():
-            return nn.AvgPool2d(layer.size), (shape[0], *(size // layer.size for size in shape[1:]))
+            return nn.AvgPool2d(layer.size)
         case spec.GlobalMaxPool():
-            return nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten()), (shape[0],)
+            return nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten())
         case spec.GlobalAvgPool():
-            return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), (shape[0],)
+            return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         case spec.Dropout():
-            return nn.Dropout(layer.rate), shape
+            return nn.Dropout(layer.rate)
         case spec.Flatten():
-            return nn.Flatten(), (math.prod(shape),)
+            return nn.Flatten()
         case spec.ReLU():
-            return nn.ReLU(), shape
+            return nn.ReLU()
         case spec.GELU():
-            return nn.GELU(), shape
+            return nn.GELU()
         case spec.SiLU():
-            return nn.SiLU(), shape
+            return nn.SiLU()
         case spec.Tanh():
-            return nn.Tanh(), shape
+            return nn.Tanh()
 
 
 @torch.no_grad()

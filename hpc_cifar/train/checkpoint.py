@@ -8,7 +8,6 @@ checkpoints/
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import os
@@ -29,14 +28,14 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Saved:
-    """One checkpoint on disk."""
+    """One checkpoint on disk; its manifest is empty if it cannot be read."""
 
     folder: Path
     manifest: dict[str, Any]
 
     @property
     def step(self) -> int:
-        return int(self.manifest["step"])
+        return int(self.folder.resolve().name.removeprefix("step-"))
 
 
 def save(
@@ -108,13 +107,14 @@ def _prune(folder: Path, keep_last: int) -> None:
 
 
 def stored(folder: Path) -> list[Saved]:
-    """Checkpoints whose manifest can be read, newest step first; their data is not verified yet."""
-    found = []
-    for path in folder.glob("step-*"):
-        manifest = files.read_json(path / "manifest.json")
-        if isinstance(manifest, dict) and isinstance(manifest.get("step"), int):
-            found.append(Saved(path, manifest))
-    return sorted(found, key=lambda saved: saved.step, reverse=True)
+    """Every checkpoint, newest step first; nothing is verified yet."""
+    folders = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit()]
+    return [_open(path) for path in sorted(folders, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)]
+
+
+def _open(folder: Path) -> Saved:
+    manifest = files.read_json(folder / "manifest.json")
+    return Saved(folder, manifest if isinstance(manifest, dict) else {})
 
 
 def read(saved: Saved) -> dict[str, Any]:
@@ -124,6 +124,8 @@ def read(saved: Saved) -> dict[str, Any]:
         CheckpointError: the file is missing, short, altered, of another format, or not loadable.
     """
     path = saved.folder / "state.pt"
+    if not saved.manifest:
+        raise CheckpointError(f"{saved.folder}: its manifest.json cannot be read")
     if saved.manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path}: format {saved.manifest.get('format')!r}, this version reads {FORMAT}")
     try:
@@ -150,30 +152,25 @@ def newest_good(folder: Path) -> tuple[Saved | None, list[str]]:
         CheckpointError: there are checkpoints and none of them can be used (starting anew would lose the work silently).
     """
     damaged: list[str] = []
-    candidates = stored(folder)
-    for saved in candidates:
+    for saved in stored(folder):
         try:
             read(saved)
             return saved, damaged
         except CheckpointError as error:
             damaged.append(str(error))
-    unreadable = [path for path in folder.glob("step-*") if not (path / "manifest.json").is_file()]
-    if damaged or unreadable:
-        lines = damaged + [f"{path}: has no readable manifest.json" for path in unreadable]
-        raise CheckpointError("no checkpoint of this run can be used:\n  " + "\n  ".join(lines))
+    if damaged:
+        raise CheckpointError("no checkpoint of this run can be used:\n  " + "\n  ".join(damaged))
     return None, []
 
 
 def remove_after(folder: Path, step: int) -> None:
     """Drop checkpoints newer than ``step``: they are damaged, and would hide the good ones written from now on."""
-    for path in folder.glob("step-*"):
-        with contextlib.suppress(ValueError):
-            if int(path.name.removeprefix("step-")) > step:
-                shutil.rmtree(path, ignore_errors=True)
+    for saved in stored(folder):
+        if saved.step > step:
+            shutil.rmtree(saved.folder, ignore_errors=True)
 
 
 def named(folder: Path, link: str) -> Saved | None:
-    """The checkpoint that ``latest`` or ``best`` points to, if it is there."""
+    """The checkpoint called ``link`` (``latest``, ``best`` or a folder's name), if it is there."""
     target = folder / link
-    manifest = files.read_json(target / "manifest.json")
-    return Saved(target, manifest) if isinstance(manifest, dict) else None
+    return _open(target) if target.is_dir() else None

@@ -10,11 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config.experiment import Experiment
+from ..data.draws import key_of
 from ..data.pipeline import Batch
 from ..plan import Plan, shard
 from .distributed import GradientSync, World
 from .optim import EMA
 from .schedule import factor
+
+DROPOUT = 101  # stream of draws, apart from those in data/draws.py
 
 
 def autocast(precision: torch.dtype, device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -29,11 +32,7 @@ def seed_of_step(seed: int, step: int, rank: int) -> int:
 
     Random state is thus a function of the position and need not be stored: any step can be resumed, by any process.
     """
-    mask = (1 << 64) - 1
-    mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB + 1) & mask
-    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & mask
-    return mixed >> 1  # torch takes 63 bits
+    return key_of(key_of(seed, rank, DROPOUT), step, DROPOUT) >> 1  # torch takes 63 bits
 
 
 class Stepper:

@@ -1,0 +1,161 @@
+"""The sequential family and BatchNorm over all ranks."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from pydantic import TypeAdapter
+from torch import nn
+
+from hpc_cifar.config.experiment import SequentialModel
+from hpc_cifar.config.layers import LAYER_NAMES
+from hpc_cifar.config.load import load_experiment
+from hpc_cifar.config.shapes import layer_shapes
+from hpc_cifar.models.batch_norm import BatchNorm
+from hpc_cifar.models.build import build
+
+EVERY_LAYER: list[Any] = [
+    {"conv": {"filters": 6, "kernel": 5, "padding": "valid", "bias": False}},
+    {"batch_norm": {"momentum": 0.8, "eps": 1e-3}},
+    "relu",
+    {"conv": {"filters": 8, "kernel": 4, "stride": 2, "padding": 1}},
+    "gelu",
+    {"avg_pool": {"size": 2}},
+    "silu",
+    {"conv": {"filters": 9}},
+    {"max_pool": {"size": 3}},
+    {"dropout": {"rate": 0.5}},
+    "tanh",
+    "flatten",
+    {"dense": {"units": 20, "bias": False}},
+    "batch_norm",
+    {"dense": {"units": 10}},
+]
+
+
+def model(layers: list[Any], **options: Any) -> SequentialModel:
+    return SequentialModel.model_validate({"family": "sequential", "layers": layers, **options})
+
+
+@pytest.mark.parametrize("pool", ["global_avg_pool", "global_max_pool", "flatten"])
+def test_shapes_and_counts_by_arithmetic_are_those_of_torch(pool: str) -> None:
+    layers = [*EVERY_LAYER]
+    layers[layers.index("flatten")] = pool
+    config = model(layers)
+    network = build(config, (3, 32, 32))
+    x = torch.zeros(2, 3, 32, 32)
+    network.eval()
+    for spec, module in zip(layer_shapes(config, (3, 32, 32)), network, strict=True):  # type: ignore[call-overload]
+        assert sum(p.numel() for p in module.parameters()) == spec.parameters, spec
+        x = module(x)
+        assert tuple(x.shape[1:]) == tuple(spec.out_shape), spec
+
+
+def test_every_layer_is_built() -> None:
+    used = {layer if isinstance(layer, str) else next(iter(layer)) for layer in EVERY_LAYER}
+    assert used | {"global_avg_pool", "global_max_pool"} == set(LAYER_NAMES)
+
+
+def test_deep300_has_the_parameters_of_its_table(repository: Path) -> None:
+    network = build(load_experiment(repository / "jobs" / "deep300.yaml").model, (3, 32, 32))
+    assert sum(p.numel() for p in network.parameters()) == 551_722
+
+
+@pytest.mark.parametrize("init", ["torch", "glorot_uniform", "he_normal"])
+def test_initialisation_depends_on_the_seed_alone(init: str) -> None:
+    config = model(["flatten", {"dense": {"units": 50}}, {"dense": {"units": 10}}], init=init)
+    weights = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        weights.append([p.detach().clone() for p in build(config, (3, 32, 32)).parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(weights[0], weights[1], strict=True))
+    assert not torch.equal(weights[0][0], weights[2][0])
+    spread = {"glorot_uniform": (2 / (3072 + 50)) ** 0.5, "he_normal": (2 / 3072) ** 0.5}.get(init)
+    if spread:
+        assert float(weights[0][0].std()) == pytest.approx(spread, rel=0.02)
+        assert float(weights[0][1].abs().max()) == 0
+
+
+def test_batch_of_one_keeps_the_running_statistics() -> None:
+    norm = BatchNorm(3)
+    norm(torch.randn(8, 3))
+    before = norm.running_mean.clone()
+    assert torch.isfinite(norm(torch.randn(1, 3))).all()
+    assert torch.equal(norm.running_mean, before)
+
+
+def test_local_statistics_equal_torch() -> None:
+    ours, theirs = BatchNorm(5, keep=0.7, eps=1e-3), nn.BatchNorm2d(5, momentum=0.3, eps=1e-3)
+    x = torch.randn(6, 5, 4, 4)
+    assert torch.equal(ours(x), theirs(x))
+    torch.testing.assert_close(ours.running_var, theirs.running_var)
+
+
+def _rank(rank: int, sizes: list[int], port: int, queue: Any) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=len(sizes))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(sum(sizes), 4, 3, 3, generator=generator, dtype=torch.float32) * 3 + 5
+    target = torch.randn(sum(sizes), 4, 3, 3, generator=generator)
+    start = sum(sizes[:rank])
+    mine = x[start : start + sizes[rank]].clone().requires_grad_()
+    norm = BatchNorm(4, keep=0.9, group=dist.group.WORLD)
+    with torch.no_grad():
+        norm.weight.copy_(torch.arange(1.0, 5.0))
+    y = norm(mine)
+    (y * target[start : start + sizes[rank]]).sum().backward()
+    for tensor in (norm.weight.grad, norm.bias.grad):
+        dist.all_reduce(tensor)
+    queue.put(
+        (
+            rank,
+            [t.detach().numpy() for t in (y, mine.grad, norm.weight.grad, norm.bias.grad, norm.running_mean, norm.running_var)],
+        )
+    )
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [[4, 4], [5, 3], [3, 2, 4], [7, 0, 1]])
+def test_statistics_over_all_ranks_equal_the_joint_batch(sizes: list[int]) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    children = [context.Process(target=_rank, args=(rank, sizes, port, queue)) for rank in range(len(sizes))]
+    for child in children:
+        child.start()
+    results = dict(queue.get(timeout=90) for _ in sizes)
+    for child in children:
+        child.join(30)
+        assert child.exitcode == 0
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(sum(sizes), 4, 3, 3, generator=generator) * 3 + 5).requires_grad_()
+    target = torch.randn(sum(sizes), 4, 3, 3, generator=generator)
+    norm = nn.BatchNorm2d(4, momentum=0.1)
+    with torch.no_grad():
+        norm.weight.copy_(torch.arange(1.0, 5.0))
+    y = norm(x)
+    (y * target).sum().backward()
+    joint = [torch.cat([torch.from_numpy(results[rank][k]) for rank in range(len(sizes))]) for k in (0, 1)]
+    torch.testing.assert_close(joint[0], y.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(joint[1], x.grad, rtol=1e-4, atol=1e-4)
+    for rank in range(len(sizes)):
+        for k, expected in enumerate((norm.weight.grad, norm.bias.grad, norm.running_mean, norm.running_var), 2):
+            torch.testing.assert_close(torch.from_numpy(results[rank][k]), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_layer_shorthand_and_long_form_agree() -> None:
+    adapter = TypeAdapter(SequentialModel)
+    short = adapter.validate_python({"family": "sequential", "layers": ["relu", {"conv": {"filters": 3}}]})
+    long = adapter.validate_python({"family": "sequential", "layers": [{"type": "relu"}, {"type": "conv", "filters": 3}]})
+    assert short == long

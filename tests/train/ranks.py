@@ -1,0 +1,141 @@
+"""Start the ranks of a run as real processes, on loopback."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from hpc_cifar import files, runs
+from hpc_cifar.config.experiment import Experiment
+from hpc_cifar.runs import Run
+
+RANK_MAIN = Path(__file__).with_name("rank_main.py")
+
+
+def experiment(**changes: Any) -> Experiment:
+    """A small network with everything that has state: BatchNorm, dropout, momentum, schedule, EMA, augmentation."""
+    base: dict[str, Any] = {
+        "name": "tiny",
+        "seed": 7,
+        "epochs": 2,
+        "model": {
+            "family": "sequential",
+            "layers": [
+                {"conv": {"filters": 8, "kernel": 3, "stride": 2, "padding": 1}},
+                "batch_norm",
+                "relu",
+                {"max_pool": {"size": 2}},
+                {"dropout": {"rate": 0.2}},
+                "flatten",
+                {"dense": {"units": 10}},
+            ],
+        },
+        "data": {
+            "dataset": "digits",
+            "batch_size": 100,
+            "validation": 0.1,
+            "augment": {"crop_padding": 2, "padding_mode": "reflect", "flip": "random", "cutout": 4},
+        },
+        "optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4},
+        "schedule": {"name": "cosine", "warmup_epochs": 0.5},
+        "training": {"log_every_steps": 1, "ema_decay": 0.99},
+    }
+    return Experiment.model_validate(merge(base, changes))
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in changes.items():
+        out[key] = merge(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
+    return out
+
+
+def new_run(folder: Path, config: Experiment) -> Run:
+    return runs.create(folder, runs.new_run_id(config.name), config, {}, {})
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def start(
+    run: Run, data: Path, world: int, max_steps: int | None = None, seen: Path | None = None, **environment: str
+) -> list[subprocess.Popen[str]]:
+    """Start all ranks; output of rank r goes to ``<run>/rank-r.log``."""
+    port = free_port()
+    processes = []
+    for rank in range(world):
+        env = os.environ | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world),
+            "LOCAL_WORLD_SIZE": str(world),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "HPC_CIFAR_THREADS": "1",
+            **environment,
+        }
+        command = [sys.executable, str(RANK_MAIN), str(run.path), str(data), str(max_steps or "")]
+        command += [str(seen)] if seen is not None else []
+        log = (run.path / f"rank-{rank}.log").open("a")
+        processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=log, text=True))
+        log.close()
+    return processes
+
+
+def finish(processes: list[subprocess.Popen[str]], timeout: float = 120) -> list[int]:
+    deadline = time.monotonic() + timeout
+    try:
+        return [process.wait(max(0.1, deadline - time.monotonic())) for process in processes]
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+
+def complete(run: Run, data: Path, world: int, **options: Any) -> dict[str, Any]:
+    """Run all ranks to their end and return the result; fails with the logs if a rank failed."""
+    codes = finish(start(run, data, world, **options))
+    assert codes == [0] * world, logs(run)
+    return run.result() or {}
+
+
+def logs(run: Run) -> str:
+    return "\n".join(f"--- {path.name}\n{path.read_text()}" for path in sorted(run.path.glob("rank-*.log")))
+
+
+def wait_for_step(run: Run, step: int, processes: list[subprocess.Popen[str]], timeout: float = 60) -> None:
+    """Return as soon as metrics.jsonl shows that ``step`` updates were made."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if any(int(row.get("step", 0)) >= step for row in files.read_json_lines(run.metrics_file)):
+            return
+        assert all(process.poll() is None for process in processes), logs(run)
+        time.sleep(0.002)
+    raise AssertionError(f"step {step} was not reached\n{logs(run)}")
+
+
+def kill_all(processes: list[subprocess.Popen[str]]) -> None:
+    for process in processes:
+        process.send_signal(signal.SIGKILL)
+    for process in processes:
+        process.wait()
+
+
+def losses(run: Run) -> dict[int, float]:
+    """Training loss of every step, from metrics.jsonl; a step that appears twice is an error."""
+    found: dict[int, float] = {}
+    for row in files.read_json_lines(run.metrics_file):
+        if row["kind"] == "step":
+            assert row["step"] not in found, f"step {row['step']} is there twice"
+            found[row["step"]] = row["train_loss"]
+    return found
