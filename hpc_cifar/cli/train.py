@@ -27,7 +27,8 @@ def train(
     sets: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a field, such as optimizer.lr=0.1.")
     ] = None,
-    run: Annotated[
+    # not --run: torchrun would read it as an abbreviation of its own --run-path
+    name: Annotated[
         str | None, typer.Option(help="Name of the run; else the experiment's name and a digest of it.", show_default=False)
     ] = None,
     max_steps: Annotated[
@@ -53,7 +54,7 @@ def train(
     rank, world = _whole("RANK", 0), _whole("WORLD_SIZE", 1)
     local_world = _whole("LOCAL_WORLD_SIZE", world)
     data_root = data.expanduser().absolute() if data else files.data_root()
-    name = run or run_name(experiment)
+    name = name or run_name(experiment)
     token = launch_token(name, world, local_world)
     root = files.runs_root()
     if rank == 0:
@@ -163,7 +164,7 @@ def _find_or_create(
     found = runs.Run(root / name)
     exists = found.experiment_file.is_file()
     if exists and is_live(found):
-        raise RunError(f"{found.id} is being trained right now; wait for it, cancel it, or give this one a name with --run")
+        raise RunError(f"{found.id} is being trained right now; wait for it, cancel it, or give this one a name with --name")
     if exists and fresh:
         aside = root / f"{name}-old-{time.strftime('%Y%m%d-%H%M%S')}"
         found.path.rename(aside)
@@ -172,7 +173,7 @@ def _find_or_create(
     placement, notes = _placement(experiment, world, local_world)
     if exists:
         if runs.experiment_text(found.experiment()) != runs.experiment_text(experiment):
-            raise RunError(f"{found.id} trains another experiment; use --fresh to start over or --run with another name")
+            raise RunError(f"{found.id} trains another experiment; use --fresh to start over or --name with another name")
         return found
     stored = launch.stored_train_images(data_root, experiment.data.dataset)
     plan = make_plan(experiment, placement, stored, notes)

@@ -52,20 +52,19 @@ def train(run: Run, *, max_steps: int | None = None, data_root: Path, console: b
     Raises:
         HpcCifarError: with the reason, also written to ``state.json`` where that is possible.
     """
-    with StopFlag() as flag:
-        world = connect()
-        try:
-            with RunLock(run.path, world):
-                return _train(run, world, flag, max_steps, data_root, console)
-        except RuntimeError as error:
-            if not is_lost_peer(error):
-                raise
-            raise RunError(
-                f"rank {world.rank} on {os.uname().nodename} lost contact with another rank, which has probably ended; "
-                f"its log says why, and the same command continues from the last checkpoint ({first_line(error)})"
-            ) from None
-        finally:
-            disconnect(world)
+    world = connect()  # before signals only set a flag: a rank that waits for the others must still be stoppable
+    try:
+        with StopFlag() as flag, RunLock(run.path, world):
+            return _train(run, world, flag, max_steps, data_root, console)
+    except RuntimeError as error:
+        if not is_lost_peer(error):
+            raise
+        raise RunError(
+            f"rank {world.rank} on {os.uname().nodename} lost contact with another rank, which has probably ended; "
+            f"its log says why, and the same command continues from the last checkpoint ({first_line(error)})"
+        ) from None
+    finally:
+        disconnect(world)
 
 
 def _train(run: Run, world: World, flag: StopFlag, max_steps: int | None, data_root: Path, console: bool) -> dict[str, Any]:

@@ -89,11 +89,11 @@ def test_a_failure_is_in_the_run_directory(site: Site) -> None:
 
 
 def test_another_name_and_a_name_that_is_taken(site: Site) -> None:
-    site.cli("train", site.job(epochs=1), "--run", "mine")
+    site.cli("train", site.job(epochs=1), "--name", "mine")
     assert only_run(site).id == "mine"
-    refused = site.cli("train", site.job(epochs=2), "--run", "mine", code=1)
+    refused = site.cli("train", site.job(epochs=2), "--name", "mine", code=1)
     assert "mine trains another experiment" in refused.stderr
-    assert site.cli("train", site.job(), "--run", "../out", code=2).stderr.startswith("hpc-cifar: error: run name")
+    assert site.cli("train", site.job(), "--name", "../out", code=2).stderr.startswith("hpc-cifar: error: run name")
 
 
 def test_a_killed_train_is_seen_and_a_live_one_not_started_twice(site: Site) -> None:
