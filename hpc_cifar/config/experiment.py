@@ -27,7 +27,7 @@ class SequentialModel(Model):
 
     family: Literal["sequential"]
     layers: Annotated[tuple[Layer, ...], Field(min_length=1, max_length=1000)]
-    init: Literal["torch", "glorot_uniform", "he_normal"] = "torch"
+    init: Literal["torch", "glorot_uniform", "he_normal", "dirac"] = "torch"
     logit_scale: Positive = 1.0
 
 

@@ -83,6 +83,16 @@ def test_initialisation_depends_on_the_seed_alone(init: str) -> None:
         assert float(weights[0][1].abs().max()) == 0
 
 
+def test_dirac_passes_channels_through() -> None:
+    layers = [{"conv": {"filters": 4}}, {"conv": {"filters": 6}}, "global_avg_pool", {"dense": {"units": 10}}]
+    network = build(model(layers, init="dirac"), (3, 32, 32))
+    x = torch.randn(2, 4, 8, 8)
+    with torch.no_grad():
+        y = network[1](x) - network[1].bias.view(1, -1, 1, 1)  # type: ignore[index]
+    torch.testing.assert_close(y[:, :4], x)
+    assert not torch.equal(y[:, 4:], torch.zeros(2, 2, 8, 8))
+
+
 def test_batch_of_one_keeps_the_running_statistics() -> None:
     norm = BatchNorm(3)
     norm(torch.randn(8, 3))
