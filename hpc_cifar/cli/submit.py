@@ -58,6 +58,8 @@ def submit(
 
     if sum((as_json, parsable, follow)) > 1:
         raise UsageError("--json, --parsable and --follow: use one of them")
+    if dry_run and (as_json or parsable or follow or wait):
+        raise UsageError("--dry-run submits nothing: leave out --json, --parsable, --follow and --wait")
     experiments = [
         with_resources(experiment, nodes=nodes, gpus_per_node=gpus_per_node, time=time)
         for experiment in _load([find_job(name) for name in job], sets or [])

@@ -48,10 +48,13 @@ def train(
     from .. import files
     from ..config.load import load_experiment
     from ..config.packaged import find_job
+    from ..errors import UsageError
     from ..launch import job as launch_job
 
     experiment = load_experiment(find_job(job), sets or [])
     rank, world = _whole("RANK", 0), _whole("WORLD_SIZE", 1)
+    if not rank < world:
+        raise UsageError(f"RANK={rank}, WORLD_SIZE={world}: ranks count from 0 to WORLD_SIZE - 1, as torchrun sets them")
     local_world = _whole("LOCAL_WORLD_SIZE", world)
     data_root = data.expanduser().absolute() if data else files.data_root()
     name = name or run_name(experiment)

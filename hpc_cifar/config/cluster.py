@@ -167,18 +167,23 @@ def find_cluster(name: str | None = None, *, have_sbatch: bool) -> Cluster:
     Raises:
         UsageError: there is no such profile (the message lists those there are), or it has errors (each with file:line).
     """
-    from .load import load_cluster  # it needs the model above
-
     name = name or os.environ.get("HPC_CIFAR_CLUSTER") or ("slurm" if have_sbatch else "local")
     if os.sep in name or name.endswith((".yaml", ".yml")):
-        return load_cluster(Path(name).expanduser() if name.startswith("~/") else Path(name))
+        return _named_by_file(Path(name).expanduser() if name.startswith("~/") else Path(name))
     known = known_clusters()
     if name not in known:
         folders = ", ".join(str(folder) for folder in profile_folders())
         hint = did_you_mean(name, sorted(known), "known profiles")
         raise UsageError(f"--cluster: no profile named {shown(name)}; {hint}; searched {folders} and the packaged profiles")
     path = known[name]
-    return BUILT_IN[name] if path is None else load_cluster(path)
+    return BUILT_IN[name] if path is None else _named_by_file(path)
+
+
+def _named_by_file(path: Path) -> Cluster:
+    """The profile in ``path`` under the file's name: a copied profile often keeps the name of the one it was copied from."""
+    from .load import load_cluster  # it needs the model above
+
+    return load_cluster(path).model_copy(update={"name": path.stem})
 
 
 def with_overrides(cluster: Cluster, **overrides: Any) -> Cluster:

@@ -45,6 +45,15 @@ class Augment(Model):
     flip: Literal["none", "random", "alternating"] = "none"
     cutout: Annotated[Whole, Field(ge=0, le=64)] = 0
 
+    @model_validator(mode="after")
+    def _fits_an_image(self) -> Augment:
+        # every dataset so far has images of 32 x 32; numpy's reflection needs a border narrower than the image
+        if self.padding_mode == "reflect" and self.crop_padding > 31:
+            raise ValueError(f"crop_padding: {self.crop_padding} should be at most 31 with padding_mode: reflect")
+        if self.cutout > 31:
+            raise ValueError(f"cutout: {self.cutout} would hide whole images of 32 x 32; use at most 31")
+        return self
+
 
 class Data(Model):
     """Which images, in which batches. ``batch_size`` is global: all ranks together. ``validation`` is the share of the training
@@ -126,7 +135,7 @@ class Cosine(Schedule):
 
 
 class OneCycle(Model):
-    """Linear up to ``lr`` over ``peak`` of the steps, then linear down to ``final_factor``."""
+    """Linear up to ``lr`` over the first ``peak`` of the steps, which is its warm-up, then linear down to ``final_factor``."""
 
     name: Literal["one_cycle"]
     peak: Annotated[Real, Field(gt=0, lt=1)] = 0.25
@@ -261,6 +270,15 @@ class Experiment(Model):
                 f"(it names a folder and a Slurm job), not {shown(name)}"
             )
         return name
+
+    @model_validator(mode="after")
+    def _schedule_fits_the_epochs(self) -> Experiment:
+        warmup = getattr(self.schedule, "warmup_epochs", 0.0)
+        if warmup >= self.epochs:
+            raise ValueError(f"schedule.warmup_epochs: {warmup:g} should be fewer than the run's {self.epochs} epochs")
+        if isinstance(self.schedule, Step) and self.schedule.epochs[-1] > self.epochs:
+            raise ValueError(f"schedule.epochs: {self.schedule.epochs[-1]} lies after the run's last epoch, {self.epochs}")
+        return self
 
     @model_validator(mode="after")
     def _nothing_chosen_by_the_test_set(self) -> Experiment:

@@ -128,7 +128,14 @@ def submit(executor: SlurmExecutor, job: Any) -> str:
         with clean_environment(), contextlib.redirect_stderr(printed):
             return str(executor.submit(job).job_id)
     except (FailedJobError, FailedSubmissionError, OSError) as error:
-        raise LaunchError(f"sbatch refused the job: {slurm_words(str(error))}") from None
+        words = slurm_words(str(error))
+        lowered = words.lower()
+        if any(sign in lowered for sign in ("fetch_config", "fetch config", "unable to contact slurm controller")):
+            raise LaunchError(
+                "no Slurm cluster answers here, though its programs are installed: use --cluster local to run on this machine, "
+                f"or --dry-run to see the script ({words})"
+            ) from None
+        raise LaunchError(f"sbatch refused the job: {words}") from None
 
 
 def slurm_words(text: str) -> str:

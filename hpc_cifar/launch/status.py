@@ -97,6 +97,8 @@ def _alive(run: Run, job: dict[str, Any], answer: slurm.Answer) -> bool | None:
     who = controller_of(run, job)
     if who:
         return process.is_alive(who) or bool(job.get("executor") == "local" and process.survivors(who))
+    if not job and run.state().get("state") in ENDED:
+        return False  # a submission that was refused
     return min(_age_s(job.get("submitted")), _age_s(run.state().get("updated")), _file_age_s(run)) < START_GRACE_S
 
 
