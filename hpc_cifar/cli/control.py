@@ -97,7 +97,7 @@ def logs(
 
 
 def wait(run: RunName = "last") -> None:
-    """Wait until a run has ended; exit code 0 if it finished, 1 if it failed or was cancelled."""
+    """Wait until a run has ended; exit code 0 if it finished or was stopped on purpose, 1 if it failed or was cancelled."""
     from .. import files, runs
     from ..launch import control
 
