@@ -45,15 +45,6 @@ class Augment(Model):
     flip: Literal["none", "random", "alternating"] = "none"
     cutout: Annotated[Whole, Field(ge=0, le=64)] = 0
 
-    @model_validator(mode="after")
-    def _fits_an_image(self) -> Augment:
-        # every dataset so far has images of 32 x 32; numpy's reflection needs a border narrower than the image
-        if self.padding_mode == "reflect" and self.crop_padding > 31:
-            raise ValueError(f"crop_padding: {self.crop_padding} should be at most 31 with padding_mode: reflect")
-        if self.cutout > 31:
-            raise ValueError(f"cutout: {self.cutout} would hide whole images of 32 x 32; use at most 31")
-        return self
-
 
 class Data(Model):
     """Which images, in which batches. ``batch_size`` is global: all ranks together. ``validation`` is the share of the training
@@ -270,6 +261,18 @@ class Experiment(Model):
                 f"(it names a folder and a Slurm job), not {shown(name)}"
             )
         return name
+
+    @model_validator(mode="after")
+    def _augmentation_fits_an_image(self) -> Experiment:
+        # every dataset so far has images of 32 x 32; numpy's reflection needs a border narrower than the image
+        augment = self.data.augment
+        if augment.padding_mode == "reflect" and augment.crop_padding > 31:
+            raise ValueError(
+                f"data.augment.crop_padding: {augment.crop_padding} should be at most 31 with padding_mode: reflect"
+            )
+        if augment.cutout > 31:
+            raise ValueError(f"data.augment.cutout: {augment.cutout} would hide whole images of 32 x 32; use at most 31")
+        return self
 
     @model_validator(mode="after")
     def _schedule_fits_the_epochs(self) -> Experiment:
