@@ -66,10 +66,13 @@ def test_a_job_id_and_a_unique_prefix_name_the_run(site: Site) -> None:
 
 
 def test_ctrl_c_ends_the_watching_and_not_the_run(site: Site) -> None:
-    child = site.start("submit", site.job("step_s=0.1", epochs=3), "--cluster", "local", "--follow", start_new_session=True)
+    child = site.start("submit", site.job("step_s=0.3", epochs=3), "--cluster", "local", "--follow", start_new_session=True)
     run = eventually(lambda: next(iter(control_runs(site)), None))
     site.running(run)
-    time.sleep(0.5)
+    assert child.stdout is not None
+    for line in child.stdout:  # the watching has begun
+        if line.strip() == f"{run.id}: running":
+            break
     os.killpg(child.pid, signal.SIGINT)  # as a terminal does: to the whole foreground group
     out, err = child.communicate(timeout=20)
     assert child.returncode == 130, err
