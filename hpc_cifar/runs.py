@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import Any
 import yaml
 
 from . import files
-from .config.experiment import NAME_PATTERN, Experiment
+from .config.experiment import Experiment
 from .errors import RunError, UsageError
 
 STATES = ("pending", "running", "requeued", "finished", "failed", "cancelled", "stopped")
@@ -121,15 +122,26 @@ def experiment_text(experiment: Experiment) -> str:
     return text
 
 
+def named(root: Path, run_id: str) -> Run:
+    """The run directory of that name, which need not exist.
+
+    Raises:
+        UsageError: the name is not one plain path component.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", run_id):
+        raise UsageError(
+            f"run name {run_id!r}: use up to 128 letters, digits, '.', '_' and '-', starting with a letter or digit"
+        )
+    return Run(root / run_id)
+
+
 def create(root: Path, run_id: str, experiment: Experiment, plan: dict[str, Any], provenance: dict[str, Any]) -> Run:
     """Make a new run directory; it appears whole or not at all.
 
     Raises:
         RunError: the directory exists already or cannot be written.
     """
-    if not NAME_PATTERN.fullmatch(run_id[:64]) or "/" in run_id:
-        raise UsageError(f"run name {run_id!r}: use letters, digits, '.', '_' and '-'")
-    run = Run(root / run_id)
+    run = named(root, run_id)
     building = root / f".{run_id}.{secrets.token_hex(4)}.new"
     try:
         building.mkdir(parents=True, mode=0o700)

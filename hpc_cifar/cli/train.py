@@ -164,7 +164,7 @@ def _find_or_create(
     from ..launch.status import is_live
     from ..plan import make_plan
 
-    found = runs.Run(root / name)
+    found = runs.named(root, name)
     exists = found.experiment_file.is_file()
     if exists and is_live(found):
         raise RunError(f"{found.id} is being trained right now; wait for it, cancel it, or give this one a name with --name")

@@ -7,6 +7,7 @@ but the draws.
 from __future__ import annotations
 
 import inspect
+import signal
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -86,8 +87,9 @@ class Reference:
         shards = [keys[end - count : end] for end, (_, _, count) in zip(ends, positions, strict=True)]
         cuda = self._output.device.type == "cuda"
         loader: DataLoader[Any] = DataLoader(
-            self._dataset, batch_sampler=shards, num_workers=self._workers, collate_fn=_collate, pin_memory=cuda
-        )
+            self._dataset, batch_sampler=shards, num_workers=self._workers, collate_fn=_collate, pin_memory=cuda,
+            worker_init_fn=_ignore_signals,
+        )  # fmt: skip
         memory = torch.channels_last if self._output.channels_last else torch.contiguous_format
         for (number, global_size, _), loaded in zip(positions, loader, strict=True):
             images, labels = loaded or (self._nothing, torch.empty(0, dtype=torch.int64))
@@ -98,3 +100,9 @@ class Reference:
         """Ends the worker processes with the iterators that own them."""
         while self._open:
             self._open.pop().close()
+
+
+def _ignore_signals(_: int) -> None:
+    """Slurm signals every process of a step; a worker that died of it would take the checkpoint on stopping with it."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)

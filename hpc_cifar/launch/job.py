@@ -175,7 +175,9 @@ def _requeue(run: Run, env: Any, usr: signal.Signals, hand_over: Any, result: di
     if env.cluster == "slurm":
         # scancel and preemption both send TERM; only the job's state tells them apart where no marker was left
         job_state = _slurm_job_state(env.raw_job_id)
-        if job_state.startswith("CANCELLED"):
+        if job_state.startswith("CANCELLED") or (job_state == "COMPLETING" and result["state"] == "stopped"):
+            # while its ranks still run, Slurm calls a job that was cancelled COMPLETING; a preempted one that is to come
+            # back is requeued by Slurm itself
             run.write_state(**{**run.state(), "state": "cancelled", "reason": "cancelled with scancel"})
             result["state"] = "cancelled"
             return

@@ -98,10 +98,9 @@ def _point(folder: Path, link: str, name: str) -> None:
 
 def _prune(folder: Path, keep_last: int) -> None:
     keep = {os.path.realpath(folder / link) for link in ("latest", "best")}
-    finished = sorted(path for path in folder.glob("step-*") if path.is_dir())
-    for old in finished[:-keep_last]:
-        if os.path.realpath(old) not in keep:
-            shutil.rmtree(old, ignore_errors=True)
+    for old in stored(folder)[keep_last:]:
+        if os.path.realpath(old.folder) not in keep:
+            shutil.rmtree(old.folder, ignore_errors=True)
     for leftover in folder.glob(".step-*.new"):  # a save that was killed
         shutil.rmtree(leftover, ignore_errors=True)
 

@@ -81,9 +81,11 @@ def connect(timeout_s: float = 600.0) -> World:
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     except ValueError as error:
         raise RunError(f"RANK, WORLD_SIZE, LOCAL_RANK: should be whole numbers ({error})") from None
-    if torch.cuda.is_available():
-        # Slurm may show each task only its own GPU; then that one is number 0
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    # Slurm may show each task only its own GPU, as number 0; otherwise NCCL refuses two ranks on one, so they share the CPU
+    own_gpu = gpus == 1 and "SLURM_PROCID" in os.environ
+    if gpus and (gpus >= local_size or own_gpu):
+        device = torch.device("cuda", local_rank % gpus)
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from pathlib import Path
@@ -30,13 +31,18 @@ class RunLock:
         return self
 
     def _take(self) -> str | None:
-        self._stream = self._path.open("a+", encoding="utf-8")
         try:
+            self._stream = self._path.open("a+", encoding="utf-8")
             fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            assert self._stream is not None
             self._stream.seek(0)
             holder = self._stream.read().strip() or "another process"
             return f"{self._path.parent}: this run is being trained already, by {holder}; wait for it or cancel it"
+        except OSError as error:
+            if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                return None  # a file system without locks, such as Lustre without -o flock: go on without one
+            return f"{self._path}: cannot be locked: {error.strerror or error}"
         self._stream.truncate(0)
         self._stream.write(f"process {os.getpid()} on {os.uname().nodename}\n")
         self._stream.flush()

@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .. import files
 from ..config.experiment import Experiment
 from ..data import pipeline as data
@@ -119,8 +121,15 @@ class _Trainer:
             world,
             local_statistics=experiment.training.batch_norm == "local" and world.size > 1,
             split_digest=split_digest(self.prepared),
-            wandb_id=world.share(new_id()),
+            wandb_id=world.share(self._wandb_id()),
         )
+
+    def _wandb_id(self) -> str:
+        """One id for all segments, kept beside the checkpoints' copy since a run may be killed before its first checkpoint."""
+        path = self.run.path / "wandb-id"
+        if self.world.main and not path.exists():
+            files.write_text(path, new_id())
+        return path.read_text(encoding="utf-8") if self.world.main else ""
 
     def _resume(self) -> list[str]:
         """Continue from the newest good checkpoint, if there is one; rank 0 decides which. Returns what to tell people."""
@@ -309,6 +318,7 @@ class _Trainer:
         if self.session.stepper.seen:  # a loss that is not finite must not reach a checkpoint
             self._take_window(self.session.stepper.rate)
         self._report_windows()
+        self._check_weights()
         state = self.session.state()
         if state is not None:
             metrics = {key: value for key, value in (self.session.history or [{}])[-1].items() if isinstance(value, float)}
@@ -322,6 +332,12 @@ class _Trainer:
                 keep_last=self.experiment.checkpoint.keep_last,
             )
         self.saved_step = position.step
+
+    def _check_weights(self) -> None:
+        """A finite loss can still have an update that overflows; the weights are the same on all ranks, so all raise alike."""
+        parameters = [p.detach() for p in self.session.network.parameters()]
+        if not bool(torch.stack([p.isfinite().all() for p in parameters]).all()):
+            raise self._non_finite(self.session.position.step, math.nan)
 
     def _use_selected_weights(self) -> None:
         """Load the best checkpoint's weights for the test, if the file asks for it."""
@@ -342,6 +358,8 @@ class _Trainer:
         if position.step >= self.plan.total_steps:
             self._use_selected_weights()
             result["test_loss"], result["test_accuracy"] = self._test()
+            if not math.isfinite(result["test_loss"]):  # the same sum on every rank
+                raise self._non_finite(position.step, result["test_loss"])
             result["state"] = "finished"
         elif reason:
             cancelled = self.world.share(self.run.cancel_marker.exists())

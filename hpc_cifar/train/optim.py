@@ -52,7 +52,7 @@ class EMA:
     @torch.no_grad()
     def update(self) -> None:
         self.updates += 1
-        decay = min(self.decay, self.updates / (self.updates + 9))  # short at first, as in TensorFlow's num_updates rule
+        decay = min(self.decay, (self.updates - 1) / (self.updates + 8))  # short at first, as in TensorFlow's num_updates rule
         torch._foreach_lerp_(self.shadow, [p.detach() for p in self._live], 1 - decay)
 
     @torch.no_grad()
