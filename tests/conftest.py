@@ -61,7 +61,6 @@ def pytest_configure(config: pytest.Config) -> None:
         NETRC=str(box / "netrc"),
         OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", str(min(2, len(os.sched_getaffinity(0))))),
         PYTHONFAULTHANDLER="1",
-        PYTHONDONTWRITEBYTECODE="1",
     )
 
 
