@@ -187,7 +187,7 @@ class DDPSync:
         pass  # the backward pass of the last micro-batch has summed everything
 
 
-def _sum_bucket(_: Any, bucket: Any) -> torch.futures.Future[Tensor]:
+def _sum_bucket(_, bucket):  # type: ignore[no-untyped-def]  # torch refuses any annotation but its own private one
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     assert work is not None
     future: torch.futures.Future[Tensor] = work.get_future().then(lambda done: done.value()[0])
