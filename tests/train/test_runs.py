@@ -125,7 +125,6 @@ def test_world_sizes_train_alike(tmp_path: Path, digits_data: Path, world: int, 
     changes: dict[str, Any] = {
         "epochs": 1,
         "data": {"batch_size": 664},
-        "optimizer": {"lr": 0.005},  # float noise in the gradients reaches the weights times this
         "training": {"batch_norm": "global", "gradient_sync": sync, "ema_decay": None},
     }
     config = ranks.experiment(**ranks.merge(PLAIN, changes))
