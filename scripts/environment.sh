@@ -109,5 +109,11 @@ else
 fi
 install --no-build-isolation --no-index --editable .
 
+if [ -n "$uv" ]; then
+  # once here, as pip does it: where bytecode is not kept (PYTHONDONTWRITEBYTECODE, a read-only disk) every start would
+  # compile torch's sources again, for some five seconds
+  "$venv/bin/python" -m compileall -q -j 0 "$venv/lib" >/dev/null 2>&1 || true # some packages hold templates, not Python
+fi
+
 digest_of "$lock" "$variant" >"$venv/.made-from-$want"
 say "ready"

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.pipeline import Batch
+from ..models.batch_norm import at_least_float32
 
 
 @torch.no_grad()
@@ -28,7 +29,7 @@ def evaluate(
     for batch in batches:
         if not len(batch.labels):
             continue
-        logits = model(batch.images).float()
+        logits = at_least_float32(model(batch.images))
         totals[0] += F.cross_entropy(logits, batch.labels, reduction="sum")
         totals[1] += (logits.argmax(1) == batch.labels).sum()
         totals[2] += len(batch.labels)

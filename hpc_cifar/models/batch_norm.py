@@ -13,6 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """``x`` in the type that sums are made in: float32 for the half types, else its own."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class BatchNorm(nn.Module):
     """Normalise each channel of (n, channels) or (n, channels, height, width).
 
@@ -20,7 +25,10 @@ class BatchNorm(nn.Module):
         channels: size of dimension 1.
         keep: share of the old running statistics kept at every step (torch's ``momentum`` is ``1 - keep``).
         eps: added to the variance.
-        group: process group whose joint batch gives the statistics; None for this rank's batch alone.
+        over_all_ranks: whether the joint batch of all ranks gives the statistics, or this rank's batch alone.
+
+    The joint statistics are the same for any number of ranks, to float tolerance. So on a CPU they are not torch's own even
+    for one rank: torch sums channels_last tensors one value after the other there, and its means were seen 5e-4 off.
 
     A rank whose own batch has fewer than two values a channel cannot estimate a variance; with local statistics it
     normalises that batch with its running statistics and leaves them as they are.
@@ -29,7 +37,7 @@ class BatchNorm(nn.Module):
     running_mean: Tensor
     running_var: Tensor
 
-    def __init__(self, channels: int, keep: float = 0.9, eps: float = 1e-5, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, channels: int, keep: float = 0.9, eps: float = 1e-5, over_all_ranks: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
@@ -37,11 +45,12 @@ class BatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
         self.keep = keep
         self.eps = eps
-        self.group = group
+        self.over_all_ranks = over_all_ranks
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training and self.group is not None:
-            return self._over_all_ranks(x)
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        if self.training and self.over_all_ranks and (several or x.device.type == "cpu"):
+            return self._joint(x, several)
         update = self.training and x.numel() // x.shape[1] > 1
         return F.batch_norm(
             x,
@@ -54,9 +63,8 @@ class BatchNorm(nn.Module):
             eps=self.eps,
         )
 
-    def _over_all_ranks(self, x: Tensor) -> Tensor:
-        assert self.group is not None
-        y, mean, var, count = _GlobalBatchNorm.apply(x, self.weight, self.bias, self.eps, self.group)
+    def _joint(self, x: Tensor, several: bool) -> Tensor:
+        y, mean, var, count = _JointBatchNorm.apply(x, self.weight, self.bias, self.eps, several)
         with torch.no_grad():
             unbiased = var * (count / (count - 1).clamp(min=1))
             self.running_mean.lerp_(mean, 1 - self.keep)
@@ -65,32 +73,33 @@ class BatchNorm(nn.Module):
         return result
 
     def extra_repr(self) -> str:
-        return f"{self.weight.numel()}, keep={self.keep}, eps={self.eps}, global={self.group is not None}"
+        return f"{self.weight.numel()}, keep={self.keep}, eps={self.eps}, over_all_ranks={self.over_all_ranks}"
 
 
-class _GlobalBatchNorm(torch.autograd.Function):
+def _mean_and_variance(x: Tensor, axes: list[int]) -> tuple[Tensor, Tensor]:
+    """Over ``axes``, each (channels,); two plain sums, which torch adds pairwise in every memory layout."""
+    mean = x.mean(axes, keepdim=True)
+    return mean.flatten(), (x - mean).square_().mean(axes)
+
+
+class _JointBatchNorm(torch.autograd.Function):
     """y, mean, variance, count over the joint batch; statistics are merged from every rank's (mean, variance, count)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, group: dist.ProcessGroup) -> Any:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, several: bool) -> Any:
         channels = x.shape[1]
         axes = [0, *range(2, x.dim())]
-        here = x.new_tensor(x.numel() // channels, dtype=torch.float32).expand(1)
+        wide = at_least_float32(x)
+        count = wide.new_tensor(x.numel() // channels)
         if x.numel():
-            var, mean = torch.var_mean(x.float(), dim=axes, correction=0)
+            mean, var = _mean_and_variance(wide, axes)
         else:
-            mean = var = x.new_zeros(channels, dtype=torch.float32)
-        mine = torch.cat([mean, var, here])
-        everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(everyone, mine, group=group)
-        table = torch.stack(everyone)
-        means, variances, counts = table[:, :channels], table[:, channels:-1], table[:, -1:]
-        count = counts.sum()
-        mean = (means * counts).sum(0) / count
-        var = ((variances + (means - mean).square()) * counts).sum(0) / count
+            mean = var = wide.new_zeros(channels)
+        if several:
+            mean, var, count = _merge_over_ranks(mean, var, count)
         y = F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
         ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt(), count)
-        ctx.group, ctx.axes = group, axes
+        ctx.several, ctx.axes = several, axes
         ctx.mark_non_differentiable(mean, var, count)
         return y, mean, var, count
 
@@ -98,14 +107,29 @@ class _GlobalBatchNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
         x, weight, mean, inverse_std, count = ctx.saved_tensors
         shape = [1, -1] + [1] * (x.dim() - 2)
-        centred = x.float() - mean.view(shape)
-        grad = grad.float()
+        centred = at_least_float32(x) - mean.view(shape)
+        grad = at_least_float32(grad)
         sum_grad = grad.sum(ctx.axes)
         sum_grad_centred = (grad * centred).sum(ctx.axes)
         both = torch.cat([sum_grad, sum_grad_centred])
-        dist.all_reduce(both, group=ctx.group)
+        if ctx.several:
+            dist.all_reduce(both)
         all_grad, all_centred = both.chunk(2)
         slope = inverse_std.square() * all_centred / count
-        grad_x = (grad - (all_grad / count).view(shape) - centred * slope.view(shape)) * (inverse_std * weight).view(shape)
+        # in place: these tensors are as large as the activations
+        grad_x = centred.mul_(-slope.view(shape)).add_(grad).sub_((all_grad / count).view(shape))
+        grad_x.mul_((inverse_std * weight).view(shape))
         # weight and bias get this rank's share: gradient synchronisation sums them like all others
         return grad_x.to(x.dtype), sum_grad_centred * inverse_std, sum_grad, None, None
+
+
+def _merge_over_ranks(mean: Tensor, var: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, variance and number of the joint values; a rank with none has count 0."""
+    mine = torch.cat([mean, var, count.view(1)])
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, mine)
+    table = torch.stack(everyone)
+    means, variances, counts = table[:, : len(mean)], table[:, len(mean) : -1], table[:, -1:]
+    total = counts.sum()
+    joint = (means * counts).sum(0) / total
+    return joint, ((variances + (means - joint).square()) * counts).sum(0) / total, total

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..config import layers as spec
@@ -23,19 +22,19 @@ class Scale(nn.Module):
         return x * self.factor
 
 
-def build(model: SequentialModel, input_shape: tuple[int, int, int], group: dist.ProcessGroup | None = None) -> nn.Sequential:
+def build(model: SequentialModel, input_shape: tuple[int, int, int], joint_batch_norm: bool = False) -> nn.Sequential:
     """Build the network and initialise it from torch's current random state.
 
     Args:
         model: layers and initialisation.
         input_shape: (channels, height, width) of one image.
-        group: process group for BatchNorm statistics over all ranks, or None for local ones.
+        joint_batch_norm: BatchNorm takes its statistics over all ranks, not over each rank's own batch.
 
     Returns:
         A module that maps (n, channels, height, width) to (n, classes).
     """
     shapes = layer_shapes(model, input_shape)
-    modules = [_module(layer, row.in_shape, group) for layer, row in zip(model.layers, shapes, strict=True)]
+    modules = [_module(layer, row.in_shape, joint_batch_norm) for layer, row in zip(model.layers, shapes, strict=True)]
     if model.logit_scale != 1.0:
         modules.append(Scale(model.logit_scale))
     network = nn.Sequential(*modules)
@@ -43,7 +42,7 @@ def build(model: SequentialModel, input_shape: tuple[int, int, int], group: dist
     return network
 
 
-def _module(layer: spec.AnyLayer, shape: tuple[int, ...], group: dist.ProcessGroup | None) -> nn.Module:
+def _module(layer: spec.AnyLayer, shape: tuple[int, ...], joint_batch_norm: bool) -> nn.Module:
     """The module of one layer, given the shape it takes in; shapes were checked when the file was read."""
     match layer:
         case spec.Conv():
@@ -52,7 +51,7 @@ def _module(layer: spec.AnyLayer, shape: tuple[int, ...], group: dist.ProcessGro
         case spec.Dense():
             return nn.Linear(shape[0], layer.units, bias=layer.bias)
         case spec.BatchNorm():
-            return BatchNorm(shape[0], layer.momentum, layer.eps, group)
+            return BatchNorm(shape[0], layer.momentum, layer.eps, joint_batch_norm)
         case spec.MaxPool():
             return nn.MaxPool2d(layer.size)
         case spec.AvgPool():

@@ -143,7 +143,7 @@ class FlatSync:
         self.module = module
         self._world = world
         parameters = [p for p in module.parameters() if p.requires_grad]
-        self._flat = torch.zeros(sum(p.numel() for p in parameters), device=world.device)
+        self._flat = torch.zeros(sum(p.numel() for p in parameters), dtype=parameters[0].dtype, device=world.device)
         offset = 0
         for p in parameters:
             view = self._flat[offset : offset + p.numel()]

@@ -81,7 +81,7 @@ def choose_precision(experiment: Experiment, device: torch.device) -> torch.dtyp
     wanted = experiment.training.precision
     if wanted == "auto":
         wanted = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-    return torch.bfloat16 if wanted == "bf16" else torch.float32
+    return {"bf16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}[wanted]
 
 
 def choose_channels_last(experiment: Experiment) -> bool:
@@ -93,10 +93,9 @@ def choose_channels_last(experiment: Experiment) -> bool:
 def make_network(experiment: Experiment, prepared: Prepared, world: World, channels_last: bool) -> nn.Module:
     """The network on the device, the same weights on every rank."""
     torch.manual_seed(experiment.seed)
-    over_all_ranks = experiment.training.batch_norm == "global" and world.size > 1
-    group = dist.group.WORLD if over_all_ranks else None
-    network = build_model(experiment.model, prepared.image_shape, group)
-    network = network.to(world.device)
+    network = build_model(experiment.model, prepared.image_shape, experiment.training.batch_norm == "global")
+    wide = experiment.training.precision == "float64"  # bf16 is autocast: the weights stay float32
+    network = network.to(world.device, torch.float64 if wide else torch.float32)
     if channels_last:
         network = network.to(memory_format=torch.channels_last)
     if world.size > 1:  # equal seeds give equal weights; a broadcast makes it certain across torch builds

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..config.experiment import Experiment
 from ..data.draws import key_of
 from ..data.pipeline import Batch
+from ..models.batch_norm import at_least_float32
 from ..plan import Plan, shard
 from .distributed import GradientSync, World
 from .optim import EMA
@@ -21,8 +22,8 @@ DROPOUT = 101  # stream of draws, apart from those in data/draws.py
 
 
 def autocast(precision: torch.dtype, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """bf16 autocast, or nothing for float32."""
-    if precision == torch.float32:
+    """bf16 autocast, or nothing for the full types."""
+    if precision != torch.bfloat16:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=precision)
 
@@ -63,7 +64,7 @@ class Stepper:
         self._parameters = [p for p in sync.module.parameters() if p.requires_grad]
         window = experiment.training.log_every_steps
         # per step of the window: this rank's part of the batch loss; then correct and seen images of the window
-        self._window = torch.zeros(window + 2, device=world.device)
+        self._window = torch.zeros(window + 2, dtype=torch.float64, device=world.device)
         self._seen = 0
         # this rank's sums over the epoch: loss, correct, images
         self.epoch_sums = torch.zeros(3, dtype=torch.float64, device=world.device)
@@ -78,7 +79,7 @@ class Stepper:
             group["lr"] = self.rate
         self._sync.zero()
         count = len(batch.labels)
-        loss_sum = torch.zeros((), device=self._world.device)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self._world.device)
         correct = torch.zeros((), device=self._world.device)
         for index in range(plan.accumulation):
             start, stop = shard(count, plan.accumulation, index)
@@ -99,7 +100,9 @@ class Stepper:
         """Forward and backward of one micro-batch; (sum of losses, number of correct predictions), detached."""
         with autocast(self._precision, self._world.device):
             logits = self._sync.module(images)
-        loss = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=self._experiment.loss.label_smoothing)
+        loss = F.cross_entropy(
+            at_least_float32(logits), labels, reduction="sum", label_smoothing=self._experiment.loss.label_smoothing
+        )
         (loss / global_size).backward()  # type: ignore[no-untyped-call]
         return loss.detach(), (logits.detach().argmax(1) == labels).sum()
 

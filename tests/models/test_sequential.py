@@ -117,7 +117,7 @@ def _rank(rank: int, sizes: list[int], port: int, queue: Any) -> None:
     target = torch.randn(sum(sizes), 4, 3, 3, generator=generator)
     start = sum(sizes[:rank])
     mine = x[start : start + sizes[rank]].clone().requires_grad_()
-    norm = BatchNorm(4, keep=0.9, group=dist.group.WORLD)
+    norm = BatchNorm(4, keep=0.9, over_all_ranks=True)
     with torch.no_grad():
         norm.weight.copy_(torch.arange(1.0, 5.0))
     y = norm(mine)

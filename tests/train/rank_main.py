@@ -1,4 +1,4 @@
-"""One rank of a run, as a process: ``rank_main.py RUN_DIR DATA_ROOT [MAX_STEPS] [SEEN_FILE]``.
+"""One rank of a run, as a process of its own, with arguments ``RUN_DIR DATA_ROOT MAX_STEPS [SEEN_FILE]``.
 
 With SEEN_FILE, every rank appends what it was given: ``epoch batch hash,hash,...``, one hash per image of its shard.
 """
@@ -43,16 +43,18 @@ def record_batches(path: Path) -> None:
     data.build = recording
 
 
-def main() -> None:
-    run, root = Run(Path(sys.argv[1])), Path(sys.argv[2])
-    max_steps = int(sys.argv[3]) if len(sys.argv) > 3 and sys.argv[3] else None
-    if len(sys.argv) > 4:
-        record_batches(Path(f"{sys.argv[4]}.{os.environ.get('RANK', '0')}"))
+def as_rank(arguments: list[str], environment: dict[str, str], log: str) -> None:
+    """Train; ends the process with the exit code the command line would give. Output is appended to ``log``."""
+    os.environ.update(environment)
+    stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
+    os.close(stream)
+    run, root, max_steps, *seen = arguments
+    if seen:
+        record_batches(Path(f"{seen[0]}.{os.environ['RANK']}"))
     try:
-        train(run, max_steps=max_steps, data_root=root, console=True)
+        train(Run(Path(run)), max_steps=int(max_steps) if max_steps else None, data_root=Path(root), console=True)
     except HpcCifarError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
-
-
-main()

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
+
+import rank_main
 
 from hpc_cifar import files, runs
 from hpc_cifar.config.experiment import Experiment
 from hpc_cifar.runs import Run
 
-RANK_MAIN = Path(__file__).with_name("rank_main.py")
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["hpc_cifar.train.loop", "hpc_cifar.data.kernels"])
 
 
 def experiment(**changes: Any) -> Experiment:
@@ -66,14 +68,33 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start(
-    run: Run, data: Path, world: int, max_steps: int | None = None, seen: Path | None = None, **environment: str
-) -> list[subprocess.Popen[str]]:
+class Rank:
+    """One process; forked from a server that has imported torch once, which a fresh interpreter needs seconds for."""
+
+    def __init__(self, arguments: list[str], environment: dict[str, str], log: Path) -> None:
+        self._process = CONTEXT.Process(target=rank_main.as_rank, args=(arguments, environment, str(log)))
+        self._process.start()
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        code = self._process.exitcode
+        assert code is not None, f"process {self._process.pid} still runs after {timeout:.0f} s"
+        return code
+
+    def send_signal(self, number: int) -> None:
+        if self._process.pid is not None and self._process.is_alive():
+            os.kill(self._process.pid, number)
+
+
+def start(run: Run, data: Path, world: int, max_steps: int | None = None, seen: Path | None = None) -> list[Rank]:
     """Start all ranks; output of rank r goes to ``<run>/rank-r.log``."""
     port = free_port()
     processes = []
     for rank in range(world):
-        env = os.environ | {
+        environment = {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(world),
@@ -81,25 +102,18 @@ def start(
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "HPC_CIFAR_THREADS": "1",
-            **environment,
         }
-        command = [sys.executable, str(RANK_MAIN), str(run.path), str(data), str(max_steps or "")]
-        command += [str(seen)] if seen is not None else []
-        log = (run.path / f"rank-{rank}.log").open("a")
-        processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=log, text=True))
-        log.close()
+        arguments = [str(run.path), str(data), str(max_steps or "")] + ([str(seen)] if seen is not None else [])
+        processes.append(Rank(arguments, environment, run.path / f"rank-{rank}.log"))
     return processes
 
 
-def finish(processes: list[subprocess.Popen[str]], timeout: float = 120) -> list[int]:
+def finish(processes: list[Rank], timeout: float = 120) -> list[int]:
     deadline = time.monotonic() + timeout
     try:
         return [process.wait(max(0.1, deadline - time.monotonic())) for process in processes]
     finally:
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+        kill_all(processes)
 
 
 def complete(run: Run, data: Path, world: int, **options: Any) -> dict[str, Any]:
@@ -113,7 +127,7 @@ def logs(run: Run) -> str:
     return "\n".join(f"--- {path.name}\n{path.read_text()}" for path in sorted(run.path.glob("rank-*.log")))
 
 
-def wait_for_step(run: Run, step: int, processes: list[subprocess.Popen[str]], timeout: float = 60) -> None:
+def wait_for_step(run: Run, step: int, processes: list[Rank], timeout: float = 60) -> None:
     """Return as soon as metrics.jsonl shows that ``step`` updates were made."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
@@ -124,7 +138,7 @@ def wait_for_step(run: Run, step: int, processes: list[subprocess.Popen[str]], t
     raise AssertionError(f"step {step} was not reached\n{logs(run)}")
 
 
-def kill_all(processes: list[subprocess.Popen[str]]) -> None:
+def kill_all(processes: list[Rank]) -> None:
     for process in processes:
         process.send_signal(signal.SIGKILL)
     for process in processes:
