@@ -5,7 +5,9 @@
     │   └── ConfigError  (2)    one or more fields of a file, each with file:line
     ├── DataError        (2)    a dataset is missing, damaged or not what it says
     ├── RunError         (1)    a run cannot be started, found or continued
+    │   ├── RunBusy             another process trains it
     │   ├── CheckpointError     no usable checkpoint, or one that does not fit
+    │   │   └── DamagedCheckpoint   its files are not what was written
     │   └── NonFiniteLoss       the loss became NaN or infinite
     └── LaunchError      (1)    the scheduler or the local executor refused
 
@@ -51,8 +53,16 @@ class RunError(HpcCifarError):
     """A run cannot be started, found or continued."""
 
 
+class RunBusy(RunError):
+    """Another process trains the run; its records must not be touched."""
+
+
 class CheckpointError(RunError):
     """No checkpoint can be used, or one does not fit this run."""
+
+
+class DamagedCheckpoint(CheckpointError):
+    """The files of a checkpoint are not what was written; an older one may be good."""
 
 
 class NonFiniteLoss(RunError):

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,9 +18,9 @@ if TYPE_CHECKING:
     from ..config.experiment import Experiment
     from ..plan import Placement
     from ..runs import Run
+    from ..train.distributed import World
 
-ACKNOWLEDGE_S = 30.0  # for the other ranks to read where the run is, if rank 0 has nothing more to do
-WAIT_S = 120.0  # for rank 0 to make the run directory, also over a slow network file system
+VISIBLE_S = 60.0  # for a new run directory to appear on the other nodes of a slow network file system
 
 
 def train(
@@ -48,34 +49,37 @@ def train(
     from .. import files
     from ..config.load import load_experiment
     from ..config.packaged import find_job
-    from ..errors import UsageError
     from ..launch import job as launch_job
+    from ..launch.control import here
 
     experiment = load_experiment(find_job(job), sets or [])
-    rank, world = _whole("RANK", 0), _whole("WORLD_SIZE", 1)
-    if not rank < world:
-        raise UsageError(f"RANK={rank}, WORLD_SIZE={world}: ranks count from 0 to WORLD_SIZE - 1, as torchrun sets them")
-    local_world = _whole("LOCAL_WORLD_SIZE", world)
+    _check_ranks()
     data_root = data.expanduser().absolute() if data else files.data_root()
     name = name or run_name(experiment)
-    token = launch_token(name, world, local_world)
     root = files.runs_root()
-    if rank == 0:
-        found = _prepare(root, name, experiment, data_root, fresh=fresh, world=world, local_world=local_world, token=token)
-    else:
-        found = _join(root, name, token, rank)
-    if found.finished():
-        if rank == 0:
-            _print_result(found, "finished already; --fresh starts over")
-        return
-    try:
-        from ..train.loop import train as train_run
 
-        result = train_run(found, max_steps=max_steps, data_root=data_root, console=rank == 0)
+    from ..train.distributed import connect, disconnect
+    from ..train.loop import train as train_run
+    from ..train.loop import wants_gpu
+
+    world = connect(wants_gpu(experiment))
+    found, segment = _agree(world, root, name, experiment, data_root, fresh=fresh)
+    if world.share(found.finished()):
+        if world.main:
+            _print_result(found, "finished already; --fresh starts over")
+        disconnect(world)
+        return
+
+    def begin() -> None:
+        found.cancel_marker.unlink(missing_ok=True)  # whoever starts it again wants it to run
+        found.add_job(executor="train", job_id=segment, tasks=world.size, **here())
+
+    try:
+        result = train_run(found, max_steps=max_steps, data_root=data_root, console=world.main, world=world, begin=begin)
     except Exception as error:
-        launch_job.record_failure(found, error, rank=rank, segment=token)
+        launch_job.record_failure(found, error, rank=world.rank, segment=segment)
         raise
-    if rank == 0:
+    if world.main:
         _print_result(found, None)
     if result.get("state") in ("cancelled", "failed"):
         raise typer.Exit(1)
@@ -100,58 +104,49 @@ def _whole(name: str, default: int) -> int:
     return int(text)
 
 
-def launch_token(name: str, world: int, local_world: int) -> str:
-    """The same on every rank of one launch, and different from every other launch."""
-    from ..launch import process
+def _check_ranks() -> None:
+    """What torchrun set fits together.
 
-    names = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "SLURM_JOB_ID", "SLURM_STEP_ID")
-    parts = [name, *(os.environ.get(key, "") for key in names)]
-    if world == local_world:  # all on this machine: one parent started them
-        parent = os.getppid()
-        parts += [str(parent), str(process.start_time(parent))]
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    Raises:
+        UsageError: naming the variable.
+    """
+    from ..errors import UsageError
 
-
-def _meeting_file(root: Path, token: str) -> Path:
-    return root / f".launch-{token}.json"
+    rank, world = _whole("RANK", 0), _whole("WORLD_SIZE", 1)
+    _whole("LOCAL_WORLD_SIZE", world)
+    if not rank < world:
+        raise UsageError(f"RANK={rank}, WORLD_SIZE={world}: ranks count from 0 to WORLD_SIZE - 1, as torchrun sets them")
 
 
-def _prepare(
-    root: Path, name: str, experiment: Experiment, data_root: Path, *, fresh: bool, world: int, local_world: int, token: str
-) -> Run:
-    """Rank 0: make or find the run directory, then tell the others, also what went wrong."""
-    import atexit
+def _agree(world: World, root: Path, name: str, experiment: Experiment, data_root: Path, *, fresh: bool) -> tuple[Run, str]:
+    """The run directory, which rank 0 finds or makes, and a name for this stretch of the run.
 
-    from .. import files
-    from ..errors import HpcCifarError
-    from ..launch.control import here
+    If rank 0 cannot, it says why, and the others leave without a word.
+    """
+    from .. import runs
+    from ..errors import RunError
 
-    meeting = _meeting_file(root, token)
-
-    def tell(**what: Any) -> None:
-        if world > 1:
-            root.mkdir(parents=True, exist_ok=True)
-            files.write_json(meeting, what)
-            atexit.register(_leave, meeting, world)
-
+    told: tuple[str, str] | None = None
     try:
-        found = _find_or_create(root, name, experiment, data_root, fresh=fresh, world=world, local_world=local_world)
-    except HpcCifarError as error:
-        tell(error=str(error))
-        raise
-    found.cancel_marker.unlink(missing_ok=True)  # whoever starts it again wants it to run
-    found.add_job(executor="train", job_id=f"train-{token[:8]}", tasks=world, **here())
-    tell(run=found.id)
-    return found
-
-
-def _leave(meeting: Path, world: int) -> None:
-    """Rank 0, at its end: take the meeting file away, but not before a slower rank has read it."""
-    deadline = time.monotonic() + ACKNOWLEDGE_S
-    while len(read := list(meeting.parent.glob(f"{meeting.stem}.rank*"))) < world - 1 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    for path in (meeting, *read):
-        path.unlink(missing_ok=True)
+        if world.main:
+            local_world = world.local_size
+            found = _find_or_create(root, name, experiment, data_root, fresh=fresh, world=world.size, local_world=local_world)
+            told = found.id, f"train-{secrets.token_hex(4)}"
+    finally:
+        told = world.share(told)  # also when it failed: the others wait for it
+        if told is None and not world.main:
+            raise SystemExit(1)
+    assert told is not None
+    found = runs.named(root, told[0])
+    deadline = time.monotonic() + VISIBLE_S
+    while not found.experiment_file.is_file():
+        if time.monotonic() > deadline:
+            raise RunError(
+                f"rank {world.rank} on {os.uname().nodename} does not see {found.path}, which rank 0 made: "
+                f"is {root} on a disk that all nodes share?"
+            )
+        time.sleep(0.1)
+    return found, told[1]
 
 
 def _find_or_create(
@@ -161,7 +156,7 @@ def _find_or_create(
     from ..errors import RunError
     from ..launch import provenance
     from ..launch import submit as launch
-    from ..launch.status import is_live
+    from ..launch.status import is_live, status
     from ..plan import make_plan
 
     found = runs.named(root, name)
@@ -169,6 +164,9 @@ def _find_or_create(
     if exists and is_live(found):
         raise RunError(f"{found.id} is being trained right now; wait for it, cancel it, or give this one a name with --name")
     if exists and fresh:
+        seen = status(found)
+        if not seen.ended:  # on another host, perhaps: its files must not move away under it
+            raise RunError(f"{found.id} is {seen.state} ({seen.reason}); cancel it there, or give this one a name with --name")
         aside = root / f"{name}-old-{time.strftime('%Y%m%d-%H%M%S')}"
         found.path.rename(aside)
         typer.echo(f"{found.id}: starting over; the run so far is now {aside.name}")
@@ -178,7 +176,7 @@ def _find_or_create(
         if runs.experiment_text(found.experiment()) != runs.experiment_text(experiment):
             raise RunError(f"{found.id} trains another experiment; use --fresh to start over or --name with another name")
         return found
-    stored = launch.stored_train_images(data_root, experiment.data.dataset)
+    stored = launch.checked_train_images(experiment, data_root)
     plan = make_plan(experiment, placement, stored, notes)
     return runs.create(root, name, experiment, plan.as_dict(), provenance.collect())
 
@@ -201,27 +199,6 @@ def _describe(place: Placement) -> str:
     if place.gpus_per_node:
         return f"{nodes} x {place.gpus_per_node} GPU{'s' if place.gpus_per_node > 1 else ''}"
     return f"{nodes} x {place.processes_per_node} CPU process{'es' if place.processes_per_node > 1 else ''}"
-
-
-def _join(root: Path, name: str, token: str, rank: int) -> Run:
-    """Other ranks: wait until rank 0 says where the run is."""
-    from .. import files, runs
-    from ..errors import RunError
-
-    meeting = _meeting_file(root, token)
-    deadline = time.monotonic() + WAIT_S
-    while time.monotonic() < deadline:
-        told = files.read_json(meeting)
-        if isinstance(told, dict):
-            meeting.with_suffix(f".rank{rank}").touch()
-        if isinstance(told, dict) and "error" in told:
-            raise SystemExit(1)  # rank 0 prints it
-        if isinstance(told, dict):
-            return runs.Run(root / str(told["run"]))
-        time.sleep(0.05)
-    raise RunError(
-        f"rank 0 made no run directory {root / name} within {WAIT_S:.0f} s: is {root} on a disk that all nodes share?"
-    )
 
 
 def _print_result(found: Run, remark: str | None) -> None:

@@ -165,8 +165,9 @@ class Training(Model):
     """How a step is computed.
 
     ``precision: auto`` is bf16 autocast on a GPU that has it, else float32; ``float64`` is slow, and tells rounding noise from
-    a real difference between two runs. ``batch_norm: global`` takes the statistics over the batches of all ranks. ``gradient_sync: flat`` is one all-reduce in a fixed order (reproducible at any world size);
-    ``ddp`` is torch's DistributedDataParallel with overlapping buckets; ``auto`` is flat below 4 million parameters.
+    a real difference between two runs. ``batch_norm: global`` takes the statistics over the batches of all ranks.
+    ``gradient_sync: flat`` is one all-reduce in a fixed order (reproducible at any world size); ``ddp`` is torch's
+    DistributedDataParallel with overlapping buckets; ``auto`` is flat below 4 million parameters.
     """
 
     precision: Literal["auto", "float32", "bf16", "float64"] = "auto"

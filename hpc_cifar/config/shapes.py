@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
+from ..errors import UsageError
 from .experiment import SequentialModel
 from .layers import (
     GELU,
@@ -85,6 +86,18 @@ def layer_shapes(model: SequentialModel, input: Shape = CIFAR_INPUT, classes: in
             f"end with dense: {{units: {classes}}}",
         )
     return rows
+
+
+def check_fits(model: SequentialModel, image: Shape, classes: int, dataset: str) -> None:
+    """Refuse a network that cannot take a prepared dataset's images, (channels, height, width), or name its classes.
+
+    Raises:
+        UsageError: the layer, and what does not fit.
+    """
+    try:
+        layer_shapes(model, image, classes)
+    except ShapeError as error:
+        raise UsageError(f"{error} (dataset {dataset!r}: {classes} classes, images of {text_of(image)})") from None
 
 
 def parameter_count(rows: list[LayerShape]) -> int:

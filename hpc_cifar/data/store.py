@@ -66,6 +66,12 @@ class Store:
         return tuple(self.manifest["classes"])
 
     @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+        _, height, width, channels = self.train.images.shape
+        return channels, height, width
+
+    @property
     def digest(self) -> str:
         """SHA-256 over the files' own; equal stores have equal pixels and labels in equal order."""
         return str(self.manifest["digest"])

@@ -85,9 +85,13 @@ def cancel(run: Run, grace_s: float = CANCEL_GRACE_S) -> str:
         return f"{run.id} has finished already"
     if before.ended and not is_live(run):
         return f"{run.id} is not running: it is {before.state}"
-    files.write_text(run.cancel_marker, now() + "\n")  # first: whatever stops now must not requeue
     jobs = run.jobs()
     job = jobs[-1] if jobs else {}
+    if job.get("executor") != "slurm":
+        host = job.get("host") or run.state().get("host")
+        if host is not None and host != socket.gethostname():
+            raise LaunchError(f"{run.id} runs on {host}: cancel it there")
+    files.write_text(run.cancel_marker, now() + "\n")  # first: whatever stops now must not requeue
     if job.get("executor") == "slurm":
         slurm.cancel([str(row["job_id"]) for row in jobs if row.get("executor") == "slurm"])
         if before.state in ("pending", "requeued"):  # no process is there to say so
@@ -106,9 +110,6 @@ def _mark_cancelled(run: Run) -> None:
 
 
 def _cancel_local(run: Run, job: dict[str, Any], grace_s: float) -> None:
-    host = job.get("host") or run.state().get("host")
-    if host is not None and host != socket.gethostname():
-        raise LaunchError(f"{run.id} runs on {host}: cancel it there")
     who = controller_of(run, job)
     deadline = time.monotonic() + 5
     while not who and job.get("executor") == "local" and time.monotonic() < deadline:  # it is just starting
@@ -173,7 +174,7 @@ def resume(run: Run, *, data_root: Path, cluster: Cluster | None = None, max_gpu
         if chosen.executor == "slurm" and not submit.have_sbatch():
             raise LaunchError(submit.NO_SBATCH)
         experiment = run.experiment()
-        plan = submit.plan_for(experiment, chosen, submit.stored_train_images(data_root, experiment.data.dataset))
+        plan = submit.plan_for(experiment, chosen, submit.checked_train_images(experiment, data_root))
         submit.check_budget(plan, max_gpu_hours)
         run.cancel_marker.unlink(missing_ok=True)
         files.write_json(run.path / "plan.json", plan.as_dict())

@@ -190,15 +190,18 @@ class Controller:
                 return 1
             restart += 1
         if reason:
-            self._record("failed", self._cause(reason, f"{self.job_id}.{restart}"))
+            reports = files.read_json_lines(self.run / "failures.jsonl")
+            rows = [row for row in reports if row.get("segment") == f"{self.job_id}.{restart}"]
+            if not any(row.get("busy") for row in rows):  # else another job trains this run, and its records are that one's
+                self._record("failed", self._cause(reason, rows))
             return 1
         return 0
 
-    def _cause(self, reason: str, segment: str) -> str:
+    @staticmethod
+    def _cause(reason: str, rows: list[dict[str, Any]]) -> str:
         """What the ranks themselves reported says more than an exit code, but not more than a kill."""
         if "killed by" in reason or "time limit" in reason:
             return reason
-        rows = [row for row in files.read_json_lines(self.run / "failures.jsonl") if row.get("segment") == segment]
         if not rows:
             return reason
         first = rows[0]

@@ -145,13 +145,18 @@ def record_failure(run: Run, error: BaseException, *, rank: int, segment: str) -
     """Say in the run directory why it failed.
 
     When one rank fails, its peers fail too, with a message about a lost connection; the first report of the segment counts.
+    A run that another process trains keeps that one's records.
     """
     from .. import files, runs
+    from ..errors import RunBusy
 
     reports = run.path / "failures.jsonl"
-    row = {"time": runs.now(), "segment": segment, "rank": rank, "reason": one_line(error)}
+    busy = isinstance(error, RunBusy)
+    row = {"time": runs.now(), "segment": segment, "rank": rank, "reason": one_line(error), "busy": busy}
     try:
         files.append_json_line(reports, row)
+        if busy:
+            return
         first = next((old for old in files.read_json_lines(reports) if old.get("segment") == segment), row)
         reason = first["reason"] if first["rank"] == rank else f"rank {first['rank']}: {first['reason']}"
         run.write_state(**{**run.state(), "state": "failed", "reason": reason})

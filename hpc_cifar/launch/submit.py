@@ -12,6 +12,7 @@ from typing import Any
 from .. import files, runs
 from ..config.cluster import Cluster
 from ..config.experiment import Experiment
+from ..config.shapes import check_fits
 from ..errors import DataError, HpcCifarError, LaunchError, UsageError
 from ..plan import Placement, Plan, make_plan, requested_placement, seconds_of
 from ..runs import Run
@@ -43,15 +44,18 @@ def have_sbatch() -> bool:
     return shutil.which("sbatch") is not None
 
 
-def stored_train_images(data_root: Path, dataset: str) -> int:
-    """Training images of a prepared dataset.
+def checked_train_images(experiment: Experiment, data_root: Path) -> int:
+    """Training images of the experiment's dataset, whose images the network was found to fit.
 
     Raises:
         DataError: it is not prepared, or damaged; the message names the ``prepare`` command.
+        UsageError: the network does not fit its images or classes.
     """
     from ..data.store import Store
 
-    return len(Store.open(data_root, dataset).train.labels)
+    store = Store.open(data_root, experiment.data.dataset)
+    check_fits(experiment.model, store.image_shape, len(store.classes), experiment.data.dataset)
+    return len(store.train.labels)
 
 
 def place(experiment: Experiment, cluster: Cluster) -> tuple[Placement, int, tuple[str, ...]]:
@@ -94,7 +98,7 @@ def preview(experiment: Experiment, cluster: Cluster, *, root: Path, data_root: 
     """Plan and script without touching anything; a dataset that is not there yet is taken to have the usual size."""
     notes: tuple[str, ...] = ()
     try:
-        stored = stored_train_images(data_root, experiment.data.dataset)
+        stored = checked_train_images(experiment, data_root)
     except DataError:
         stored = USUAL_TRAIN_IMAGES
         notes = (f"{experiment.data.dataset} is not prepared in {data_root}: counted as {stored:,} training images",)
@@ -142,7 +146,7 @@ def submit(
     """
     if cluster.executor == "slurm" and not have_sbatch():
         raise LaunchError(NO_SBATCH)
-    plan = plan_for(experiment, cluster, stored_train_images(data_root, experiment.data.dataset))
+    plan = plan_for(experiment, cluster, checked_train_images(experiment, data_root))
     check_budget(plan, max_gpu_hours)
     run_id = runs.new_run_id(experiment.name)
     if cluster.executor == "slurm":

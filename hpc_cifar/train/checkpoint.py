@@ -4,6 +4,7 @@ checkpoints/
   step-00000391/state.pt        tensors and plain values (loads with weights_only=True)
                 manifest.json   format, step, epoch, size and sha256 of state.pt, validation metrics
   latest -> step-00000391       best -> ...
+  damaged-step-...              set aside when a run fell back past it; only the newest of them stays
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import hashlib
 import io
 import os
 import pickle
+import secrets
 import shutil
 import zipfile
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from typing import Any
 import torch
 
 from .. import files
-from ..errors import CheckpointError
+from ..errors import CheckpointError, DamagedCheckpoint
 
 FORMAT = 1
 
@@ -37,6 +39,12 @@ class Saved:
     def step(self) -> int:
         return int(self.folder.resolve().name.removeprefix("step-"))
 
+    @property
+    def best_step(self) -> int | None:
+        """Step of the best checkpoint at the time this one was written."""
+        value = self.manifest.get("best_step")
+        return value if isinstance(value, int) else None
+
 
 def save(
     folder: Path,
@@ -45,10 +53,12 @@ def save(
     step: int,
     epoch: int,
     metrics: dict[str, float] | None = None,
-    best: bool = False,
+    best_step: int | None = None,
     keep_last: int = 3,
 ) -> Path:
-    """Write one checkpoint and move ``latest`` (and ``best``) to it; old ones beyond ``keep_last`` go, the best stays.
+    """Write one checkpoint and move ``latest`` to it, and ``best`` if ``best_step`` is this one.
+
+    Old ones beyond ``keep_last`` go, the best stays.
 
     Raises:
         CheckpointError: the file system refused; what was there before is untouched.
@@ -65,6 +75,7 @@ def save(
         "epoch": epoch,
         "bytes": len(data),
         "sha256": hashlib.sha256(data).hexdigest(),
+        "best_step": best_step,
         "metrics": metrics or {},
     }
     try:
@@ -79,7 +90,7 @@ def save(
         building.rename(target)
         files.fsync_folder(folder)
         _point(folder, "latest", name)
-        if best:
+        if best_step == step:
             _point(folder, "best", name)
     except OSError as error:
         shutil.rmtree(building, ignore_errors=True)
@@ -101,6 +112,9 @@ def _prune(folder: Path, keep_last: int) -> None:
     for old in stored(folder)[keep_last:]:
         if os.path.realpath(old.folder) not in keep:
             shutil.rmtree(old.folder, ignore_errors=True)
+    aside = sorted(folder.glob("damaged-*"), key=lambda path: path.stat().st_mtime)
+    for old_damage in aside[:-1]:
+        shutil.rmtree(old_damage, ignore_errors=True)
     for leftover in folder.glob(".step-*.new"):  # a save that was killed
         shutil.rmtree(leftover, ignore_errors=True)
 
@@ -120,27 +134,33 @@ def read(saved: Saved) -> dict[str, Any]:
     """Verify and load one checkpoint onto the CPU.
 
     Raises:
-        CheckpointError: the file is missing, short, altered, of another format, or not loadable.
+        DamagedCheckpoint: a file is missing, short, altered or not loadable.
+        CheckpointError: it cannot be read at the moment, or its format is not of this version; it may well be good.
     """
     path = saved.folder / "state.pt"
     if not saved.manifest:
-        raise CheckpointError(f"{saved.folder}: its manifest.json cannot be read")
+        raise DamagedCheckpoint(f"{saved.folder}: its manifest.json cannot be read")
     if saved.manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path}: format {saved.manifest.get('format')!r}, this version reads {FORMAT}")
     try:
         data = path.read_bytes()
+    except FileNotFoundError:
+        raise DamagedCheckpoint(f"{path}: is missing") from None
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}") from None
+        raise CheckpointError(
+            f"{path}: {error.strerror or error}; nothing was changed, try again. If this file is lost for good, "
+            f"remove {saved.folder} and the run continues from the checkpoint before it"
+        ) from None
     if len(data) != saved.manifest.get("bytes"):
-        raise CheckpointError(f"{path}: {len(data)} bytes, should be {saved.manifest.get('bytes')}")
+        raise DamagedCheckpoint(f"{path}: {len(data)} bytes, should be {saved.manifest.get('bytes')}")
     if hashlib.sha256(data).hexdigest() != saved.manifest.get("sha256"):
-        raise CheckpointError(f"{path}: its sha256 is not the one in manifest.json")
+        raise DamagedCheckpoint(f"{path}: its sha256 is not the one in manifest.json")
     try:
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: cannot be loaded: {error}") from None
+        raise DamagedCheckpoint(f"{path}: cannot be loaded: {error}") from None
     if not isinstance(state, dict):
-        raise CheckpointError(f"{path}: holds no checkpoint")
+        raise DamagedCheckpoint(f"{path}: holds no checkpoint")
     return state
 
 
@@ -148,25 +168,39 @@ def newest_good(folder: Path) -> tuple[Saved | None, list[str]]:
     """The newest checkpoint that verifies, and a line about each damaged newer one.
 
     Raises:
-        CheckpointError: there are checkpoints and none of them can be used (starting anew would lose the work silently).
+        CheckpointError: one cannot be read at the moment, or there are checkpoints and none of them can be used (starting
+            anew would lose the work silently).
     """
     damaged: list[str] = []
     for saved in stored(folder):
         try:
             read(saved)
             return saved, damaged
-        except CheckpointError as error:
+        except DamagedCheckpoint as error:
             damaged.append(str(error))
     if damaged:
         raise CheckpointError("no checkpoint of this run can be used:\n  " + "\n  ".join(damaged))
     return None, []
 
 
-def remove_after(folder: Path, step: int) -> None:
-    """Drop checkpoints newer than ``step``: they are damaged, and would hide the good ones written from now on."""
-    for saved in stored(folder):
-        if saved.step > step:
-            shutil.rmtree(saved.folder, ignore_errors=True)
+def settle(folder: Path, chosen: Saved) -> bool:
+    """Make the folder what it was when ``chosen`` was written: newer ones are set aside, ``latest`` and ``best`` follow it.
+
+    A newer one is damaged, and would hide the good ones written from now on. Returns False if the best of that time is gone.
+    """
+    try:
+        for saved in stored(folder):
+            if saved.step > chosen.step:
+                saved.folder.rename(folder / f"damaged-{saved.folder.name}-{secrets.token_hex(2)}")
+        _point(folder, "latest", chosen.folder.name)
+        best = None if chosen.best_step is None else folder / f"step-{chosen.best_step:08d}"
+        if best is not None and best.is_dir():
+            _point(folder, "best", best.name)
+        else:
+            (folder / "best").unlink(missing_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be put in order: {error.strerror or error}") from None
+    return best is None or best.is_dir()
 
 
 def named(folder: Path, link: str) -> Saved | None:

@@ -69,8 +69,11 @@ def available_cpus(local_size: int) -> int:
     return max(1, allowed // local_size)
 
 
-def connect(timeout_s: float = 600.0) -> World:
+def connect(use_gpu: bool = True, timeout_s: float = 600.0) -> World:
     """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR/PORT describe; alone without them.
+
+    Args:
+        use_gpu: take a GPU if each rank of this node can have its own; a job that asks for none trains on the CPU.
 
     Raises:
         RunError: the variables do not fit together, or the other ranks did not come within ``timeout_s``.
@@ -84,7 +87,7 @@ def connect(timeout_s: float = 600.0) -> World:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     # Slurm may show each task only its own GPU, as number 0; otherwise NCCL refuses two ranks on one, so they share the CPU
     own_gpu = gpus == 1 and "SLURM_PROCID" in os.environ
-    if gpus and (gpus >= local_size or own_gpu):
+    if use_gpu and gpus and (gpus >= local_size or own_gpu):
         device = torch.device("cuda", local_rank % gpus)
         torch.cuda.set_device(device)
     else:
@@ -108,6 +111,7 @@ def connect(timeout_s: float = 600.0) -> World:
 
 
 def disconnect(world: World) -> None:
+    """Leave the process group; only after all went well, since NCCL waits here for work that a lost rank never finishes."""
     if world.size > 1 and dist.is_initialized():
         dist.destroy_process_group()
 

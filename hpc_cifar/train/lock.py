@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..errors import RunError
+from ..errors import RunBusy, RunError
 from .distributed import World
 
 
@@ -16,7 +16,7 @@ class RunLock:
     """Held by rank 0 for as long as the process lives; the kernel frees it however the process ends.
 
     Raises:
-        RunError: on every rank, if another process holds it; the message names that process.
+        RunBusy: on every rank, if another process holds it; the message names that process.
     """
 
     def __init__(self, folder: Path, world: World) -> None:
@@ -27,10 +27,10 @@ class RunLock:
     def __enter__(self) -> RunLock:
         problem = self._world.share(self._take() if self._world.main else None)
         if problem is not None:
-            raise RunError(problem)
+            raise problem
         return self
 
-    def _take(self) -> str | None:
+    def _take(self) -> RunError | None:
         try:
             self._stream = self._path.open("a+", encoding="utf-8")
             fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -38,11 +38,11 @@ class RunLock:
             assert self._stream is not None
             self._stream.seek(0)
             holder = self._stream.read().strip() or "another process"
-            return f"{self._path.parent}: this run is being trained already, by {holder}; wait for it or cancel it"
+            return RunBusy(f"{self._path.parent}: this run is being trained already, by {holder}; wait for it or cancel it")
         except OSError as error:
             if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
                 return None  # a file system without locks, such as Lustre without -o flock: go on without one
-            return f"{self._path}: cannot be locked: {error.strerror or error}"
+            return RunError(f"{self._path}: cannot be locked: {error.strerror or error}")
         self._stream.truncate(0)
         self._stream.write(f"process {os.getpid()} on {os.uname().nodename}\n")
         self._stream.flush()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,15 @@ from .step import PendingWindow, Stepper, autocast
 from .stop import StopAgreement, StopFlag
 
 
-def train(run: Run, *, max_steps: int | None = None, data_root: Path, console: bool = True) -> dict[str, Any]:
+def train(
+    run: Run,
+    *,
+    max_steps: int | None = None,
+    data_root: Path,
+    console: bool = True,
+    world: World | None = None,
+    begin: Callable[[], None] | None = None,
+) -> dict[str, Any]:
     """Start or continue ``run`` on this rank, until it is finished, stopped or failed.
 
     Args:
@@ -46,18 +55,25 @@ def train(run: Run, *, max_steps: int | None = None, data_root: Path, console: b
         max_steps: stop once this many updates were made in total (a dry run); state ``stopped``.
         data_root: folder of prepared datasets.
         console: whether rank 0 prints.
+        world: the ranks, if they are connected already.
+        begin: called on rank 0 as soon as the run belongs to this job alone.
 
     Returns:
         The result, as in ``result.json``; ``state`` is ``finished``, ``stopped``, ``cancelled``, or ``requeued`` when the
         scheduler asked for the machine back and the caller should requeue.
 
     Raises:
+        RunBusy: another job trains it; nothing was touched.
         HpcCifarError: with the reason, also written to ``state.json`` where that is possible.
     """
-    world = connect()  # before signals only set a flag: a rank that waits for the others must still be stoppable
+    # before signals only set a flag: a rank that waits for the others must still be stoppable
+    world = world or connect(wants_gpu(run.experiment()))
     try:
         with StopFlag() as flag, RunLock(run.path, world):
-            return _train(run, world, flag, max_steps, data_root, console)
+            if begin is not None and world.main:
+                begin()
+            world.barrier()
+            result = _train(run, world, flag, max_steps, data_root, console)
     except RuntimeError as error:
         if not is_lost_peer(error):
             raise
@@ -65,8 +81,13 @@ def train(run: Run, *, max_steps: int | None = None, data_root: Path, console: b
             f"rank {world.rank} on {os.uname().nodename} lost contact with another rank, which has probably ended; "
             f"its log says why, and the same command continues from the last checkpoint ({first_line(error)})"
         ) from None
-    finally:
-        disconnect(world)
+    disconnect(world)
+    return result
+
+
+def wants_gpu(experiment: Experiment) -> bool:
+    """A job file that asks for no GPUs is trained on the CPU, whatever the machine has."""
+    return experiment.resources.gpus_per_node > 0
 
 
 def _train(run: Run, world: World, flag: StopFlag, max_steps: int | None, data_root: Path, console: bool) -> dict[str, Any]:
@@ -97,7 +118,7 @@ class _Trainer:
         self.agreement = StopAgreement(flag, world)
         self.session = self._make_session()
         self.saved_step = -1
-        self.pending: list[tuple[PendingWindow, int, int, float]] = []
+        self.pending: list[tuple[PendingWindow, int, int, float]] = []  # with its epoch, step and learning rate
         notes = [*self.plan.notes, *self._resume()]
         self.records = Records(
             run, world, self.experiment, self.plan, self.session, self.prepared.store.label, self.last_step, console
@@ -134,25 +155,26 @@ class _Trainer:
     def _resume(self) -> list[str]:
         """Continue from the newest good checkpoint, if there is one; rank 0 decides which. Returns what to tell people."""
         folder = self.run.checkpoints
-        choice: tuple[str | None, list[str]] | HpcCifarError = (None, [])
+        choice: tuple[str | None, list[str], bool] | HpcCifarError = (None, [], True)
         if self.world.main:
             try:
                 saved, damaged = checkpoint.newest_good(folder)
                 if saved is not None:
-                    checkpoint.remove_after(folder, saved.step)
-                choice = (saved.folder.name if saved else None, damaged)
+                    choice = (saved.folder.name, damaged, checkpoint.settle(folder, saved))
             except HpcCifarError as error:
                 choice = error
         choice = self.world.share(choice)
         if isinstance(choice, HpcCifarError):
             raise choice
-        name, damaged = choice
+        name, damaged, has_best = choice
         if name is None:
             return []
         saved = checkpoint.named(folder, name)
         if saved is None:
             raise RunError(f"rank {self.world.rank} cannot read {folder / name}, which rank 0 can: is it on a shared disk?")
         self.session.restore(checkpoint.read(saved))
+        if not has_best:  # the next validation gives a new one
+            self.session.best = self.session.best_step = None
         self.saved_step = saved.step
         position = self.session.position
         return [
@@ -185,7 +207,8 @@ class _Trainer:
     def _epoch(self, pipeline: data.Pipeline) -> str:
         """Train the rest of the current epoch; the reason if the ranks agreed to stop in it."""
         session, position, every = self.session, self.session.position, self.experiment.checkpoint.every_steps
-        self.epoch_clock = self.window_clock = time.perf_counter()
+        self.epoch_clock = time.perf_counter()
+        session.stepper.start_clock()
         self.epoch_images = 0
         for batch in pipeline.batches(position.epoch, position.batch):
             rate = session.stepper(batch, position.step)
@@ -245,9 +268,7 @@ class _Trainer:
     def _report_windows(self) -> None:
         """Raises NonFiniteLoss, on every rank alike, since the losses are sums over the ranks."""
         for window, epoch, step, rate in self.pending:
-            losses, accuracy = window.result()
-            clock = time.perf_counter()
-            seconds, self.window_clock = clock - self.window_clock, clock
+            losses, accuracy, seconds = window.result()
             for index, loss in enumerate(losses):
                 if not math.isfinite(loss):
                     raise self._non_finite(step - window.steps + index + 1, loss)
@@ -308,7 +329,7 @@ class _Trainer:
         higher = self.experiment.checkpoint.monitor == "val_accuracy"
         better = bool(best is None or (value > best if higher else value < best))
         if better:
-            self.session.best = value
+            self.session.best, self.session.best_step = value, self.session.position.step
         return better
 
     def _save(self, best: bool = False) -> None:
@@ -328,7 +349,7 @@ class _Trainer:
                 step=position.step,
                 epoch=position.epoch,
                 metrics=metrics,
-                best=best,
+                best_step=self.session.best_step,
                 keep_last=self.experiment.checkpoint.keep_last,
             )
         self.saved_step = position.step

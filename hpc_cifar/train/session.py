@@ -39,6 +39,7 @@ class Session:
     position: Position = field(default_factory=Position)
     history: list[dict[str, Any]] = field(default_factory=list)  # rows of finished epochs
     best: float | None = None  # of checkpoint.monitor
+    best_step: int | None = None
 
     def state(self) -> dict[str, Any] | None:
         """What a checkpoint holds, on rank 0; None elsewhere. Call on every rank."""
@@ -62,6 +63,7 @@ class Session:
             "wandb_id": self.wandb_id,
             "history": self.history,
             "best": self.best,
+            "best_step": self.best_step,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -85,7 +87,8 @@ class Session:
             self._restore_average(state)
             self.ema.updates = state["ema"]["updates"]
         self.position = Position(**state["position"])
-        self.wandb_id, self.history, self.best = state["wandb_id"], state["history"], state["best"]
+        self.wandb_id, self.history = state["wandb_id"], state["history"]
+        self.best, self.best_step = state["best"], state["best_step"]
         if state["world_size"] == self.world.size:
             own = state["per_rank"][self.world.rank]
             self.stepper.epoch_sums.copy_(own["epoch_sums"])

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..config.experiment import Experiment
+from ..config.shapes import check_fits
 from ..data.split import mean_std, split
 from ..data.store import Store
 from ..models.build import build as build_model
@@ -29,16 +30,11 @@ class Prepared:
     mean: np.ndarray
     std: np.ndarray
 
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width)."""
-        _, height, width, channels = self.store.train.images.shape
-        return channels, height, width
-
 
 def prepare_data(experiment: Experiment, data_root: Path, world: World) -> Prepared:
     """Open the dataset and split it; every rank computes the same split and the same exact statistics."""
     store = Store.open(data_root, experiment.data.dataset)
+    check_fits(experiment.model, store.image_shape, len(store.classes), store.dataset)
     labels = store.train.labels
     train, validation = split(labels, experiment.data.validation, experiment.data.split_seed)
     height, width, channels = store.train.images.shape[1:]
@@ -93,7 +89,7 @@ def choose_channels_last(experiment: Experiment) -> bool:
 def make_network(experiment: Experiment, prepared: Prepared, world: World, channels_last: bool) -> nn.Module:
     """The network on the device, the same weights on every rank."""
     torch.manual_seed(experiment.seed)
-    network = build_model(experiment.model, prepared.image_shape, experiment.training.batch_norm == "global")
+    network = build_model(experiment.model, prepared.store.image_shape, experiment.training.batch_norm == "global")
     wide = experiment.training.precision == "float64"  # bf16 is autocast: the weights stay float32
     network = network.to(world.device, torch.float64 if wide else torch.float32)
     if channels_last:

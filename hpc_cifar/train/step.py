@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from typing import Any
 
 import torch
@@ -66,6 +67,7 @@ class Stepper:
         # per step of the window: this rank's part of the batch loss; then correct and seen images of the window
         self._window = torch.zeros(window + 2, dtype=torch.float64, device=world.device)
         self._seen = 0
+        self.start_clock()
         # this rank's sums over the epoch: loss, correct, images
         self.epoch_sums = torch.zeros(3, dtype=torch.float64, device=world.device)
 
@@ -115,6 +117,10 @@ class Stepper:
         self.epoch_sums[1] += correct
         self.epoch_sums[2] += count
 
+    def start_clock(self) -> None:
+        """The window's steps begin now: call after anything else has used the device."""
+        self._begin = Mark(self._world.device)
+
     @property
     def seen(self) -> int:
         """Steps in the window so far."""
@@ -127,29 +133,49 @@ class Stepper:
     def take_window(self) -> PendingWindow:
         """Sum the window over the ranks and start its way to the host; call on every rank at the same step."""
         totals = self._world.sum(self._window.clone())
-        pending = PendingWindow(totals, self._seen)
+        pending = PendingWindow(totals, self._seen, self._begin)
+        self._begin = pending.end
         self._window.zero_()
         self._seen = 0
         return pending
 
 
+class Mark:
+    """A point in the device's work, to measure the time between two of them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._time = time.perf_counter()
+        if device.type == "cuda":
+            self._event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    def wait(self) -> None:
+        if self._event is not None:
+            self._event.synchronize()
+
+    def seconds_since(self, earlier: Mark) -> float:
+        """Both must have been passed: see :meth:`wait`."""
+        if self._event is None or earlier._event is None:
+            return self._time - earlier._time
+        return float(earlier._event.elapsed_time(self._event)) / 1000
+
+
 class PendingWindow:
     """Metrics of the last few steps on their way from the device to the host, without stalling either."""
 
-    def __init__(self, totals: Tensor, steps: int) -> None:
+    def __init__(self, totals: Tensor, steps: int, begin: Mark) -> None:
         self.steps = steps
-        self._event: torch.cuda.Event | None = None
+        self._begin = begin
         if totals.is_cuda:
             self._host = torch.empty(totals.shape, dtype=totals.dtype, pin_memory=True)
             self._host.copy_(totals, non_blocking=True)
-            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._event.record()
         else:
             self._host = totals
+        self.end = Mark(totals.device)
 
-    def result(self) -> tuple[list[float], float]:
-        """Global batch losses of the steps, and the training accuracy over them; waits if they are not there yet."""
-        if self._event is not None:
-            self._event.synchronize()
+    def result(self) -> tuple[list[float], float, float]:
+        """Global batch losses of the steps, training accuracy over them and their seconds; waits if they are not there yet."""
+        self.end.wait()
         values = self._host.tolist()
-        return values[: self.steps], values[-2] / max(values[-1], 1.0)
+        return values[: self.steps], values[-2] / max(values[-1], 1.0), self.end.seconds_since(self._begin)

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,21 @@ from ..runs import Run
 VERSION = "first"
 
 
-def train(run: Run, *, max_steps: int | None = None, data_root: Path, console: bool = True) -> dict[str, Any]:
+def wants_gpu(experiment: Any) -> bool:
+    return False
+
+
+def train(
+    run: Run,
+    *,
+    max_steps: int | None = None,
+    data_root: Path,
+    console: bool = True,
+    world: Any = None,
+    begin: Callable[[], None] | None = None,
+) -> dict[str, Any]:
+    if world is not None and world.main and begin is not None:
+        begin()
     rank, asked = int(os.environ.get("RANK", 0)), []
     restore = {
         number: signal.signal(number, lambda number, _: asked.append(number)) for number in (signal.SIGUSR2, signal.SIGTERM)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -46,10 +47,65 @@ def test_round_trip(tmp_path: Path) -> None:
 
 def test_keeps_the_last_and_the_best(tmp_path: Path) -> None:
     for step in range(1, 8):
-        save(tmp_path, step, best=step == 2, keep_last=3)
+        save(tmp_path, step, best_step=min(step, 2), keep_last=3)
     assert sorted(path.name for path in tmp_path.glob("step-*")) == [f"step-{n:08d}" for n in (2, 5, 6, 7)]
     assert (tmp_path / "latest").readlink() == Path("step-00000007")
     assert (tmp_path / "best").readlink() == Path("step-00000002")
+
+
+def test_falling_back_puts_the_folder_in_the_order_of_that_time(tmp_path: Path) -> None:
+    """The newer, damaged one was also the best; the best before it is still there, and is the best again."""
+    for step, best in ((1, 1), (2, 1), (3, 3)):
+        save(tmp_path, step, best_step=best)
+    (tmp_path / "step-00000003" / "state.pt").write_bytes(b"")
+    chosen, damaged = checkpoint.newest_good(tmp_path)
+    assert chosen is not None and chosen.step == 2 and len(damaged) == 1
+    assert checkpoint.settle(tmp_path, chosen)
+    assert (tmp_path / "latest").readlink() == Path("step-00000002")
+    assert (tmp_path / "best").readlink() == Path("step-00000001")
+    (aside,) = tmp_path.glob("damaged-step-00000003-*")  # evidence is kept, until the next one
+    assert (aside / "manifest.json").is_file()
+
+
+def test_a_best_that_is_gone_is_said_and_no_link_dangles(tmp_path: Path) -> None:
+    for step, best in ((1, 1), (2, 1), (3, 3)):
+        save(tmp_path, step, best_step=best, keep_last=2)  # with 3 the best, 1 goes
+    (tmp_path / "step-00000003" / "state.pt").unlink()
+    chosen, _ = checkpoint.newest_good(tmp_path)
+    assert chosen is not None and chosen.step == 2
+    assert not checkpoint.settle(tmp_path, chosen)
+    assert not (tmp_path / "best").is_symlink()
+
+
+def test_killed_between_the_links_the_best_follows_the_state(tmp_path: Path) -> None:
+    save(tmp_path, 1, best_step=1)
+    save(tmp_path, 2, best_step=2)
+    (tmp_path / "best").unlink()
+    (tmp_path / "best").symlink_to("step-00000001")
+    chosen, _ = checkpoint.newest_good(tmp_path)
+    assert chosen is not None and checkpoint.settle(tmp_path, chosen)
+    assert (tmp_path / "best").readlink() == Path("step-00000002")
+
+
+def test_what_cannot_be_read_now_is_not_taken_for_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+
+    def stale(path: Path) -> bytes:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(Path, "read_bytes", stale)
+    with pytest.raises(CheckpointError, match="Stale file handle; nothing was changed, try again"):
+        checkpoint.newest_good(tmp_path)
+    assert len(list(tmp_path.glob("step-*"))) == 2
+
+
+def test_another_format_is_refused_and_kept(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    manifest = save(tmp_path, 2) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 2'))
+    with pytest.raises(CheckpointError, match="format 2, this version reads 1"):
+        checkpoint.newest_good(tmp_path)
 
 
 def test_nothing_saved_is_a_fresh_start(tmp_path: Path) -> None:
