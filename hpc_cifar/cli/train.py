@@ -58,31 +58,30 @@ def train(
     name = name or run_name(experiment)
     root = files.runs_root()
 
-    from ..train.distributed import connect, disconnect
+    from ..train.distributed import connected
     from ..train.loop import train as train_run
     from ..train.loop import wants_gpu
 
-    world = connect(wants_gpu(experiment))
-    found, segment = _agree(world, root, name, experiment, data_root, fresh=fresh)
-    if world.share(found.finished()):
+    with connected(wants_gpu(experiment)) as world:
+        found, segment = _agree(world, root, name, experiment, data_root, fresh=fresh)
+        if world.share(found.finished()):
+            if world.main:
+                _print_result(found, "finished already; --fresh starts over")
+            return
+
+        def begin() -> None:
+            found.cancel_marker.unlink(missing_ok=True)  # whoever starts it again wants it to run
+            found.add_job(executor="train", job_id=segment, tasks=world.size, **here())
+
+        try:
+            result = train_run(found, max_steps=max_steps, data_root=data_root, console=world.main, world=world, begin=begin)
+        except Exception as error:
+            launch_job.record_failure(found, error, rank=world.rank, segment=segment)
+            raise
         if world.main:
-            _print_result(found, "finished already; --fresh starts over")
-        disconnect(world)
-        return
-
-    def begin() -> None:
-        found.cancel_marker.unlink(missing_ok=True)  # whoever starts it again wants it to run
-        found.add_job(executor="train", job_id=segment, tasks=world.size, **here())
-
-    try:
-        result = train_run(found, max_steps=max_steps, data_root=data_root, console=world.main, world=world, begin=begin)
-    except Exception as error:
-        launch_job.record_failure(found, error, rank=world.rank, segment=segment)
-        raise
-    if world.main:
-        _print_result(found, None)
-    if result.get("state") in ("cancelled", "failed"):
-        raise typer.Exit(1)
+            _print_result(found, None)
+        if result.get("state") in ("cancelled", "failed"):
+            raise typer.Exit(1)
 
 
 def run_name(experiment: Experiment) -> str:

@@ -85,8 +85,8 @@ def save(
         with files.atomic_file(building / "state.pt") as stream:
             stream.write(data)
         files.write_json(building / "manifest.json", manifest)
-        if target.exists():  # the same step again, after a fall-back past a damaged one
-            shutil.rmtree(target)
+        if target.exists():  # the same step again, now as the best; never seen half removed
+            target.rename(folder / f".{name}.{os.getpid()}.old.new")
         building.rename(target)
         files.fsync_folder(folder)
         _point(folder, "latest", name)

@@ -110,8 +110,21 @@ def connect(use_gpu: bool = True, timeout_s: float = 600.0) -> World:
     return World(rank, size, local_rank, local_size, device, control)
 
 
-def disconnect(world: World) -> None:
-    """Leave the process group; only after all went well, since NCCL waits here for work that a lost rank never finishes."""
+@contextlib.contextmanager
+def connected(use_gpu: bool = True) -> Iterator[World]:
+    """:func:`connect`, and leave the process group at the end."""
+    world = connect(use_gpu)
+    try:
+        yield world
+    except BaseException:
+        # NCCL would wait here for work that a lost rank never finishes; gloo ends the process with an abort if it is left open
+        if world.device.type != "cuda":
+            _leave(world)
+        raise
+    _leave(world)
+
+
+def _leave(world: World) -> None:
     if world.size > 1 and dist.is_initialized():
         dist.destroy_process_group()
 

@@ -21,7 +21,7 @@ from ..plan import Plan
 from ..runs import Run, now
 from ..track.wandb_run import new_id
 from . import checkpoint, optim
-from .distributed import World, connect, disconnect, gradient_sync, is_lost_peer
+from .distributed import World, connected, gradient_sync, is_lost_peer
 from .lock import RunLock
 from .records import Records
 from .session import Session
@@ -66,14 +66,15 @@ def train(
         RunBusy: another job trains it; nothing was touched.
         HpcCifarError: with the reason, also written to ``state.json`` where that is possible.
     """
-    # before signals only set a flag: a rank that waits for the others must still be stoppable
-    world = world or connect(wants_gpu(run.experiment()))
+    if world is None:  # connected before signals only set a flag: a rank that waits for the others must still be stoppable
+        with connected(wants_gpu(run.experiment())) as world:
+            return train(run, max_steps=max_steps, data_root=data_root, console=console, world=world, begin=begin)
     try:
         with StopFlag() as flag, RunLock(run.path, world):
             if begin is not None and world.main:
                 begin()
             world.barrier()
-            result = _train(run, world, flag, max_steps, data_root, console)
+            return _train(run, world, flag, max_steps, data_root, console)
     except RuntimeError as error:
         if not is_lost_peer(error):
             raise
@@ -81,8 +82,6 @@ def train(
             f"rank {world.rank} on {os.uname().nodename} lost contact with another rank, which has probably ended; "
             f"its log says why, and the same command continues from the last checkpoint ({first_line(error)})"
         ) from None
-    disconnect(world)
-    return result
 
 
 def wants_gpu(experiment: Experiment) -> bool:

@@ -24,7 +24,7 @@ def ranks(site: Site, *arguments: str, world: int = 2) -> list[tuple[int | None,
     ended = []
     for child in children:
         out, err = child.communicate(timeout=60)
-        assert "Traceback" not in err
+        assert "Traceback" not in err, err
         ended.append((child.returncode, out, err))
     return ended
 
@@ -37,7 +37,7 @@ def only_run(site: Site) -> Run:
 def test_the_same_command_resumes_and_then_says_so(site: Site) -> None:
     job = site.job()
     first = ranks(site, job, "--max-steps", "5")
-    assert [code for code, _, _ in first] == [0, 0]
+    assert [code for code, _, _ in first] == [0, 0], first
     run = only_run(site)
     assert run.id.startswith("tiny-")
     assert len(run.id) == len("tiny-") + 8

@@ -13,4 +13,5 @@ class Store:
     def open(cls, root: Path, dataset: str) -> SimpleNamespace:
         if not (root / dataset).is_dir():
             raise DataError(f"{dataset} is not prepared in {root}; run: hpc-cifar prepare {dataset}")
-        return SimpleNamespace(train=SimpleNamespace(labels=range(1000)))
+        classes = tuple("0123456789")
+        return SimpleNamespace(train=SimpleNamespace(labels=range(1000)), classes=classes, image_shape=(3, 32, 32))

@@ -67,7 +67,7 @@ def test_steps_equal_torch(name: str, smoothing: float, clip: float | None, micr
             assert norm > clip, "the test must really clip"
         expected.step()
         losses.append(loss.item())
-    found, _ = stepper.take_window().result()
+    found, *_ = stepper.take_window().result()
     assert found == pytest.approx(losses, rel=1e-5)
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-5)  # Adam divides float noise by tiny second moments
