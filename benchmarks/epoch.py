@@ -70,7 +70,7 @@ class Images(Dataset[Rows]):
 def plain_steps(experiment: Experiment, prepared: Prepared) -> Iterator[int]:
     """Images of each step of a plain script, after the step was made."""
     torch.manual_seed(experiment.seed)
-    network = build(experiment.model, prepared.image_shape)
+    network = build(experiment.model, prepared.store.image_shape)
     config = experiment.optimizer
     momentum = getattr(config, "momentum", 0.9)
     optimizer = torch.optim.SGD(network.parameters(), lr=config.lr / 10, momentum=momentum)
@@ -86,7 +86,7 @@ def our_steps(experiment: Experiment, prepared: Prepared, pipeline_name: str) ->
     """Images of each step of this package's trainer, after the step was made."""
     world = connect()
     torch.manual_seed(experiment.seed)
-    network = build(experiment.model, prepared.image_shape)
+    network = build(experiment.model, prepared.store.image_shape)
     channels_last = choose_channels_last(experiment)
     if channels_last:
         network = network.to(memory_format=torch.channels_last)

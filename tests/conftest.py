@@ -172,7 +172,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for component in COMPONENTS:
         counts = ", ".join(f"{number} {outcome}" for outcome, number in sorted(_seen[component].items()))
         if exercised(component):
-            line = f"{component:8}  exercised      {counts}"
+            skipped = "; ".join(_reasons[component])
+            line = f"{component:8}  exercised      {counts}" + (f" ({skipped})" if skipped else "")
         else:
             reasons = "; ".join(_reasons[component]) or (
                 "not selected" if _collected[component] else "no such test was collected"

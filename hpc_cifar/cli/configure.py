@@ -102,49 +102,60 @@ def schema(
 
 def jobs(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME]...", help="packaged jobs to copy; all without a name")
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="job files or profiles to copy; all without a name")
     ] = None,
-    copy: Annotated[bool, typer.Option("--copy", help="copy the named jobs (all without a name)")] = False,
-    into: Annotated[Path, typer.Option("--into", help="folder that gets the copies")] = Path("jobs"),
+    copy: Annotated[bool, typer.Option("--copy", help="copy the named ones (all without a name)")] = False,
+    into: Annotated[
+        Path | None, typer.Option("--into", help="folder that gets the copies; jobs/ and slurm/ without it", show_default=False)
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="overwrite files that are there")] = False,
 ) -> None:
-    """List the job files that come with hpc-cifar, or copy them out to change them."""
+    """List the job files and cluster profiles that come with hpc-cifar, or copy them out to change them."""
     from ..config.fields import shown
     from ..config.messages import did_you_mean
-    from ..config.packaged import headline, job_files
+    from ..config.packaged import cluster_files, headline, job_files
     from ..errors import UsageError
 
-    packaged = {path.stem: path for path in job_files()}
+    kinds = {"jobs": {path.stem: path for path in job_files()}, "slurm": {path.stem: path for path in cluster_files()}}
+    packaged = kinds["slurm"] | kinds["jobs"]
     wanted = [name.removesuffix(".yaml") for name in names or packaged]
     for name in wanted:
         if name not in packaged:
-            raise UsageError(f"{shown(name)}: no such packaged job; {did_you_mean(name, list(packaged), 'packaged jobs')}")
+            raise UsageError(f"{shown(name)}: no such packaged file; {did_you_mean(name, list(packaged), 'packaged files')}")
     if copy or names:
-        _copy([packaged[name] for name in wanted], into, force)
+        _copy(
+            {kinds[folder][name]: into or Path(folder) for folder in kinds for name in wanted if name in kinds[folder]}, force
+        )
         return
     width = max(map(len, packaged), default=0)
-    for name, path in packaged.items():
-        typer.echo(f"{name:{width}}  {headline(path).removeprefix(f'{name}: ')}")
-    typer.echo("\nhpc-cifar jobs NAME copies one into jobs/; hpc-cifar submit NAME runs it as it is")
+    for title, folder in (("job files", "jobs"), ("cluster profiles", "slurm")):
+        typer.echo(f"{title}:")
+        for name, path in kinds[folder].items():
+            typer.echo(f"  {name:{width}}  {headline(path).removeprefix(f'{name}: ').partition('. ')[0]}")
+    typer.echo(
+        "\nhpc-cifar jobs NAME copies one into jobs/ or slurm/; hpc-cifar submit NAME --cluster NAME runs them as they are"
+    )
 
 
-def _copy(sources: list[Path], into: Path, force: bool) -> None:
-    """Copy job files and the schema their first line names; all or, where one is in the way, none."""
+def _copy(folder_of: dict[Path, Path], force: bool) -> None:
+    """Copy files, and the schema that the first line of a job file names; all or, where one is in the way, none."""
     from .. import files
     from ..config.messages import shown_path
     from ..config.schema import schema_text
     from ..errors import UsageError
 
-    in_the_way = [shown_path(into / source.name) for source in sources if (into / source.name).exists()]
+    in_the_way = [shown_path(into / source.name) for source, into in folder_of.items() if (into / source.name).exists()]
     if in_the_way and not force:
         raise UsageError(f"{', '.join(in_the_way)}: exists already; use --force to overwrite, or --into another folder")
-    try:
-        into.mkdir(parents=True, exist_ok=True)
-        for source in sources:
-            if source.resolve() == (into / source.name).resolve():
-                raise UsageError(f"{shown_path(source)}: is the packaged file itself; use --into another folder")
-            files.write_text(into / source.name, source.read_text(encoding="utf-8"))
-            typer.echo(f"wrote {shown_path(into / source.name)}")
-        files.write_text(into / "experiment.schema.json", schema_text())
-    except OSError as error:
-        raise UsageError(f"{shown_path(into)}: cannot be written: {error.strerror or error}") from None
+    for source, into in folder_of.items():
+        if source.resolve() == (into / source.name).resolve():
+            raise UsageError(f"{shown_path(source)}: is the packaged file itself; use --into another folder")
+        text = source.read_text(encoding="utf-8")
+        try:
+            into.mkdir(parents=True, exist_ok=True)
+            files.write_text(into / source.name, text)
+            if "$schema=experiment.schema.json" in text:
+                files.write_text(into / "experiment.schema.json", schema_text())
+        except OSError as error:
+            raise UsageError(f"{shown_path(into)}: cannot be written: {error.strerror or error}") from None
+        typer.echo(f"wrote {shown_path(into / source.name)}")

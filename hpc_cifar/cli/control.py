@@ -87,6 +87,8 @@ def logs(
         return
     paths = control.log_files(found, rank)
     if not paths:
+        if found.jobs() and found.jobs()[-1].get("executor") == "train":
+            raise RunError(f"{found.id} was started by train or torchrun, which write to the terminal they were started in")
         raise RunError(f"{found.id}: rank {rank} has no log yet (they will lie in {found.submitit})")
     for path in paths:
         text = path.read_text(encoding="utf-8", errors="replace")

@@ -6,6 +6,7 @@ Nothing heavy is imported here or at the top of a command's module, so that ``hp
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from typing import Annotated
@@ -99,6 +100,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     except _ClickException as error:
         said = error.format_message() if hasattr(error, "format_message") else str(error)
+        # the words of the checker inside Typer, for a text where a number is needed
+        said = re.sub(r"Input should be a valid (\w+), unable to parse .*", r"should be a valid \1", said)
         _error(f"{said} (see: hpc-cifar {_command(arguments)}--help)")
         return int(getattr(error, "exit_code", 2))
     except Exception as error:

@@ -35,10 +35,7 @@ def load_experiment(path: Path, sets: Sequence[str] = ()) -> Experiment:
     Raises:
         ConfigError: every problem of the file and of the changes.
     """
-    experiment, problems = _read(Path(path), sets, Experiment)
-    if experiment is None:
-        raise ConfigError(problems)
-    return experiment
+    return _load(path, sets, Experiment)
 
 
 def load_cluster(path: Path, sets: Sequence[str] = ()) -> Cluster:
@@ -47,10 +44,14 @@ def load_cluster(path: Path, sets: Sequence[str] = ()) -> Cluster:
     Raises:
         ConfigError: every problem of the file and of the changes.
     """
-    cluster, problems = _read(Path(path), sets, Cluster)
-    if cluster is None:
+    return _load(path, sets, Cluster)
+
+
+def _load(path: Path, sets: Sequence[str], model: type[AnyModel]) -> AnyModel:
+    found, problems = _read(Path(path), sets, model)
+    if found is None:
         raise ConfigError(problems)
-    return cluster
+    return found
 
 
 def check(paths: Sequence[Path], sets: Sequence[str] = ()) -> tuple[list[tuple[Path, Experiment]], list[str]]:
@@ -69,12 +70,16 @@ def is_profile(path: Path) -> bool:
     """Whether the file is a cluster profile by its keys, for a command that is given either kind."""
     text = read_text(path)
     root = parse(text, "")[0] if isinstance(text, str) else None
-    keys = root.entries.keys() if root is not None else set()
-    return bool(keys & (Cluster.model_fields.keys() - Experiment.model_fields.keys())) and not keys & {
-        "model",
-        "epochs",
-        "data",
-    }
+    return root is not None and _kind(root) is Cluster
+
+
+def _kind(root: Node) -> type[BaseModel] | None:
+    """What a file is by the keys that only one kind has; None if it has some of both, or none."""
+    keys, jobs, profiles = root.entries.keys(), Experiment.model_fields.keys(), Cluster.model_fields.keys()
+    in_job, in_profile = bool(keys & (jobs - profiles)), bool(keys & (profiles - jobs))
+    if in_job == in_profile:
+        return None
+    return Experiment if in_job else Cluster
 
 
 def place_of(path: Path, field: str) -> str:
@@ -103,6 +108,10 @@ def _read(path: Path, sets: Sequence[str], model: type[AnyModel]) -> tuple[AnyMo
         found = "a list" if root.kind == "list" else "nothing but comments" if root.scalar is None else shown(root.scalar)
         problems.append(Problem(root.place, "", f"should hold {_what(model)} as lines of key: value, not {found}"))
         return None, _lines(problems)
+    other = _kind(root)
+    if other is not None and other is not model:
+        use = "name it with --cluster" if other is Cluster else "profiles have keys such as executor and partition"
+        return None, _lines([*problems, Problem(Place(file), "", f"holds {_what(other)}, not {_what(model)}; {use}")])
     for change in sets:
         problems += apply_set(root, change)
     if model is Cluster and "name" not in root.entries:

@@ -53,7 +53,7 @@ def find_job(name: str | Path) -> Path:
         for candidate in candidates:
             if candidate.is_file():
                 return candidate
-        kind = "a directory, not a job file" if path.is_dir() and path.parts else "no such job file"
+        kind = "a directory; name its files, as in *.yaml" if path.is_dir() and path.parts else "no such job file"
     except (OSError, ValueError):  # a name too long for the file system, or with a NUL in it
         kind = "no such job file"
     names = [file.stem for file in job_files()]

@@ -15,7 +15,9 @@ import yaml
 
 from hpc_cifar.cli import configure
 from hpc_cifar.config import packaged
+from hpc_cifar.config.cluster import known_clusters
 from hpc_cifar.config.layers import LAYER_NAMES
+from hpc_cifar.config.load import load_cluster, load_experiment
 from hpc_cifar.config.packaged import find_job, headline, job_files, job_folder
 from hpc_cifar.config.schema import experiment_schema, schema_text
 from hpc_cifar.errors import ConfigError, UsageError
@@ -87,13 +89,13 @@ def test_find_job_prefers_the_working_folder(tmp_path: Path, monkeypatch: pytest
         find_job("elsewhere/deep300.yaml")
     with pytest.raises(UsageError, match="deep30: no such job file; did you mean 'deep300'"):
         find_job("deep30")
-    with pytest.raises(UsageError, match="jobs: a directory, not a job file"):
+    with pytest.raises(UsageError, match="jobs: a directory; name its files"):
         find_job("jobs")
 
 
 def test_jobs_lists_and_copies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     configure.jobs()
-    assert re.search(r"^deep300 +the deep CNN of source 002", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r"^  deep300 +the deep CNN of source 002", capsys.readouterr().out, re.MULTILINE)
     into = tmp_path / "mine" / "jobs"
     configure.jobs(["deep300"], into=into)
     assert (into / "deep300.yaml").read_text() == DEEP300.read_text()
@@ -104,10 +106,26 @@ def test_jobs_lists_and_copies(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert (into / "deep300.yaml").read_text() == "changed"
     configure.jobs(["deep300.yaml"], into=into, force=True)
     assert (into / "deep300.yaml").read_text() == DEEP300.read_text()
-    with pytest.raises(UsageError, match="'deep30': no such packaged job; did you mean 'deep300'"):
+    with pytest.raises(UsageError, match="'deep30': no such packaged file; did you mean 'deep300'"):
         configure.jobs(["deep30"], into=into)
     with pytest.raises(UsageError, match="cannot be written"):
         configure.jobs(["deep300"], into=into / "deep300.yaml" / "x")
+
+
+def test_jobs_copies_a_profile_where_it_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    configure.jobs(["cpu", "quickstart"])
+    assert sorted(str(path) for path in Path().rglob("*.yaml")) == ["jobs/quickstart.yaml", "slurm/cpu.yaml"]
+    assert known_clusters()["cpu"] == Path("slurm/cpu.yaml")
+
+
+def test_the_two_kinds_of_files_are_told_apart(tmp_path: Path) -> None:
+    profile = tmp_path / "site.yaml"
+    profile.write_text("executor: slurm\npartition: gpu\n")
+    with pytest.raises(ConfigError, match=r"site\.yaml: holds one cluster profile, not one experiment; name it with --cluster"):
+        load_experiment(profile)
+    with pytest.raises(ConfigError, match=r"deep300\.yaml: holds one experiment, not one cluster profile"):
+        load_cluster(DEEP300)
 
 
 def test_schema_file_is_up_to_date(tmp_path: Path) -> None:

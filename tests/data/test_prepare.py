@@ -294,3 +294,10 @@ def test_the_real_archive(cifar_data: Path) -> None:
     if made.label != "CIFAR-10 lossless subset":
         assert np.bincount(made.train.labels).tolist() == [5000] * 10 and np.bincount(made.test.labels).tolist() == [1000] * 10
         np.testing.assert_allclose(made.manifest["train"]["mean"], [0.4914, 0.4822, 0.4465], atol=1e-3)
+
+
+def test_the_lossless_subset(lossless_archive: Path, tmp_path: Path, console: Console) -> None:
+    prepare("cifar10", archive=lossless_archive, root=tmp_path, console=console)
+    made = Store.open(tmp_path, "cifar10", verify=True)
+    assert made.label == "CIFAR-10 lossless subset" and made.manifest["verified"]
+    assert (len(made.train.labels), len(made.test.labels)) == (5085, 1017)

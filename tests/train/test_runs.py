@@ -13,6 +13,7 @@ import ranks
 import torch
 
 from hpc_cifar import files
+from hpc_cifar.config.experiment import AdamW
 from hpc_cifar.data.split import split
 from hpc_cifar.data.store import Store
 from hpc_cifar.runs import Run
@@ -75,9 +76,14 @@ def test_loss_curve_equals_plain_pytorch(tmp_path: Path, digits_data: Path, worl
         assert measured[step] == pytest.approx(loss, rel=2e-4), f"step {step}"
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_killed_and_resumed_is_bit_identical(tmp_path: Path, digits_data: Path, world: int) -> None:
-    config = ranks.experiment(checkpoint={"every_steps": 3})
+@pytest.mark.parametrize(
+    ("world", "sync", "optimizer"), [(1, "flat", "sgd"), (2, "flat", "adamw"), (2, "ddp", "sgd"), (3, "flat", "sgd")]
+)
+def test_killed_and_resumed_is_bit_identical(tmp_path: Path, digits_data: Path, world: int, sync: str, optimizer: str) -> None:
+    changes: dict[str, Any] = {"checkpoint": {"every_steps": 3}, "training": {"gradient_sync": sync}}
+    config = ranks.experiment(**changes)
+    if optimizer == "adamw":
+        config = config.model_copy(update={"optimizer": AdamW(name="adamw", lr=0.01)})
     undisturbed, killed = ranks.new_run(tmp_path, config), ranks.new_run(tmp_path, config)
     result = ranks.complete(undisturbed, digits_data, world)
     total = result["steps"]
