@@ -10,7 +10,7 @@ import os
 import secrets
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -49,6 +49,7 @@ def train(
     from .. import files
     from ..config.load import load_experiment
     from ..config.packaged import find_job
+    from ..errors import RunError
     from ..launch import job as launch_job
     from ..launch.control import here
 
@@ -73,8 +74,13 @@ def train(
             found.cancel_marker.unlink(missing_ok=True)  # whoever starts it again wants it to run
             found.add_job(executor="train", job_id=segment, tasks=world.size, **here())
 
+        def on_hang(reason: str) -> int:
+            launch_job.record_failure(found, RunError(reason), rank=world.rank, segment=segment)
+            return 1
+
         try:
-            result = train_run(found, max_steps=max_steps, data_root=data_root, console=world.main, world=world, begin=begin)
+            options: dict[str, Any] = {"max_steps": max_steps, "data_root": data_root, "console": world.main}
+            result = train_run(found, **options, world=world, begin=begin, segment=segment, on_hang=on_hang)
         except Exception as error:
             launch_job.record_failure(found, error, rank=world.rank, segment=segment)
             raise

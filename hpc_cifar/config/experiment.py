@@ -201,7 +201,11 @@ class Tracking(Model):
 
 
 class Resources(Model):
-    """What one run asks for. ``processes_per_node`` is for CPU runs; with GPUs there is one process a GPU."""
+    """What one run asks for. ``processes_per_node`` is for CPU runs; with GPUs there is one process a GPU.
+
+    A run whose step takes longer than ``hang_timeout_s`` (and ten times its slowest step so far) counts as hung and is
+    restarted from its last checkpoint; null switches that off.
+    """
 
     nodes: Annotated[Count, Field(le=10_000)] = 1
     gpus_per_node: Annotated[Whole, Field(ge=0, le=64)] = 0
@@ -209,6 +213,7 @@ class Resources(Model):
     cpus_per_process: Annotated[Count, Field(le=1024)] | None = None
     memory_gib_per_node: Positive | None = None
     time: Duration = "01:00:00"
+    hang_timeout_s: Positive | None = 45.0
 
     @model_validator(mode="after")
     def _one_process_a_gpu(self) -> Resources:

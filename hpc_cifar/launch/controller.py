@@ -20,9 +20,9 @@ from typing import IO, Any
 
 from .. import files
 from . import process
+from .job import LOCAL_REQUEUE as REQUEUE
 from .job import port_for
 
-REQUEUE = 144  # exit code of submitit's local requeue
 PEER_GRACE_S = 5.0  # what the other ranks get when one died
 TERM_GRACE_S = 60.0  # what all ranks get to save after a TERM
 MAX_IDLE_SEGMENTS = 5  # requeues without a single step in between
@@ -134,7 +134,7 @@ class Controller:
                 return done, reason or self._reason(codes)
             bad = [code for code in done if code != 0]
             if bad and deadline is None:
-                deadline = now + (self.term_grace_s if bad == [REQUEUE] else self.peer_grace_s)
+                deadline = now + (self.term_grace_s if set(bad) == {REQUEUE} else self.peer_grace_s)
                 reason = self._reason(codes)
             if self.terminated_at is not None:
                 deadline = min(deadline or 1e18, self.terminated_at + self.term_grace_s)

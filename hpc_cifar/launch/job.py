@@ -23,6 +23,11 @@ MAX_TIMEOUTS = 1_000_000
 """submitit counts every preemption under a time limit of 10 minutes or less as a timeout; a run may be preempted often."""
 
 
+LOCAL_REQUEUE = 144
+"""Exit code by which submitit's local jobs, and ours, ask to be started again."""
+MAX_HANGS = 3
+
+
 class EarlyStop(BaseException):
     """A stop signal before the training loop listens: nothing is at risk yet, so leave at once."""
 
@@ -52,7 +57,7 @@ class TrainJob:
         for number in (usr, signal.SIGTERM):
             signal.signal(number, _stop_early)
         try:
-            result = self._train(run)
+            result = self._train(run, env)
         except EarlyStop as early:
             if run.cancel_marker.exists():
                 result = {"state": "cancelled"}
@@ -71,14 +76,21 @@ class TrainJob:
             _requeue(run, env, usr, hand_over, result)
         return result
 
-    def _train(self, run: Run) -> dict[str, Any]:
+    def _train(self, run: Run, env: Any) -> dict[str, Any]:
         if run.cancel_marker.exists():
             return {"state": "cancelled"}
         if run.finished():  # Slurm may requeue a job that ended during its grace time
             return run.result() or {}
         from ..train.loop import train
 
-        return train(run, data_root=Path(self.data_root), console=True)  # rank 0 prints plain lines to the job's log
+        # rank 0 prints plain lines to the job's log
+        return train(
+            run,
+            data_root=Path(self.data_root),
+            console=True,
+            segment=segment(),
+            on_hang=lambda reason: restart_hung(run, env, reason),
+        )
 
     def checkpoint(self) -> Any:
         """What the next segment calls: the same, since the training loop finds its checkpoint by itself."""
@@ -162,6 +174,34 @@ def record_failure(run: Run, error: BaseException, *, rank: int, segment: str) -
         run.write_state(**{**run.state(), "state": "failed", "reason": reason})
     except OSError as problem:  # a full disk must not hide the error itself
         print(f"hpc-cifar: the failure could not be recorded in {run.path}: {problem}", flush=True)
+
+
+def restart_hung(run: Run, env: Any, reason: str) -> int:
+    """Have a hung job start again from its checkpoint, though its main threads are stuck; the exit code of its ranks.
+
+    Called from a thread of the rank that noticed. A run that hangs again and again at one step is not restarted for ever.
+    """
+    from .. import files, runs
+    from ..train.watchdog import hangs_at
+
+    row = {"time": runs.now(), "segment": segment(), "rank": env.global_rank, "reason": reason, "hang": True}
+    files.append_json_line(run.path / "failures.jsonl", row)
+    if hangs_at(run.path, segment()) >= MAX_HANGS:
+        reason = f"{reason}; this happened {MAX_HANGS} times at this step, so it is not restarted"
+        run.write_state(**{**run.state(), "state": "failed", "reason": reason})
+        return 1
+    run.write_state(**{**run.state(), "state": "requeued", "reason": reason})
+    if env.cluster != "slurm":
+        return LOCAL_REQUEUE
+    try:
+        done = subprocess.run(["scontrol", "requeue", env.raw_job_id], capture_output=True, text=True, timeout=30, check=False)
+        problem = done.stderr.strip() if done.returncode else ""
+    except (OSError, subprocess.SubprocessError) as error:
+        problem = one_line(error)
+    if problem:
+        reason = f"{reason}; it could not be requeued ({problem}): continue it with hpc-cifar resume {run.id}"
+        run.write_state(**{**run.state(), "state": "failed", "reason": reason})
+    return 1
 
 
 def wants_requeue(result: dict[str, Any], cluster: str) -> bool:

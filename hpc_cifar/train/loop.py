@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +38,7 @@ from .setup import (
 )
 from .step import PendingWindow, Stepper, autocast
 from .stop import StopAgreement, StopFlag
+from .watchdog import OnHang, Watchdog
 
 
 def train(
@@ -47,6 +49,8 @@ def train(
     console: bool = True,
     world: World | None = None,
     begin: Callable[[], None] | None = None,
+    segment: str = "",
+    on_hang: OnHang | None = None,
 ) -> dict[str, Any]:
     """Start or continue ``run`` on this rank, until it is finished, stopped or failed.
 
@@ -57,6 +61,8 @@ def train(
         console: whether rank 0 prints.
         world: the ranks, if they are connected already.
         begin: called on rank 0 as soon as the run belongs to this job alone.
+        segment: names this stretch of the run, such as ``<job id>.<restart>``.
+        on_hang: what the watchdog calls when the ranks hang; the process ends then.
 
     Returns:
         The result, as in ``result.json``; ``state`` is ``finished``, ``stopped``, ``cancelled``, or ``requeued`` when the
@@ -68,13 +74,14 @@ def train(
     """
     if world is None:  # connected before signals only set a flag: a rank that waits for the others must still be stoppable
         with connected(wants_gpu(run.experiment())) as world:
-            return train(run, max_steps=max_steps, data_root=data_root, console=console, world=world, begin=begin)
+            options: dict[str, Any] = {"max_steps": max_steps, "data_root": data_root, "console": console}
+            return train(run, **options, world=world, begin=begin, segment=segment, on_hang=on_hang)
     try:
         with StopFlag() as flag, RunLock(run.path, world):
             if begin is not None and world.main:
                 begin()
             world.barrier()
-            return _train(run, world, flag, max_steps, data_root, console)
+            return _train(run, world, flag, max_steps, data_root, console, segment, on_hang)
     except RuntimeError as error:
         if not is_lost_peer(error):
             raise
@@ -89,14 +96,27 @@ def wants_gpu(experiment: Experiment) -> bool:
     return experiment.resources.gpus_per_node > 0
 
 
-def _train(run: Run, world: World, flag: StopFlag, max_steps: int | None, data_root: Path, console: bool) -> dict[str, Any]:
+def _train(
+    run: Run,
+    world: World,
+    flag: StopFlag,
+    max_steps: int | None,
+    data_root: Path,
+    console: bool,
+    segment: str,
+    on_hang: OnHang | None,
+) -> dict[str, Any]:
     """With the run locked: nothing to do, or a segment of training; a failure is written to ``state.json``."""
     if world.share(run.cancel_marker.exists()):
         return {"state": "cancelled", "run": run.id}
     if world.share(run.finished()):
         return run.result() or {}
     try:
-        return _Trainer(run, world, flag, max_steps, data_root, console).train()
+        trainer = _Trainer(run, world, flag, max_steps, data_root, console)
+        segment = world.share(segment or secrets.token_hex(4))
+        patience = trainer.experiment.resources.hang_timeout_s
+        with Watchdog(run.path, segment, world, patience, on_hang, trainer.records.progress.say) as trainer.watchdog:
+            return trainer.train()
     except HpcCifarError as error:
         if world.main:
             run.write_state(**{**run.state(), "state": "failed", "reason": str(error)})
@@ -105,6 +125,8 @@ def _train(run: Run, world: World, flag: StopFlag, max_steps: int | None, data_r
 
 class _Trainer:
     """Rank-local objects of one segment, and the loop over epochs."""
+
+    watchdog: Watchdog
 
     def __init__(self, run: Run, world: World, flag: StopFlag, max_steps: int | None, data_root: Path, console: bool) -> None:
         self.run, self.world = run, world
@@ -213,6 +235,7 @@ class _Trainer:
             rate = session.stepper(batch, position.step)
             position.batch += 1
             position.step += 1
+            self.watchdog.step(position.step)
             self.epoch_images += batch.global_size
             if session.stepper.window_full:
                 self._take_window(rate)
@@ -300,7 +323,7 @@ class _Trainer:
         """Loss and accuracy of the current weights (the average, if there is one) on some images."""
         session = self.session
         batches = data.evaluation_batches(self.experiment.data, arrays, indices, batch_size=1000, **self._data_arguments())
-        with AveragedStatistics(session.network, self.world, session.local_statistics):
+        with self.watchdog.phase("evaluate"), AveragedStatistics(session.network, self.world, session.local_statistics):
             if session.ema is not None:
                 session.ema.swap()
             try:
@@ -339,6 +362,12 @@ class _Trainer:
             self._take_window(self.session.stepper.rate)
         self._report_windows()
         self._check_weights()
+        with self.watchdog.phase("save"):
+            self._write_checkpoint(best)
+        self.saved_step = position.step
+
+    def _write_checkpoint(self, best: bool) -> None:
+        position = self.session.position
         state = self.session.state()
         if state is not None:
             metrics = {key: value for key, value in (self.session.history or [{}])[-1].items() if isinstance(value, float)}
@@ -351,7 +380,6 @@ class _Trainer:
                 best_step=self.session.best_step,
                 keep_last=self.experiment.checkpoint.keep_last,
             )
-        self.saved_step = position.step
 
     def _check_weights(self) -> None:
         """A finite loss can still have an update that overflows; the weights are the same on all ranks, so all raise alike."""

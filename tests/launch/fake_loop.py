@@ -32,6 +32,8 @@ def train(
     console: bool = True,
     world: Any = None,
     begin: Callable[[], None] | None = None,
+    segment: str = "",
+    on_hang: Any = None,
 ) -> dict[str, Any]:
     if world is not None and world.main and begin is not None:
         begin()

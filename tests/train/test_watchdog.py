@@ -1,0 +1,114 @@
+"""A hung rank is noticed, named, recorded and restarted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+import torch
+
+from hpc_cifar import files
+from hpc_cifar.runs import Run, all_runs
+from hpc_cifar.train.distributed import World
+from hpc_cifar.train.watchdog import Watchdog, hangs_at
+
+ALONE = World(0, 1, 0, 1, torch.device("cpu"), None)
+
+
+def test_the_limit_grows_with_the_slowest_step_and_with_the_phase(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    watchdog = Watchdog(tmp_path, "s", ALONE, 30.0, None, print)
+    assert watchdog.limit_s == 900  # nothing is known of the start
+    for step, seconds in ((1, 200.0), (2, 0.5), (3, 7.0)):  # what lies before the first step is no step
+        clock[0] += seconds
+        watchdog.step(step)
+    assert watchdog.limit_s == 70
+    with watchdog.phase("evaluate"):
+        assert watchdog.limit_s == 350
+        clock[0] += 1000
+    watchdog.step(4)
+    assert watchdog.limit_s == 70
+
+
+def test_it_can_be_switched_off_and_leaves_no_thread(tmp_path: Path) -> None:
+    with Watchdog(tmp_path, "s", ALONE, None, None, print):
+        assert not list(tmp_path.iterdir())
+    with Watchdog(tmp_path, "s", ALONE, 5.0, None, print) as watchdog:
+        beat = files.read_json(tmp_path / "heartbeat" / "rank-0.json")
+        assert isinstance(beat, dict) and beat["pid"] == os.getpid()
+    assert not watchdog._thread.is_alive()
+
+
+def test_hangs_at_the_same_step_are_counted(tmp_path: Path) -> None:
+    for segment, step in (("1.0", 5), ("1.1", 5), ("1.2", 9)):
+        (tmp_path / "hangs" / segment).mkdir(parents=True)
+        files.write_json(tmp_path / "hangs" / segment / "alarm.json", {"step": step})
+    assert (hangs_at(tmp_path, "1.1"), hangs_at(tmp_path, "1.2")) == (2, 1)
+
+
+def slow_job() -> Any:
+    resources = {"hang_timeout_s": 3.0}
+    return ranks.experiment(epochs=300, resources=resources, checkpoint={"every_steps": 10, "every_epochs": 300})
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_stopped_rank_is_named_and_everyone_leaves(tmp_path: Path, digits_data: Path) -> None:
+    run = ranks.new_run(tmp_path, slow_job())
+    processes = ranks.start(run, digits_data, 3)
+    ranks.wait_for_step(run, 30, processes)
+    began = time.monotonic()
+    processes[1].send_signal(signal.SIGSTOP)
+    codes = ranks.finish(processes)
+    assert codes == [1, 1, 1] and time.monotonic() - began < 25, ranks.logs(run)
+    (folder,) = (run.path / "hangs").iterdir()
+    report = files.read_json(folder / "report.json")
+    assert isinstance(report, dict)
+    assert "hung after step" in report["reason"] and "rank 1 on" in report["reason"] and "T (stopped)" in report["reason"]
+    assert "rank 0 on" not in report["reason"] and "rank 2 on" not in report["reason"]
+    for rank in (0, 2):
+        stacks = (folder / f"rank-{rank}.txt").read_text()
+        assert "distributed_c10d.py" in stacks, stacks  # waiting in a collective
+    assert "watchdog" in (folder / "rank-1.txt").read_text()  # it was let go, and told too
+    assert "state: T (stopped)" in (folder / "rank-1-process.txt").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_a_hung_local_job_restarts_by_itself_and_ends_like_the_undisturbed(tmp_path: Path, digits_data: Path) -> None:
+    job = tmp_path / "job.yaml"
+    experiment = slow_job().model_copy(update={"epochs": 15})
+    document = experiment.model_dump(mode="json", exclude_none=True)
+    document["resources"]["processes_per_node"] = 2
+    job.write_text(json.dumps(document))
+    site = os.environ | {"HPC_CIFAR_DATA": str(digits_data), "HPC_CIFAR_RUNS": str(tmp_path / "runs")}
+
+    def call(*arguments: str) -> None:
+        command = [sys.executable, "-m", "hpc_cifar", *arguments]
+        done = subprocess.run(command, env=site, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    call("submit", str(job), "--cluster", "local")
+    (run,) = all_runs(tmp_path / "runs")
+    end = time.monotonic() + 60
+    while (run.state().get("step") or 0) < 30:
+        assert time.monotonic() < end, run.state()
+        time.sleep(0.01)
+    beat = files.read_json(run.path / "heartbeat" / "rank-1.json")
+    assert isinstance(beat, dict)
+    os.kill(beat["pid"], signal.SIGSTOP)
+    call("wait", run.id)
+    result = run.result() or {}
+    assert (result["state"], result["restarts"]) == ("finished", 1)
+    undisturbed: Run = ranks.new_run(tmp_path, run.experiment())
+    assert ranks.complete(undisturbed, digits_data, 2)["test_loss"] == result["test_loss"]
+    assert ranks.losses(run) == ranks.losses(undisturbed)
