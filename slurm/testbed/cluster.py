@@ -5,7 +5,8 @@
     python slurm/testbed/cluster.py down
 
 Needs root (nodes are mount and UTS namespaces) and slurm-wlm and munge; with --accounting also slurmdbd and mariadb-server.
-Everything lies below DIR; /etc is left alone. Two partitions: jobs in `high` preempt jobs in `low`, which are requeued.
+Everything lies below DIR; /etc is left alone. Jobs in partition `high` preempt those in `low`, `low0` (no grace time) and
+`low6` (6 seconds of it), which are requeued.
 """
 
 from __future__ import annotations

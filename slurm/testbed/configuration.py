@@ -58,7 +58,7 @@ def hosts() -> str:
 
 
 def slurm_conf(folder: Path, options: Options, ports: Ports) -> str:
-    """slurm.conf of three nodes on one machine, quick to schedule, with preemption between two partitions."""
+    """slurm.conf of three nodes on one machine, quick to schedule, with preemption between partitions."""
     controller = ["preempt_send_user_signal"] if options.preempt_send_user_signal else []
     if options.accounting:
         accounting = f"""\
@@ -115,6 +115,8 @@ PreemptMode=REQUEUE
 {nodes}
 PartitionName=low Nodes=n[1-{len(NODES)}] Default=YES PriorityTier=1 PreemptMode=REQUEUE \
 GraceTime={options.grace_time_s} State=UP
+PartitionName=low0 Nodes=n[1-{len(NODES)}] PriorityTier=1 PreemptMode=REQUEUE GraceTime=0 State=UP
+PartitionName=low6 Nodes=n[1-{len(NODES)}] PriorityTier=1 PreemptMode=REQUEUE GraceTime=6 State=UP
 PartitionName=high Nodes=n[1-{len(NODES)}] PriorityTier=10 PreemptMode=OFF State=UP
 """
 

@@ -6,13 +6,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 import submitit
-
-if TYPE_CHECKING:
-    from conftest import SlurmCluster
+from slurm_site import SlurmCluster
 
 pytestmark = pytest.mark.slow
 

@@ -1,0 +1,178 @@
+"""A real Slurm cluster as tests see it, and a user on it with a job file, a profile and a folder for runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+TESTBED = Path(__file__).resolve().parents[2] / "slurm" / "testbed" / "cluster.py"
+FINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
+
+
+class SlurmCluster:
+    """What tests ask of a running cluster."""
+
+    def __init__(self, folder: Path, work: Path) -> None:
+        self.folder = folder
+        self.work = work  # for scripts and logs
+        self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
+
+    def call(self, *command: str, timeout_s: float = 60) -> str:
+        """Standard output of a Slurm command; a failed one fails the test with what it said."""
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout_s, env=self.environment, cwd=self.work, check=False
+        )
+        assert done.returncode == 0, f"{command}: exit code {done.returncode}: {done.stderr}"
+        return done.stdout.strip()
+
+    def job(self, job_id: str) -> dict[str, str]:
+        """`scontrol show job` as a dictionary."""
+        fields = self.call("scontrol", "--oneliner", "show", "job", job_id).split()
+        return dict(field.split("=", 1) for field in fields if "=" in field)
+
+    def state(self, job_id: str) -> str:
+        return self.job(job_id)["JobState"]
+
+    def wait(self, job_id: str, states: set[str] = FINAL, seconds: float = 60) -> str:
+        """Until the job is in one of ``states``; its state."""
+        self.until(lambda: self.state(job_id) in states, seconds, f"job {job_id} in {states}")
+        return self.state(job_id)
+
+    def until(self, condition: Callable[[], object], seconds: float, what: str) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}\n{self.call('squeue', '--long')}"
+            time.sleep(0.1)
+
+    def testbed(self, *arguments: str) -> str:
+        return call_testbed(*arguments, "--dir", str(self.folder))
+
+    def batch(self, *options: str, script: str) -> str:
+        """Submit a shell script; its job id."""
+        path = self.work / f"job-{time.monotonic_ns()}.sh"
+        path.write_text("#!/bin/bash\nset -eu\n" + script)
+        return self.call("sbatch", "--parsable", f"--output={self.work}/%j.out", "--open-mode=append", *options, str(path))
+
+    def output(self, job_id: str) -> str:
+        path = self.work / f"{job_id}.out"
+        return path.read_text() if path.exists() else ""
+
+
+def call_testbed(*arguments: str) -> str:
+    done = subprocess.run([sys.executable, str(TESTBED), *arguments], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def why_not() -> str | None:
+    if os.geteuid() != 0:
+        return "the test cluster needs root"
+    missing = [
+        name for name in ("slurmctld", "slurmd", "munged") if not shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin")
+    ]
+    return f"missing {', '.join(missing)} (Debian: slurm-wlm munge)" if missing else None
+
+
+EPOCHS = 30
+JOB = f"""\
+name: small
+seed: 5
+epochs: {EPOCHS}
+model:
+  family: sequential
+  layers:
+    - conv: {{filters: 8, kernel: 3, padding: same}}
+    - batch_norm
+    - relu
+    - avg_pool: {{size: 4}}
+    - flatten
+    - dense: {{units: 10}}
+data: {{dataset: digits, batch_size: 48, augment: {{crop_padding: 1}}}}
+optimizer: {{name: sgd, lr: 0.01, momentum: 0.9}}
+schedule: {{name: cosine}}
+resources: {{nodes: 2, processes_per_node: 1, time: "00:10:00"}}
+"""
+PROFILE = """\
+name: testbed
+executor: slurm
+partition: low
+gpu_request: none
+cpus_per_process: 1
+preemptible: true
+signal_delay_s: 30
+"""
+
+
+class Site:
+    """One user on the cluster: a job file, a profile, a folder for runs."""
+
+    def __init__(self, cluster: SlurmCluster, folder: Path, data: Path) -> None:
+        self.cluster = cluster
+        self.folder = folder
+        self.runs = folder / "runs"
+        self.environment = {
+            **os.environ,
+            "SLURM_CONF": cluster.environment["SLURM_CONF"],
+            "HPC_CIFAR_DATA": str(data),
+            "HPC_CIFAR_RUNS": str(self.runs),
+        }
+        (folder / "job.yaml").write_text(JOB)
+        (folder / "testbed.yaml").write_text(PROFILE)
+
+    def call(self, *arguments: str, code: int = 0) -> str:
+        command = [sys.executable, "-m", "hpc_cifar", *arguments]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=200, env=self.environment, cwd=self.folder, check=False
+        )
+        assert done.returncode == code, f"{arguments}: {done.returncode}\n{done.stdout}\n{done.stderr}\n{self.logs()}"
+        return done.stdout
+
+    def submit(self, *options: str) -> tuple[str, str]:
+        """Run and job id."""
+        printed = self.call("submit", "job.yaml", "--cluster", "./testbed.yaml", "--parsable", *options)
+        run, job = printed.strip().splitlines()[-1].split("\t")
+        return run, job
+
+    def status(self, run: str) -> dict[str, Any]:
+        [row] = json.loads(self.call("status", run, "--json"))
+        assert isinstance(row, dict)
+        return row
+
+    def state(self, run: str) -> dict[str, Any]:
+        try:
+            found: dict[str, Any] = json.loads((self.runs / run / "state.json").read_text())
+        except (OSError, ValueError):
+            return {}
+        return found
+
+    def result(self, run: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.runs / run / "result.json").read_text())
+        return found
+
+    def epochs(self, run: str) -> list[int]:
+        rows = map(json.loads, (self.runs / run / "metrics.jsonl").read_text().splitlines())
+        return [row["epoch"] for row in rows if row["kind"] == "epoch"]
+
+    def until_epoch(self, run: str, epoch: int) -> None:
+        """Until the run trains and has some epochs behind it."""
+        self.cluster.until(
+            lambda: self.state(run).get("state") == "running" and (self.state(run).get("epoch") or 0) >= epoch,
+            60,
+            f"epoch {epoch} of {run}: {self.state(run)}\n{self.logs()}",
+        )
+
+    def logs(self) -> str:
+        texts = [f"-- {path.name}\n{path.read_text()[-1500:]}" for path in sorted(self.runs.glob("*/submitit/*_log.*"))]
+        return "\n".join(texts)
+
+
+def assert_same(disturbed: dict[str, Any], undisturbed: dict[str, Any]) -> None:
+    same = ("state", "epochs", "steps", "test_loss", "test_accuracy")  # to the last digit
+    assert {name: disturbed[name] for name in same} == {name: undisturbed[name] for name in same}
