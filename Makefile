@@ -9,7 +9,7 @@ export HPC_CIFAR_RUNS ?= $(CURDIR)/runs
 export PYTHON
 CLUSTER := slurm/testbed/cluster.py
 
-.PHONY: help run test unit lint format lock slurm-up slurm-down clean env env-dev
+.PHONY: help run test unit lint format lock slurm-up slurm-down soak clean env env-dev
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 14
@@ -48,6 +48,9 @@ slurm-up: env ## start a three-node Slurm cluster on this machine (root; prints 
 
 slurm-down: ## stop it
 	@.venv/bin/python $(CLUSTER) down
+
+soak: env ## jobs under random preemption, cancels and node losses on a test cluster (root); ARGS="--minutes 5 --jobs 20"
+	.venv/bin/python slurm/testbed/soak.py $(ARGS)
 
 clean: ## remove the environment and caches; data and runs stay
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,10 +34,22 @@ class SlurmExecutor(submitit.SlurmExecutor):  # type: ignore[misc, unused-ignore
     def affinity(cls) -> int:
         return 2  # whether sbatch is there is checked before a submission, with a message of our own
 
+    @property
+    def _submitit_command_str(self) -> str:
+        # A signal that comes before Python listens would end the task, and Slurm would call the job failed though it was
+        # preempted. Nothing is at risk yet: who sends such a signal and means it kills soon after.
+        return f'sh -c \'trap "" {preemption_signal_name()} TERM; exec "$@"\' sh {super()._submitit_command_str}'
+
     def script(self) -> str:
         """Exactly the text that ``submit`` hands to sbatch."""
         text: str = self._make_submission_file_text(self._submitit_command_str, "")
         return text
+
+
+def preemption_signal_name() -> str:
+    """What submitit asks Slurm to send before a preemption or the time limit."""
+    name = os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "USR2")
+    return name if f"SIG{name}" in signal.Signals.__members__ else "USR2"
 
 
 def check_path(path: Path, what: str) -> str:

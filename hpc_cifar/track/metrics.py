@@ -25,6 +25,7 @@ class MetricsLog:
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
         rows = files.read_json_lines(path)
+        self.reached = max((int(row.get("step", 0)) for row in rows), default=0)  # by the segment before, as far as was logged
         kept = [row for row in rows if row.get("kind") == "event" or int(row.get("step", 0)) <= resume_step]
         if path.exists():
             # always rewritten: a killed writer may have left a torn last line

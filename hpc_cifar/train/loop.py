@@ -419,7 +419,7 @@ class _Trainer:
             result["val_loss"], result["val_accuracy"] = self._validate()
         state = self.records.state(result["state"], reason=result.get("reason"))
         result |= {"epochs": position.epoch, "steps": position.step}
-        result |= {key: state[key] for key in ("restarts", "gpu_hours", "seconds")}
+        result |= {key: state[key] for key in ("restarts", "lost_steps", "gpu_hours", "seconds")}
         result |= {"selected": self.experiment.checkpoint.select, "ended": now()}
         if self.world.main and result["state"] != "requeued":
             files.write_json(self.run.result_file, result)

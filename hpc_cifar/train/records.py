@@ -43,10 +43,13 @@ class Records:
         self._state_written = 0.0
         self.rate = 0.0  # images/s of the last window
         self.progress = Progress(console and world.main, last_step, session.position.step)
+        self._lost_steps = int(self._before.get("lost_steps", 0))  # trained, and to be trained again
         self._metrics: MetricsLog | None = None
         self._wandb: WandbMirror | None = None
         if world.main:
             self._metrics = MetricsLog(run.metrics_file, session.position.step)
+            reached = max(self._metrics.reached, int(self._before.get("step") or 0))
+            self._lost_steps += max(0, reached - session.position.step)
             self._wandb = WandbMirror(
                 experiment.tracking,
                 run.path,
@@ -66,7 +69,7 @@ class Records:
         )
         for note in notes:
             self.progress.say(f"note: {note}")
-        self.event("started", world_size=world.size, device=str(world.device))
+        self.event("started", world_size=world.size, device=str(world.device), lost_steps=self._lost_steps)
         self.state("running")
 
     def window(self, epoch: int, step: int, losses: list[float], accuracy: float, rate: float, seconds: float) -> None:
@@ -111,6 +114,7 @@ class Records:
             "total_steps": self._plan.total_steps,
             "val_accuracy": next(validated, None),
             "images_per_second": round(self.rate, 1),
+            "lost_steps": self._lost_steps,
             "restarts": int(before.get("restarts", -1)) + 1,
             "gpu_hours": round(float(before.get("gpu_hours", 0.0)) + gpus * seconds / 3600, 6),
             "seconds": round(float(before.get("seconds", 0.0)) + seconds, 3),

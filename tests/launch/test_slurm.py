@@ -89,7 +89,7 @@ export PYTHONSAFEPATH=1
 export SUBMITIT_EXECUTOR=slurm
 srun --unbuffered --output /runs/deep-1/submitit/%j_%t_log.out --error /runs/deep-1/submitit/%j_%t_log.err \
 --cpus-per-task=3 --kill-on-bad-exit=1 --open-mode=append --mpi=none \
-{python} -u -m submitit.core._submit /runs/deep-1/submitit
+sh -c 'trap "" USR2 TERM; exec "$@"' sh {python} -u -m submitit.core._submit /runs/deep-1/submitit
 """
     )
 

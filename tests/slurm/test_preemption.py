@@ -94,6 +94,20 @@ def test_every_cell_resumes_and_ends_like_the_undisturbed(
         assert resumed > 0, f"{cell}: trained from zero again"
 
 
+def test_a_preemption_while_the_job_starts(
+    cluster: SlurmCluster, undisturbed: dict[int, dict[str, Any]], tmp_path: Path, digits_data: Path
+) -> None:
+    """The signals come before Python can listen to them."""
+    site = Site(cluster, tmp_path, digits_data)
+    run, job = site.submit("--partition", "low6", "--nodes", "1")
+    cluster.wait(job, {"RUNNING"})
+    high = cluster.batch("--partition=high", "--nodes=3", "--exclusive", script="sleep 1")
+    assert cluster.wait(high) == "COMPLETED"
+    site.call("wait", run)
+    assert cluster.job(job)["Restarts"] == "1"
+    assert_same(site.result(run), undisturbed[1])
+
+
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_a_raw_scancel_never_resurrects(cluster: SlurmCluster, tmp_path: Path, digits_data: Path, nodes: int) -> None:
     """It sends the TERM that a preemption sends too, and leaves no marker in the run directory."""
