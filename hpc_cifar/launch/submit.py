@@ -105,7 +105,9 @@ def preview(experiment: Experiment, cluster: Cluster, *, root: Path, data_root: 
     plan = plan_for(experiment, cluster, stored, notes)
     if cluster.executor == "local":
         return Preview(plan, None)
-    return Preview(plan, script.executor(experiment, cluster, plan, root / runs.new_run_id(experiment.name)).script())
+    return Preview(
+        plan, script.executor(experiment, cluster, plan, root / runs.new_run_id(experiment.name), data_root).script()
+    )
 
 
 def check_budget(plan: Plan, max_gpu_hours: float | None) -> None:
@@ -194,7 +196,7 @@ def _start_local(run: Run, cluster: Cluster, plan: Plan, job: TrainJob) -> str:
 
 
 def _start_slurm(run: Run, cluster: Cluster, plan: Plan, job: TrainJob) -> str:
-    job_id = script.submit(script.executor(run.experiment(), cluster, plan, run.path), job)
+    job_id = script.submit(script.executor(run.experiment(), cluster, plan, run.path, Path(job.data_root)), job)
     _record(run, "slurm", job_id, plan, cluster=cluster.name)
     return job_id
 
