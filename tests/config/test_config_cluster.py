@@ -216,7 +216,7 @@ def test_containers_accepted() -> None:
     assert Cluster.model_validate(made.model_dump(mode="json")) == made, "as it is kept in the run directory"
     assert made.container is not None
     assert made.container.binds == ("/a b:/c:ro", "/scratch")
-    registry = {"runtime": "pyxis", "image": "nvcr.io#nvidia/pytorch:25.01-py3", "args": ["--container-mount-home"]}
+    registry = {"runtime": "pyxis", "image": "registry.example#nvidia/pytorch:25.01-py3", "args": ["--container-mount-home"]}
     assert Cluster.model_validate({"name": "x", "container": registry}).container is not None
     assert Cluster.model_validate({"name": "x", "executor": "local", "container": {"runtime": "none"}}).container is not None
     with pytest.raises(ValidationError, match="container: runtime apptainer needs executor: slurm, not local"):
