@@ -60,7 +60,7 @@ def setup_lines(cluster: Cluster, code: Path) -> list[str]:
     return lines + container.export_lines(cluster.container, code, cluster.environment)
 
 
-def parameters(experiment: Experiment, cluster: Cluster, plan: Plan, run: Path, folders: list[Path]) -> dict[str, Any]:
+def parameters(experiment: Experiment, cluster: Cluster, plan: Plan, run: Path, *, folders: list[Path]) -> dict[str, Any]:
     """submitit's parameters for one job of this run; ``folders`` are what a container sees of the host."""
     placement = plan.placement
     memory_gib = experiment.resources.memory_gib_per_node or cluster.memory_gib_per_node
@@ -94,7 +94,9 @@ def parameters(experiment: Experiment, cluster: Cluster, plan: Plan, run: Path, 
     return {name: value for name, value in chosen.items() if value is not None} | {"wckey": None}
 
 
-def executor(experiment: Experiment, cluster: Cluster, plan: Plan, run: Path, data_root: Path | None = None) -> SlurmExecutor:
+def executor(
+    experiment: Experiment, cluster: Cluster, plan: Plan, run: Path, *, data_root: Path | None = None
+) -> SlurmExecutor:
     """The executor that submits this run; its :meth:`SlurmExecutor.script` is what it would submit.
 
     Args:
@@ -107,7 +109,7 @@ def executor(experiment: Experiment, cluster: Cluster, plan: Plan, run: Path, da
         python = container.PYTHON if container.active(cluster.container) else sys.executable
     command = container.python_command(cluster.container, python, folders, gpus=plan.placement.gpus_per_node > 0)
     made = SlurmExecutor(run / "submitit", max_num_timeout=MAX_TIMEOUTS, python=command)
-    made.update_parameters(**parameters(experiment, cluster, plan, run, folders))
+    made.update_parameters(**parameters(experiment, cluster, plan, run, folders=folders))
     return made
 
 

@@ -29,7 +29,7 @@ def text_of(cluster: dict[str, Any], run: str = "/runs/deep 1", gpus: int = 4) -
     made = Cluster.model_validate({"name": "x", **cluster})
     resources = EXPERIMENT.resources.model_copy(update={"gpus_per_node": gpus, "processes_per_node": 4})
     asked = EXPERIMENT.model_copy(update={"resources": resources})
-    return script.executor(asked, made, submit.plan_for(asked, made, 1000), Path(run), Path("/data")).script()
+    return script.executor(asked, made, submit.plan_for(asked, made, 1000), Path(run), data_root=Path("/data")).script()
 
 
 def last_line(cluster: dict[str, Any], run: str = "/runs/deep 1", gpus: int = 4) -> list[str]:
@@ -58,10 +58,15 @@ def test_apptainer_goes_around_python() -> None:
 
 
 def test_pyxis_is_an_option_of_srun() -> None:
-    container = {"runtime": "pyxis", "image": "registry.example#a/b:1", "binds": ["/a b:/c"], "args": ["--container-mount-home"]}
+    container = {
+        "runtime": "pyxis",
+        "image": "example.org#a/b:1",
+        "binds": ["/a b:/c"],
+        "args": ["--container-mount-home"],
+    }
     words = last_line({"container": container, "environment": {"NCCL_DEBUG": "WARN"}, "srun_args": ["-l"]})
-    assert words[words.index("--container-image=registry.example#a/b:1") :] == [
-        *("--container-image=registry.example#a/b:1", "--container-mounts=/runs/deep 1:/runs/deep 1,/data:/data,/a b:/c"),
+    assert words[words.index("--container-image=example.org#a/b:1") :] == [
+        *("--container-image=example.org#a/b:1", "--container-mounts=/runs/deep 1:/runs/deep 1,/data:/data,/a b:/c"),
         *("--container-env=PYTHONPATH,PYTHONSAFEPATH,NCCL_DEBUG", "--container-mount-home", "-l"),
         *("python3", "-u", "-m", "submitit.core._submit", "/runs/deep 1/submitit"),
     ]
