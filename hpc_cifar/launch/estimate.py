@@ -10,7 +10,7 @@ from typing import Any
 
 from ..config.cluster import Cluster
 from ..config.experiment import Experiment
-from ..errors import LaunchError, RunError
+from ..errors import LaunchError, NoCluster, RunError
 from ..plan import Plan, seconds_of
 from ..runs import Run
 from . import slurm
@@ -50,6 +50,7 @@ def start_of(text: str, cluster: Cluster, plan: Plan) -> Start:
 
     Raises:
         LaunchError: Slurm would refuse the job, or take it and never start it; its own words in one line.
+        NoCluster: there is nobody to refuse it.
     """
     with clean_environment():
         reply = slurm.ask(["sbatch", "--test-only"], text=text, timeout_s=TEST_TIMEOUT_S)
@@ -57,7 +58,7 @@ def start_of(text: str, cluster: Cluster, plan: Plan) -> Start:
     if reply.code != 0:
         words = slurm_words(said)
         if any(sign in said.lower() for sign in NO_CLUSTER):
-            return Start(note=f"no Slurm cluster answers here ({words})")
+            raise NoCluster(f"no Slurm cluster answers here: use --cluster local to run on this machine ({words})")
         if reply.unanswered:
             return Start(note=words)
         raise LaunchError(f"Slurm would refuse the job: {words}")

@@ -13,7 +13,7 @@ from .. import files, runs
 from ..config.cluster import Cluster
 from ..config.experiment import Experiment
 from ..config.shapes import check_fits
-from ..errors import DataError, HpcCifarError, LaunchError, UsageError
+from ..errors import DataError, HpcCifarError, LaunchError, NoCluster, UsageError
 from ..plan import Placement, Plan, make_plan, requested_placement, seconds_of
 from ..runs import Run
 from . import estimate, local, provenance, script, snapshot
@@ -120,6 +120,8 @@ def preview(experiment: Experiment, cluster: Cluster, *, root: Path, data_root: 
         return Preview(plan, text, length=length)
     try:
         return Preview(plan, text, estimate.start_of(text, cluster, plan), length)
+    except NoCluster:
+        return Preview(plan, text, estimate.Start(note="no Slurm cluster answers here"), length)
     except LaunchError as error:
         return Preview(plan, text, length=length, refusal=str(error))
 
