@@ -65,29 +65,23 @@ def start_of(text: str, cluster: Cluster, plan: Plan) -> Start:
     found = re.search(r"to start at (\S+)(?: using \d+ processors)?(?: on nodes (\S+))?(?: in partition (\S+))?", said)
     if found is None:
         return Start(note="Slurm gives no estimate")
-    _check_limits(found[3] or cluster.partition, cluster, plan)
+    _check_time(found[3] or cluster.partition, cluster, plan)
     return Start(slurm.utc_of(found[1]), found[2], found[3])
 
 
-def _check_limits(partition: str | None, cluster: Cluster, plan: Plan) -> None:
-    """Many sites let every job into the queue (EnforcePartLimits=NO), where one over a limit waits for ever."""
-    if not partition or "," in (cluster.partition or "") or cluster.qos is not None:  # a QOS may lift these limits
+def _check_time(partition: str | None, cluster: Cluster, plan: Plan) -> None:
+    """Many sites let every job into the queue (EnforcePartLimits=NO), where one that asks for too long waits for ever."""
+    if not partition or "," in (cluster.partition or "") or cluster.qos is not None:  # a QOS may lift the limit
         return
     reply = slurm.ask(["scontrol", "--oneliner", "show", "partition", partition], timeout_s=TEST_TIMEOUT_S)
-    limits = dict(re.findall(r"\b(MaxTime|MaxNodes|QoS)=(\S+)", reply.out)) if reply.code == 0 else {}
-    if limits.get("QoS", "N/A") != "N/A":
+    limits = dict(re.findall(r"\b(MaxTime|QoS)=(\S+)", reply.out)) if reply.code == 0 else {}
+    longest, minutes = limits.get("MaxTime", ""), math.ceil(plan.time_s / 60)
+    if limits.get("QoS", "N/A") != "N/A" or not re.fullmatch(r"(\d+-)?\d+:\d\d:\d\d", longest):
         return
-    longest, most = limits.get("MaxTime", ""), limits.get("MaxNodes", "")
-    minutes = math.ceil(plan.time_s / 60)
-    if re.fullmatch(r"(\d+-)?\d+:\d\d:\d\d", longest) and minutes * 60 > seconds_of(longest):
+    if minutes * 60 > seconds_of(longest):
         raise LaunchError(
             f"Slurm would never start the job (PartitionTimeLimit): it asks for {minutes} minutes, and partition {partition} "
             f'has MaxTime={longest}; use --time {longest}, or max_time: "{longest}" in the profile'
-        )
-    if most.isdigit() and plan.placement.nodes > int(most):
-        raise LaunchError(
-            f"Slurm would never start the job (PartitionNodeLimit): it asks for {plan.placement.nodes} nodes, and partition "
-            f"{partition} has MaxNodes={most}; use --nodes {most}"
         )
 
 
