@@ -10,6 +10,7 @@
     │   │   └── DamagedCheckpoint   its files are not what was written
     │   └── NonFiniteLoss       the loss became NaN or infinite
     └── LaunchError      (1)    the scheduler or the local executor refused
+        └── NoCluster           Slurm's programs are there, but no cluster answers
 
 The number is the process exit code. A message names the file, the field, the value, and what would be right.
 """
@@ -71,6 +72,10 @@ class NonFiniteLoss(RunError):
 
 class LaunchError(HpcCifarError):
     """The scheduler or the local executor refused a request."""
+
+
+class NoCluster(LaunchError):
+    """Slurm's programs are on this machine, but no cluster answers them."""
 
 
 def first_line(error: BaseException, limit: int = 200) -> str:

@@ -2,41 +2,22 @@
 
 from __future__ import annotations
 
+import datetime
 import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ..launch.estimate import Length, Start
     from ..launch.status import Status
     from ..plan import Plan
     from ..runs import Run
 
-ERASE = "\x1b[2J\x1b[H"
 
-
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
+    """``text`` without characters that a terminal would obey."""
     return "".join(char if char.isprintable() else " " for char in text)
-
-
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Sequence[str] = ()) -> None:
-    """A table on a terminal, tab-separated lines in a pipe, so that ``cut`` and ``grep`` work."""
-    if not sys.stdout.isatty():
-        if title:
-            print(title)
-        for row in [columns, *rows]:
-            print("\t".join(_printable(cell) for cell in row))
-        return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    made = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for name in columns:
-        made.add_column(name, justify="right" if name in numbers else "left", overflow="fold")
-    for row in rows:
-        made.add_row(*(Text(_printable(cell)) for cell in row))
-    Console().print(made)
 
 
 def facts(title: str, rows: Sequence[tuple[str, str]]) -> None:
@@ -44,7 +25,7 @@ def facts(title: str, rows: Sequence[tuple[str, str]]) -> None:
     width = max((len(name) for name, _ in rows), default=0)
     print(title)
     for name, value in rows:
-        print(f"  {name:<{width}}  {_printable(value)}")
+        print(f"  {name:<{width}}  {printable(value)}")
 
 
 def percent(share: Any) -> str:
@@ -64,8 +45,8 @@ def duration(seconds: Any) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def plan_facts(name: str, cluster: str, plan: Plan) -> None:
-    """The plan of a job, its budget and what was adapted."""
+def plan_facts(name: str, cluster: str, plan: Plan, expected: Sequence[tuple[str, str]] = ()) -> None:
+    """The plan of a job, its budget, what is expected of it and what was adapted."""
     place = plan.placement
     what = f"{place.gpus_per_node} GPUs" if place.gpus_per_node else "CPU only"
     nodes = f"{place.nodes} node{'s' if place.nodes > 1 else ''}"
@@ -78,31 +59,36 @@ def plan_facts(name: str, cluster: str, plan: Plan) -> None:
             ("steps", f"{plan.total_steps:,} ({plan.steps_per_epoch:,} an epoch, {plan.train_images:,} training images)"),
             ("time limit", f"{duration(plan.time_s)} a job; a run that needs more goes on in a requeued one"),
             ("budget", f"at most {plan.gpu_hours:.2f} GPU-hours and {plan.core_hours:.2f} core-hours a job"),
+            *expected,
         ],
     )
     for note in plan.notes:
-        print(f"  note: {_printable(note)}")
+        print(f"  note: {printable(note)}")
 
 
-def status_table(rows: Sequence[Status], title: str = "") -> None:
-    columns = ("run", "state", "job", "epoch", "step", "validation", "test", "restarts", "GPU-hours", "left", "reason")
-    cells = [
-        (
-            row.run,
-            row.state,
-            row.job_id or "-",
-            f"{number(row.epoch)}/{number(row.epochs)}",
-            number(row.step),
-            percent(row.val_accuracy),
-            percent(row.test_accuracy),
-            str(row.restarts),
-            number(row.gpu_hours, ".3f"),
-            duration(row.eta_s),
-            row.reason or "",
-        )
-        for row in rows
-    ]
-    table(title, columns, cells, numbers=columns[3:10])
+def clock(stamp: str | None) -> str:
+    """Local time of day of an ISO time, with the date where that is not today."""
+    try:
+        then = datetime.datetime.fromisoformat(stamp or "").astimezone()
+    except ValueError:
+        return "-"
+    today = datetime.datetime.now(datetime.UTC).astimezone().date()
+    return then.strftime("%H:%M" if then.date() == today else "%b %d %H:%M")
+
+
+def expectations(start: Start | None, length: Length | None, plan: Plan) -> list[tuple[str, str]]:
+    """When the job would start and how long the run will probably be, where somebody knows."""
+    rows = []
+    if start is not None:
+        where = f" in partition {start.partition}" if start.partition else ""
+        known = f"about {clock(start.start)} on {start.nodes or 'some nodes'}{where}, as Slurm estimates"
+        rows.append(("start", known if start.start else f"not known: {start.note or 'Slurm does not say'}"))
+    if length is not None:
+        jobs = f"{length.jobs} job{'s' if length.jobs > 1 else ''} of at most {duration(plan.time_s)}"
+        hours = f", {length.gpu_hours:.2f} GPU-hours" if length.gpu_hours else ""
+        rate = f"{number(length.images_per_second)} images/s as {length.measured_by} had"
+        rows.append(("length", f"about {duration(length.seconds)} in {jobs}{hours} ({rate})"))
+    return rows
 
 
 def result_table(run: Run, seen: Status) -> None:

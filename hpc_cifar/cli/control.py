@@ -25,26 +25,25 @@ def status(
     """Show the state of a run, or of the latest runs."""
     from .. import files, runs
     from ..launch.status import statuses
-    from . import console
+    from . import status_table
 
-    root = files.runs_root()
+    root, first, screen = files.runs_root(), True, watch and sys.stdout.isatty()
     while True:
         wanted = [runs.find(run, root)] if run is not None else runs.all_runs(root)
         hidden = 0 if as_json else max(0, len(wanted) - RECENT)
         seen = statuses(wanted[hidden:])
         if as_json:
             typer.echo(json.dumps([row.as_dict() for row in seen], indent=None if watch else 2))
+        elif run is not None and sys.stdout.isatty() and not watch:
+            status_table.details(seen[0])
         else:
-            if watch and sys.stdout.isatty():
-                typer.echo(console.ERASE, nl=False)
-            if seen:
-                console.status_table(seen)
-            else:
-                typer.echo(f"no runs in {root}")
+            lines = status_table.lines_of(seen) if seen else [f"no runs in {root}"]
             if hidden:
-                typer.echo(f"and {hidden} older: hpc-cifar list")
+                lines.append(f"and {hidden} older: hpc-cifar list")
+            typer.echo(status_table.in_place(lines, first=first) if screen else "\n".join(lines), nl=not screen)
         if not watch or all(row.ended for row in seen):
             return
+        first = False
         time.sleep(every)
 
 
@@ -54,14 +53,14 @@ def list_runs(
     """List every run, oldest first."""
     from .. import files, runs
     from ..launch.status import statuses
-    from . import console
+    from . import status_table
 
     root = files.runs_root()
     seen = statuses(runs.all_runs(root))
     if as_json:
         typer.echo(json.dumps([row.as_dict() for row in seen], indent=2))
     elif seen:
-        console.status_table(seen)
+        typer.echo("\n".join(status_table.lines_of(seen)))
     else:
         typer.echo(f"no runs in {root}")
 

@@ -15,7 +15,7 @@ import typer
 
 from .. import __version__
 from ..errors import HpcCifarError
-from . import configure, control, data, submit, train
+from . import configure, control, data, init, submit, train
 
 HELP = """Train CIFAR-10-sized experiments on a Slurm cluster or on this machine.
 
@@ -67,6 +67,7 @@ app.command()(data.prepare)
 app.command()(configure.validate)
 app.command()(configure.schema)
 app.command()(configure.jobs)
+app.command()(init.init)
 app.command()(submit.submit)
 app.command()(train.train)
 app.command()(control.status)

@@ -81,7 +81,7 @@ def submit(
     if as_json:
         import json
 
-        rows = [{"run": made.run.id, "job_id": made.job_id, "path": str(made.run.path)} for made in done]
+        rows = [_row(made) for made in done]
         typer.echo(json.dumps(rows, indent=2))
     if follow or wait:
         _watch(done, follow=follow)
@@ -132,19 +132,25 @@ def _cluster(name: str | None, dry_run: bool) -> Cluster:
 
 
 def _print_preview(experiment: Experiment, cluster: Cluster, root: Path, data_root: Path, max_gpu_hours: float | None) -> None:
+    from ..errors import LaunchError
     from ..launch import submit as launch
     from . import console
 
     shown = launch.preview(experiment, cluster, root=root, data_root=data_root)
-    console.plan_facts(experiment.name, cluster.name, shown.plan)
+    expected = console.expectations(shown.start, shown.length, shown.plan)
+    console.plan_facts(experiment.name, cluster.name, shown.plan, expected)
     if shown.script is None:
         typer.echo("\nthe local executor has no script: the processes start on this machine")
     else:
         typer.echo(f"\n{shown.script}")
     launch.check_budget(shown.plan, max_gpu_hours)
+    if shown.refusal is not None:
+        raise LaunchError(shown.refusal)
 
 
 def _print_submitted(made: Submitted, cluster: Cluster, *, quiet: bool, parsable: bool) -> None:
+    from . import console
+
     if parsable:
         typer.echo(f"{made.run.id}\t{made.job_id}")
     elif not quiet:
@@ -154,6 +160,22 @@ def _print_submitted(made: Submitted, cluster: Cluster, *, quiet: bool, parsable
         typer.echo(f"{made.run.id}: job {made.job_id} on {cluster.name}, {place.world_size} processes{gpus}{budget}")
         for note in made.plan.notes:
             typer.echo(f"  note: {note}")
+        for name, text in console.expectations(made.start, made.length, made.plan):
+            typer.echo(f"  {name}: {console.printable(text)}")
+
+
+def _row(made: Submitted) -> dict[str, Any]:
+    """One object of ``--json``; what is not known is null."""
+    return {
+        "run": made.run.id,
+        "job_id": made.job_id,
+        "path": str(made.run.path),
+        "gpu_hours_planned": made.plan.gpu_hours or None,
+        "estimated_start": made.start.start if made.start else None,
+        "estimated_seconds": round(made.length.seconds, 1) if made.length else None,
+        "estimated_jobs": made.length.jobs if made.length else None,
+        "estimated_gpu_hours": (made.length.gpu_hours or None) if made.length else None,
+    }
 
 
 def _watch(done: list[Submitted], *, follow: bool) -> None:

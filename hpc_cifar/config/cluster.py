@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from ..errors import UsageError
+from .container import Container
 from .experiment import NAME_PATTERN
 from .explain import first_problem
 from .fields import Count, Duration, Flag, Model, Positive, Whole, matching, shown
@@ -33,6 +34,10 @@ _hosts = matching(r"[A-Za-z0-9_][A-Za-z0-9_.,\[\]-]*", "host names such as node1
 _gpu_type = matching(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", "a GPU type as in `sinfo -o %G`, such as a100")
 _module = matching(r"[A-Za-z0-9_][A-Za-z0-9_.+/@=-]*", "a module name such as cuda/12.4")
 _option = matching(r"--?[A-Za-z][^\x00-\x1f\x7f-\x9f\ud800-\udfff]*", "an srun option that begins with - or --, on one line")
+_python = matching(
+    r"(?![-\s]|~(?!/))[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\\'\"`$]+",
+    "the path of a Python interpreter, without quotes, backslash or $",
+)
 _line = matching(r"[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]*", "one line without control characters")
 
 Word = Annotated[str, Field(max_length=256), AfterValidator(_word)]
@@ -70,7 +75,8 @@ class Cluster(Model):
     modules: tuple[Annotated[str, Field(max_length=256), AfterValidator(_module)], ...] = ()
     setup: tuple[Line, ...] = ()
     environment: dict[str, Line] = Field(default_factory=dict)
-    python: Line | None = None
+    python: Annotated[str, Field(max_length=1024), AfterValidator(_python)] | None = None
+    container: Container | None = None
 
     # How jobs end.
     max_time: Duration | None = None
@@ -88,13 +94,6 @@ class Cluster(Model):
         if not NAME_PATTERN.fullmatch(name):
             raise ValueError(f"should be 1 to 64 letters, digits, '.', '_' or '-', not {shown(name)}")
         return name
-
-    @field_validator("python")
-    @classmethod
-    def _python_is_named(cls, python: str | None) -> str | None:
-        if python is not None and (not python.strip() or python.startswith("-")):
-            raise ValueError(f"should be the path of a Python interpreter, not {shown(python)}")
-        return python
 
     @field_validator("environment")
     @classmethod
@@ -124,6 +123,12 @@ class Cluster(Model):
     def _gpu_request_fits(self) -> Cluster:
         if self.gpu_request == "none" and self.gpu_type is not None:
             raise ValueError(f"gpu_type {self.gpu_type} needs gpu_request: gpus_per_node or gres, not none")
+        return self
+
+    @model_validator(mode="after")
+    def _containers_are_for_jobs(self) -> Cluster:
+        if self.executor == "local" and self.container is not None and self.container.runtime != "none":
+            raise ValueError(f"container: runtime {self.container.runtime} needs executor: slurm, not local")
         return self
 
 

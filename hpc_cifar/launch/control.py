@@ -176,6 +176,7 @@ def resume(run: Run, *, data_root: Path, cluster: Cluster | None = None, max_gpu
         experiment = run.experiment()
         plan = submit.plan_for(experiment, chosen, submit.checked_train_images(experiment, data_root))
         submit.check_budget(plan, max_gpu_hours)
+        submit.tested(experiment, chosen, plan, run.path, data_root)
         run.cancel_marker.unlink(missing_ok=True)
         files.write_json(run.path / "plan.json", plan.as_dict())
         return Resumed(run, submit.start(run, chosen, plan, data_root=data_root))

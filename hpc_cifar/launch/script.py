@@ -21,6 +21,7 @@ from ..config.cluster import Cluster
 from ..config.experiment import Experiment
 from ..errors import LaunchError, UsageError
 from ..plan import Plan
+from . import container
 from .job import MAX_TIMEOUTS
 
 PLAIN_PATH = re.compile(r"[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff%\\'\"`$]+")
@@ -69,20 +70,18 @@ def setup_lines(cluster: Cluster, code: Path) -> list[str]:
     lines = [f"module load {shlex.quote(module)}" for module in cluster.modules]
     lines += cluster.setup
     lines += [f"export {name}={shlex.quote(value)}" for name, value in cluster.environment.items()]
-    # after the modules, which may set PYTHONPATH too
-    lines.append(f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}")
-    lines.append("export PYTHONSAFEPATH=1")
-    return lines
+    return lines + container.export_lines(cluster.container, code, cluster.environment)
 
 
-def parameters(experiment: Experiment, cluster: Cluster, plan: Plan, run: Path) -> dict[str, Any]:
-    """submitit's parameters for one job of this run."""
+def parameters(experiment: Experiment, cluster: Cluster, plan: Plan, run: Path, *, folders: list[Path]) -> dict[str, Any]:
+    """submitit's parameters for one job of this run; ``folders`` are what a container sees of the host."""
     placement = plan.placement
     memory_gib = experiment.resources.memory_gib_per_node or cluster.memory_gib_per_node
     gpus: str | int = placement.gpus_per_node
     typed = f"{cluster.gpu_type}:{gpus}" if cluster.gpu_type else gpus
     # srun has not inherited --cpus-per-task since Slurm 22.05; and when a rank dies, its peers must not wait for it
-    srun = ["--kill-on-bad-exit=1", "--open-mode=append", *cluster.srun_args]
+    inside = container.srun_args(cluster.container, folders, cluster.environment)
+    srun = ["--kill-on-bad-exit=1", "--open-mode=append", *inside, *cluster.srun_args]
     if placement.cpus_per_process:
         srun.insert(0, f"--cpus-per-task={placement.cpus_per_process}")
     extra: dict[str, Any] = {"requeue" if cluster.requeue else "no-requeue": True}
@@ -108,11 +107,22 @@ def parameters(experiment: Experiment, cluster: Cluster, plan: Plan, run: Path) 
     return {name: value for name, value in chosen.items() if value is not None} | {"wckey": None}
 
 
-def executor(experiment: Experiment, cluster: Cluster, plan: Plan, run: Path) -> SlurmExecutor:
-    """The executor that submits this run; its :meth:`SlurmExecutor.script` is what it would submit."""
+def executor(
+    experiment: Experiment, cluster: Cluster, plan: Plan, run: Path, *, data_root: Path | None = None
+) -> SlurmExecutor:
+    """The executor that submits this run; its :meth:`SlurmExecutor.script` is what it would submit.
+
+    Args:
+        data_root: where prepared datasets lie, for a container to see them.
+    """
     check_path(run, "run directory")
-    made = SlurmExecutor(run / "submitit", max_num_timeout=MAX_TIMEOUTS, python=cluster.python or shlex.quote(sys.executable))
-    made.update_parameters(**parameters(experiment, cluster, plan, run))
+    folders = [run] if data_root is None else [run, data_root]
+    python = str(Path(cluster.python).expanduser()) if cluster.python and cluster.python.startswith("~/") else cluster.python
+    if python is None:
+        python = container.PYTHON if container.active(cluster.container) else sys.executable
+    command = container.python_command(cluster.container, python, folders, gpus=plan.placement.gpus_per_node > 0)
+    made = SlurmExecutor(run / "submitit", max_num_timeout=MAX_TIMEOUTS, python=command)
+    made.update_parameters(**parameters(experiment, cluster, plan, run, folders=folders))
     return made
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import re
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from ..errors import LaunchError
@@ -14,14 +15,25 @@ from .script import slurm_words
 WAITING = frozenset("PENDING CONFIGURING REQUEUED REQUEUE_FED REQUEUE_HOLD SPECIAL_EXIT RESV_DEL_HOLD".split())  # noqa: SIM905
 ACTIVE = frozenset("RUNNING COMPLETING SUSPENDED STOPPED SIGNALING STAGE_OUT RESIZING".split())  # noqa: SIM905
 TIMEOUT_S = 30
+LOOK_TIMEOUT_S = 15  # for a question only; Slurm's own programs give up after 10 s where the site left that as it is
+NO_ANSWER = (
+    *("timed out", "unable to contact", "connection refused", "zero bytes were transmitted"),
+    *("fetch_config", "fetch config"),
+)
+"""Words of Slurm's programs when nobody answers; none of them is about the request itself."""
 
 
 @dataclass(frozen=True)
 class JobState:
-    """One job as Slurm sees it: ``state`` is Slurm's long word, ``reason`` why it waits or ended."""
+    """One job as Slurm sees it: ``state`` is Slurm's long word, ``reason`` why it waits or ended.
+
+    ``start`` is when it started or, as Slurm estimates, will start (UTC, ISO 8601); ``nodes`` is Slurm's list of them.
+    """
 
     state: str
     reason: str = ""
+    start: str | None = None
+    nodes: str | None = None
 
     @property
     def waiting(self) -> bool:
@@ -44,55 +56,97 @@ class Answer:
     reachable: bool
 
 
-def _ask(command: list[str]) -> str | None:
+@dataclass(frozen=True)
+class Reply:
+    """What a Slurm command printed; ``code`` is None where it is not there or did not come back."""
+
+    out: str
+    err: str
+    code: int | None
+
+    @property
+    def unanswered(self) -> bool:
+        """Whether it is Slurm that did not answer, rather than the request that was wrong."""
+        return self.code is None or (self.code != 0 and any(sign in self.err.lower() for sign in NO_ANSWER))
+
+
+def ask(command: list[str], *, text: str | None = None, timeout_s: float = LOOK_TIMEOUT_S) -> Reply:
+    """Run one of Slurm's programs with ``text`` on its standard input; never raises."""
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S, check=False, env=_environment()
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout if done.returncode == 0 else None
+            command, input=text or "", capture_output=True, encoding="utf-8", errors="replace", timeout=timeout_s, check=False,
+            env=_environment(),
+        )  # fmt: skip
+    except FileNotFoundError:
+        return Reply("", f"no {command[0]} on this machine", None)
+    except subprocess.TimeoutExpired:
+        return Reply("", f"{command[0]} did not answer within {timeout_s:g} s", None)
+    except (OSError, subprocess.SubprocessError) as error:
+        return Reply("", f"{command[0]} cannot be run: {error}", None)
+    return Reply(done.stdout, done.stderr, done.returncode)
 
 
 def _environment() -> dict[str, str]:
-    # the user's own SQUEUE_FORMAT and the like change what these commands print
-    return {name: value for name, value in os.environ.items() if not name.startswith(("SQUEUE_", "SACCT_"))}
+    # the user's own SQUEUE_FORMAT, SLURM_TIME_FORMAT and the like change what these commands print
+    others = ("SQUEUE_", "SACCT_", "SINFO_", "SCONTROL_", "SLURM_TIME_FORMAT")
+    return {name: value for name, value in os.environ.items() if not name.startswith(others)}
+
+
+def utc_of(stamp: str) -> str | None:
+    """Slurm's local time as UTC, ISO 8601; None for ``N/A``, ``Unknown`` and the like."""
+    try:
+        return datetime.datetime.fromisoformat(stamp.strip()).astimezone(datetime.UTC).isoformat(timespec="seconds")
+    except (ValueError, OverflowError):
+        return None
 
 
 def _word(text: str) -> str:
     return text.split()[0].rstrip("+") if text.split() else ""
 
 
-def query(job_ids: Iterable[str]) -> Answer:
-    """States of many jobs: one ``squeue``, then one ``sacct`` and one ``scontrol`` for those it does not know."""
+def _plain(text: str) -> str:
+    return "" if text.strip() in ("None", "(null)", "N/A") else text.strip()
+
+
+def query(job_ids: Iterable[str], ended: Collection[str] = ()) -> Answer:
+    """States of many jobs: one ``squeue``, and one ``sacct`` for those it does not know, where there is accounting.
+
+    Args:
+        ended: jobs whose end is known already; only ``squeue`` is asked whether they are back.
+    """
     wanted = set(job_ids)
     if not wanted:
         return Answer({}, True)
     found: dict[str, JobState] = {}
     # By user, not by id: squeue fails as a whole for a single id that it has forgotten.
-    listing = _ask(["squeue", "--noheader", f"--user={os.getuid()}", "--states=all", "--format=%i|%T|%r"])
-    reachable = listing is not None
-    for line in (listing or "").splitlines():
-        job_id, _, rest = line.partition("|")
-        state, _, reason = rest.partition("|")
+    listing = ask(["squeue", "--noheader", f"--user={os.getuid()}", "--states=all", "--format=%i|%T|%r|%S|%N"])
+    reachable = listing.code == 0
+    for line in listing.out.splitlines() if reachable else ():
+        job_id, state, reason, start, nodes, *_ = [*line.split("|"), "", "", "", ""]
         if job_id.strip() in wanted and state:
-            found[job_id.strip()] = JobState(_word(state), "" if reason.strip() == "None" else reason.strip())
-    if missing := wanted - set(found):
-        accounts = ["sacct", "--noheader", "--parsable2", "--allocations", "--format=JobID,State,Reason"]
-        listing = _ask([*accounts, f"--jobs={','.join(sorted(missing))}"])
-        for line in (listing or "").splitlines():
-            fields = line.split("|")
-            if len(fields) == 3 and fields[0] in missing and fields[1]:
-                found[fields[0]] = JobState(_word(fields[1]), "" if fields[2] == "None" else fields[2])
-    if (wanted - set(found)) and not reachable:
-        listing = _ask(["scontrol", "--oneliner", "show", "jobs"])
-        reachable = listing is not None
-        for line in (listing or "").splitlines():
-            pairs = dict(re.findall(r"(JobId|JobState|Reason)=(\S+)", line))
+            found[job_id.strip()] = JobState(_word(state), _plain(reason), utc_of(start), _plain(nodes) or None)
+    if missing := wanted - set(found) - set(ended):
+        # without accounting this ends at once and asks nobody
+        accounts = ["sacct", "--noheader", "--parsable2", "--allocations", "--format=JobID,State,Reason,Start,NodeList"]
+        told = ask([*accounts, f"--jobs={','.join(sorted(missing))}"])
+        for line in told.out.splitlines() if told.code == 0 else ():
+            job_id, state, reason, start, nodes, *_ = [*line.split("|"), "", "", "", ""]
+            if job_id in missing and state:
+                found[job_id] = JobState(_word(state), _plain(reason), utc_of(start), _hosts(nodes))
+    if (wanted - set(found)) and not reachable and not listing.unanswered:
+        told = ask(["scontrol", "--oneliner", "show", "jobs"])
+        reachable = told.code == 0
+        for line in told.out.splitlines() if reachable else ():
+            pairs = dict(re.findall(r"\b(JobId|JobState|Reason|StartTime|NodeList)=(\S+)", line))
             if pairs.get("JobId") in wanted and "JobState" in pairs:
-                reason = pairs.get("Reason", "")
-                found.setdefault(pairs["JobId"], JobState(pairs["JobState"], "" if reason == "None" else reason))
+                state, reason = pairs["JobState"], _plain(pairs.get("Reason", ""))
+                begun, hosts = utc_of(pairs.get("StartTime", "")), _plain(pairs.get("NodeList", ""))
+                found.setdefault(pairs["JobId"], JobState(state, reason, begun, hosts or None))
     return Answer(found, reachable)
+
+
+def _hosts(text: str) -> str | None:
+    return None if text.strip() in ("", "None assigned") else text.strip()
 
 
 def cancel(job_ids: list[str]) -> None:

@@ -21,7 +21,12 @@ START_GRACE_S = 15.0  # between the record of a local job and its first process
 
 @dataclass(frozen=True)
 class Status:
-    """One row of ``status --json``; the field names are the contract."""
+    """One row of ``status --json``; the field names are the contract, and what does not apply is None.
+
+    ``estimated_start`` (UTC, ISO 8601) and ``nodes`` (Slurm's list) are Slurm's word on a job that waits, or runs;
+    ``images_per_second`` is that of the last steps of a run that trains; ``gpu_hours_planned`` is the most that one job of the
+    run may use, ``gpu_hours_left`` what is left of it, both None without GPUs.
+    """
 
     run: str
     state: str
@@ -35,6 +40,11 @@ class Status:
     gpu_hours: float | None
     eta_s: float | None
     reason: str | None
+    estimated_start: str | None = None
+    nodes: str | None = None
+    images_per_second: float | None = None
+    gpu_hours_planned: float | None = None
+    gpu_hours_left: float | None = None
 
     @property
     def ended(self) -> bool:
@@ -49,7 +59,9 @@ def statuses(runs: Sequence[Run]) -> list[Status]:
     jobs = {run.id: _last_job(run) for run in runs}
     # a finished run needs no question, whatever Slurm makes of its job
     asked = {run.id for run in runs if jobs[run.id].get("executor") == "slurm" and not run.finished()}
-    answer = slurm.query(str(jobs[run_id]["job_id"]) for run_id in asked)
+    # one that says itself that it ended has only to be looked for in the queue, in case Slurm requeued it
+    ended = {run.id for run in runs if run.id in asked and run.state().get("state") in ENDED}
+    answer = slurm.query((str(jobs[run_id]["job_id"]) for run_id in asked), {str(jobs[run_id]["job_id"]) for run_id in ended})
     return [_status(run, jobs[run.id], answer) for run in runs]
 
 
@@ -75,15 +87,16 @@ def _status(run: Run, job: dict[str, Any], answer: slurm.Answer) -> Status:
     result, state = run.result() or {}, run.state()
     if result.get("state") == "finished":
         return _row(run, job, state, result, "finished", None)
+    known = answer.jobs.get(str(job["job_id"])) if job.get("executor") == "slurm" else None
     word, reason = str(state.get("state") or "pending"), state.get("reason")
     if job.get("executor") == "slurm":
-        word, reason = _with_slurm(run, word, reason, state, answer.jobs.get(str(job["job_id"])), answer.reachable)
+        word, reason = _with_slurm(run, word, reason, state, known, answer.reachable)
     elif alive is False and word not in ENDED:
         cancelled = run.cancel_marker.exists()
         word, reason = ("cancelled", reason) if cancelled else ("failed", VANISHED)
     elif alive is None and word in ("running", "requeued"):
         reason = f"on {job.get('host') or state.get('host') or 'another host'}, last heard of {state.get('updated', 'never')}"
-    return _row(run, job, state, result, word, reason)
+    return _row(run, job, state, result, word, reason, known)
 
 
 def _alive(run: Run, job: dict[str, Any], answer: slurm.Answer) -> bool | None:
@@ -152,31 +165,46 @@ def _file_age_s(run: Run) -> float:
         return float("inf")
 
 
-def _row(run: Run, job: dict[str, Any], state: dict[str, Any], result: dict[str, Any], word: str, reason: Any) -> Status:
+def _row(
+    run: Run,
+    job: dict[str, Any],
+    state: dict[str, Any],
+    result: dict[str, Any],
+    word: str,
+    reason: Any,
+    known: slurm.JobState | None = None,
+) -> Status:
     eta = None
+    plan = run.plan()
     speed, step, total = state.get("images_per_second"), state.get("step"), state.get("total_steps")
-    batch = run.plan().get("batch_size")
+    batch = plan.get("batch_size")
     if word == "running" and speed and batch and step is not None and total:
         eta = round(max(total - step, 0) * batch / speed, 1)
     # a result of an earlier segment lies there too, so it counts only once the run has finished
     latest = {**state, **result} if word == "finished" else state
+    used, planned = latest.get("gpu_hours"), plan.get("gpu_hours") or None
+    waiting = known is not None and known.waiting and word in ("pending", "requeued")
     return Status(
         run=run.id,
         state=word,
         job_id=str(job["job_id"]) if job.get("job_id") is not None else None,
         epoch=state.get("epoch"),
-        epochs=state.get("epochs") or _planned_epochs(run),
+        epochs=state.get("epochs") or _planned_epochs(plan),
         step=step,
         val_accuracy=state.get("val_accuracy"),
         test_accuracy=latest.get("test_accuracy"),
         restarts=int(latest.get("restarts") or 0),
-        gpu_hours=latest.get("gpu_hours"),
+        gpu_hours=used,
         eta_s=eta,
         reason=str(reason) if reason else None,
+        estimated_start=known.start if known is not None and waiting else None,
+        nodes=known.nodes if known is not None and known.active and word == "running" else None,
+        images_per_second=speed if word == "running" and speed else None,
+        gpu_hours_planned=planned,
+        gpu_hours_left=max(0.0, round(planned - (used or 0.0), 6)) if planned and word not in ENDED else None,
     )
 
 
-def _planned_epochs(run: Run) -> int | None:
-    plan = run.plan()
+def _planned_epochs(plan: dict[str, Any]) -> int | None:
     steps, total = plan.get("steps_per_epoch"), plan.get("total_steps")
     return total // steps if steps and total else None

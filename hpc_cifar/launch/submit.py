@@ -13,10 +13,10 @@ from .. import files, runs
 from ..config.cluster import Cluster
 from ..config.experiment import Experiment
 from ..config.shapes import check_fits
-from ..errors import DataError, HpcCifarError, LaunchError, UsageError
+from ..errors import DataError, HpcCifarError, LaunchError, NoCluster, UsageError
 from ..plan import Placement, Plan, make_plan, requested_placement, seconds_of
 from ..runs import Run
-from . import local, provenance, script, snapshot
+from . import estimate, local, provenance, script, snapshot
 from .job import TrainJob
 
 NO_SBATCH = "no sbatch on this machine: use --cluster local to run here, or --dry-run to see the script"
@@ -30,6 +30,8 @@ class Submitted:
     run: Run
     job_id: str
     plan: Plan
+    start: estimate.Start | None = None  # None for the local executor, which starts at once
+    length: estimate.Length | None = None  # None where no rate is known
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,9 @@ class Preview:
 
     plan: Plan
     script: str | None  # None for the local executor, which has none
+    start: estimate.Start | None = None
+    length: estimate.Length | None = None
+    refusal: str | None = None  # what Slurm would say to it
 
 
 def have_sbatch() -> bool:
@@ -95,7 +100,10 @@ def plan_for(experiment: Experiment, cluster: Cluster, stored: int, notes: tuple
 
 
 def preview(experiment: Experiment, cluster: Cluster, *, root: Path, data_root: Path) -> Preview:
-    """Plan and script without touching anything; a dataset that is not there yet is taken to have the usual size."""
+    """Plan, script and Slurm's estimate without touching anything.
+
+    A dataset that is not there yet is taken to have the usual size.
+    """
     notes: tuple[str, ...] = ()
     try:
         stored = checked_train_images(experiment, data_root)
@@ -103,9 +111,19 @@ def preview(experiment: Experiment, cluster: Cluster, *, root: Path, data_root: 
         stored = USUAL_TRAIN_IMAGES
         notes = (f"{experiment.data.dataset} is not prepared in {data_root}: counted as {stored:,} training images",)
     plan = plan_for(experiment, cluster, stored, notes)
+    length = estimate.length_of(experiment, cluster, plan, root)
     if cluster.executor == "local":
-        return Preview(plan, None)
-    return Preview(plan, script.executor(experiment, cluster, plan, root / runs.new_run_id(experiment.name)).script())
+        return Preview(plan, None, length=length)
+    run = root / runs.new_run_id(experiment.name)
+    text = script.executor(experiment, cluster, plan, run, data_root=data_root).script()
+    if not have_sbatch():
+        return Preview(plan, text, length=length)
+    try:
+        return Preview(plan, text, estimate.start_of(text, cluster, plan), length)
+    except NoCluster:
+        return Preview(plan, text, estimate.Start(note="no Slurm cluster answers here"), length)
+    except LaunchError as error:
+        return Preview(plan, text, length=length, refusal=str(error))
 
 
 def check_budget(plan: Plan, max_gpu_hours: float | None) -> None:
@@ -142,17 +160,28 @@ def submit(
     Raises:
         UsageError: the request cannot be right (batch, budget, path).
         DataError: the dataset is not prepared.
-        LaunchError: there is no Slurm, or it refused; the run directory, if there is one already, says so too.
+        LaunchError: there is no Slurm, or it refused or would refuse; the run directory, if there is one already, says so too.
     """
     if cluster.executor == "slurm" and not have_sbatch():
         raise LaunchError(NO_SBATCH)
     plan = plan_for(experiment, cluster, checked_train_images(experiment, data_root))
     check_budget(plan, max_gpu_hours)
     run_id = runs.new_run_id(experiment.name)
-    if cluster.executor == "slurm":
-        script.check_path(root / run_id, "run directory")
+    expected = tested(experiment, cluster, plan, root / run_id, data_root)
+    length = estimate.length_of(experiment, cluster, plan, root)
     run = runs.create(root, run_id, experiment, plan.as_dict(), provenance.collect(command))
-    return Submitted(run, start(run, cluster, plan, data_root=data_root), plan)
+    return Submitted(run, start(run, cluster, plan, data_root=data_root), plan, expected, length)
+
+
+def tested(experiment: Experiment, cluster: Cluster, plan: Plan, run: Path, data_root: Path) -> estimate.Start | None:
+    """Slurm's estimate for the job of a run directory, which need not exist; None for the local executor.
+
+    Raises:
+        LaunchError: Slurm would refuse it.
+    """
+    if cluster.executor == "local":
+        return None
+    return estimate.start_of(script.executor(experiment, cluster, plan, run, data_root=data_root).script(), cluster, plan)
 
 
 def start(run: Run, cluster: Cluster, plan: Plan, *, data_root: Path) -> str:
@@ -194,7 +223,7 @@ def _start_local(run: Run, cluster: Cluster, plan: Plan, job: TrainJob) -> str:
 
 
 def _start_slurm(run: Run, cluster: Cluster, plan: Plan, job: TrainJob) -> str:
-    job_id = script.submit(script.executor(run.experiment(), cluster, plan, run.path), job)
+    job_id = script.submit(script.executor(run.experiment(), cluster, plan, run.path, data_root=Path(job.data_root)), job)
     _record(run, "slurm", job_id, plan, cluster=cluster.name)
     return job_id
 

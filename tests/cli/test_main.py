@@ -49,6 +49,7 @@ def test_help_shows_examples() -> None:
         "validate",
         "schema",
         "jobs",
+        "init",
         "submit",
         "train",
         "status",

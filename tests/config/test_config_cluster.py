@@ -31,7 +31,7 @@ def put(path: Path, text: str) -> Path:
 
 
 def test_packaged_profiles_are_right_and_named_like_their_files() -> None:
-    assert {path.stem for path in cluster_files()} >= {"cpu", "gpu8", "preemptible"}
+    assert {path.stem for path in cluster_files()} >= {"apptainer", "cpu", "gpu8", "preemptible", "pyxis"}
     for path in cluster_files():
         assert load_cluster(path).name == path.stem
         assert load_cluster(path).description
@@ -77,7 +77,7 @@ def test_explicit_path(empty_site: Path) -> None:
     ("name", "words"),
     [
         ("gpu9", "--cluster: no profile named 'gpu9'; did you mean 'gpu8'?; searched slurm/profiles, slurm, "),
-        ("frontier", "known profiles are cpu, gpu8, local, preemptible, slurm; searched"),
+        ("frontier", "known profiles are apptainer, cpu, gpu8, local, preemptible, pyxis, slurm; searched"),
         ("..", "no profile named '..'"),
         ("a\x1b[31m", r"no profile named 'a\x1b[31m'"),
     ],
@@ -117,6 +117,9 @@ def test_unknown_profile_lists_those_there_are(name: str, words: str) -> None:
         ("python", ""),
         ("python", "-c"),
         ("python", "a\nb"),
+        ("python", "$(touch x)"),
+        ("python", "a'b"),
+        ("python", "~other/bin/python"),
         ("max_time", 3600),
         ("max_time", "1h"),
         ("signal_delay_s", 0),
@@ -171,3 +174,57 @@ def test_overrides() -> None:
     assert with_overrides(SLURM, partition=None) is SLURM
     with pytest.raises(UsageError, match=r"^--partition: should be a name without spaces .*, not 'a b'$"):
         with_overrides(SLURM, partition="a b")
+
+
+IMAGE = {"runtime": "apptainer", "image": "/shared/x.sif"}
+
+
+@pytest.mark.parametrize(
+    ("container", "words"),
+    [
+        ({"runtime": "docker", "image": "/x"}, "'apptainer', 'singularity', 'pyxis' or 'none'"),
+        ({"image": "/x"}, "Field required"),
+        ({"runtime": "pyxis"}, "image is missing: runtime pyxis needs one"),
+        ({"runtime": "none", "image": "/x"}, "runtime none takes no image"),
+        ({**IMAGE, "image": "x.sif"}, "should be an absolute path or an address"),
+        ({**IMAGE, "image": "/x/$(touch y).sif"}, "without quotes, backslash, comma or"),
+        ({**IMAGE, "image": "/x/`y`.sif"}, "without quotes"),
+        ({**IMAGE, "image": "/x/y\n.sif"}, "without quotes"),
+        ({**IMAGE, "image": "--nv"}, "should be an absolute path"),
+        ({**IMAGE, "binds": ["scratch"]}, "should be an absolute path"),
+        ({**IMAGE, "binds": ["/a:/b:/c"]}, "should be SOURCE, SOURCE:TARGET or SOURCE:TARGET:ro"),
+        ({**IMAGE, "binds": ["/a,/b"]}, "should be an absolute path"),
+        ({**IMAGE, "binds": ["/$HOME"]}, "should be an absolute path"),
+        ({**IMAGE, "args": ["exec"]}, "an option that begins with"),
+        ({**IMAGE, "args": ["--env=a\nb"]}, "on one line"),
+        ({**IMAGE, "args": ["--cleanenv"]}, "hides from the ranks what Slurm tells them"),
+        ({**IMAGE, "args": ["-C"]}, "hides from the ranks"),
+        ({**IMAGE, "runtime": "pyxis", "args": ["--nv"]}, "options of pyxis"),
+        ({**IMAGE, "bind": ["/a"]}, "Extra inputs"),
+    ],
+)
+def test_containers_refused(container: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        Cluster.model_validate({"name": "x", "container": container})
+    assert words in str(caught.value)
+
+
+def test_containers_accepted() -> None:
+    made = Cluster.model_validate(
+        {"name": "x", "container": {**IMAGE, "binds": ["/a b:/c:ro", "/scratch"], "args": ["--no-home", "-W=/tmp"]}}
+    )
+    assert Cluster.model_validate(made.model_dump(mode="json")) == made, "as it is kept in the run directory"
+    assert made.container is not None
+    assert made.container.binds == ("/a b:/c:ro", "/scratch")
+    registry = {"runtime": "pyxis", "image": "registry.example#nvidia/pytorch:25.01-py3", "args": ["--container-mount-home"]}
+    assert Cluster.model_validate({"name": "x", "container": registry}).container is not None
+    assert Cluster.model_validate({"name": "x", "executor": "local", "container": {"runtime": "none"}}).container is not None
+    with pytest.raises(ValidationError, match="container: runtime apptainer needs executor: slurm, not local"):
+        Cluster.model_validate({"name": "x", "executor": "local", "container": IMAGE})
+
+
+def test_a_container_s_problem_has_a_line(empty_site: Path) -> None:
+    put(empty_site / "here.yaml", "executor: slurm\ncontainer:\n  runtime: apptainer\n  imgae: /x.sif\n")
+    with pytest.raises(ConfigError) as caught:
+        load_cluster(Path("here.yaml"))
+    assert "here.yaml:4: container.imgae: unknown key; did you mean 'image'?" in str(caught.value)

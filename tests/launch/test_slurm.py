@@ -165,7 +165,9 @@ def command(folder: Path, name: str, body: str) -> None:
 
 def test_a_refusal_is_one_line_and_the_run_says_so(site: Site) -> None:
     words = "sbatch: error: invalid partition specified: x\nsbatch: error: Batch job submission failed: Invalid partition"
-    command(site.folder / "bin", "sbatch", f"printf '%s\\n' {shlex.quote(words)} >&2; exit 1")
+    tested = "sbatch: Job 1 to start at 2030-01-01T00:00:00 using 2 processors on nodes n1 in partition x"
+    refusing = f"printf '%s\\n' {shlex.quote(words)} >&2; exit 1"
+    command(site.folder / "bin", "sbatch", f'if [ "$1" = --test-only ]; then echo "{tested}" >&2; else {refusing}; fi')
     site.environment["PATH"] = f"{site.folder / 'bin'}:/usr/bin:/bin"
     refused = site.cli("submit", site.job(), "--cluster", "slurm", code=1)
     said = "sbatch refused the job: invalid partition specified: x; Batch job submission failed: Invalid partition"
@@ -173,6 +175,10 @@ def test_a_refusal_is_one_line_and_the_run_says_so(site: Site) -> None:
     (run,) = runs.all_runs(site.runs)
     assert site.status(run)["state"] == "failed"
     assert site.status(run)["reason"] == said
+    command(site.folder / "bin", "sbatch", refusing)
+    refused = site.cli("submit", site.job(), "--cluster", "slurm", code=1)
+    assert refused.stderr == f"hpc-cifar: error: {said.replace('sbatch refused', 'Slurm would refuse')}\n"
+    assert runs.all_runs(site.runs) == [run], "what is refused beforehand leaves nothing"
 
 
 def test_what_sbatch_gets_is_what_the_dry_run_shows(site: Site) -> None:

@@ -36,3 +36,31 @@ def slurm_cluster(
     yield cluster
     cluster.call("scancel", "--user=root")
     cluster.until(lambda: not cluster.call("squeue", "--noheader"), 30, "no jobs left")
+
+
+@pytest.fixture(scope="session")
+def accounting_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+    """A second cluster, with slurmdbd and mariadb; started by the first test that asks for it."""
+    if reason := why_not():
+        pytest.skip(reason)
+    programs = ("slurmdbd", "mariadbd", "mariadb-install-db")
+    if missing := [name for name in programs if not shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin")]:
+        pytest.skip(f"missing {', '.join(missing)} (Debian: slurmdbd mariadb-server)")
+    folder = tmp_path_factory.mktemp("acct")
+    try:
+        testbed("up", "--dir", str(folder / "c"), "--accounting")
+        yield SlurmCluster(folder / "c", folder)
+    finally:
+        testbed("down", "--dir", str(folder / "c"))
+
+
+@pytest.fixture
+def accounting_cluster(
+    accounting_session: SlurmCluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[SlurmCluster]:
+    """The cluster with accounting, empty, as what sbatch and submitit use in this test."""
+    cluster = SlurmCluster(accounting_session.folder, tmp_path)
+    monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
+    yield cluster
+    cluster.call("scancel", "--user=root")
+    cluster.until(lambda: not cluster.call("squeue", "--noheader"), 30, "no jobs left")
