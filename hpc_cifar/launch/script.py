@@ -55,7 +55,7 @@ def setup_lines(cluster: Cluster, code: Path) -> list[str]:
     """What the script does before ``srun``: modules, the profile's own lines, variables, and the code snapshot."""
     lines = [f"module load {shlex.quote(module)}" for module in cluster.modules]
     lines += cluster.setup
-    lines += [f"export {name}={shlex.quote(value)}" for name, value in cluster.environment.items()]
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in cluster.variables().items()]
     # after the modules, which may set PYTHONPATH too
     lines.append(f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}")
     lines.append("export PYTHONSAFEPATH=1")

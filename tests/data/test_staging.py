@@ -51,8 +51,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """About 100 MiB, so that a copy takes a while."""
-    return make_store(tmp_path_factory.mktemp("large"), 16_000)
+    """About 60 MiB, so that a copy takes a while."""
+    return make_store(tmp_path_factory.mktemp("large"), 10_000)
 
 
 @pytest.fixture
