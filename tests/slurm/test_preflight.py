@@ -107,7 +107,9 @@ class Site:
         return found
 
     def failures(self, run: str) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.runs / run / "failures.jsonl").read_text().splitlines()]
+        path = self.runs / run / "failures.jsonl"
+        self.cluster.until(path.exists, 10, "the record of a failure")
+        return [json.loads(line) for line in path.read_text().splitlines()]
 
     def log(self, run: str, rank: int = 0) -> str:
         return "".join(path.read_text() for path in (self.runs / run / "submitit").glob(f"*_{rank}_log.out"))
