@@ -6,6 +6,7 @@
     ├── DataError        (2)    a dataset is missing, damaged or not what it says
     ├── RunError         (1)    a run cannot be started, found or continued
     │   ├── RunBusy             another process trains it
+    │   ├── PreflightError      the nodes of its job cannot train, twice in a row
     │   ├── CheckpointError     no usable checkpoint, or one that does not fit
     │   │   └── DamagedCheckpoint   its files are not what was written
     │   └── NonFiniteLoss       the loss became NaN or infinite
@@ -56,6 +57,10 @@ class RunError(HpcCifarError):
 
 class RunBusy(RunError):
     """Another process trains the run; its records must not be touched."""
+
+
+class PreflightError(RunError):
+    """The checks before training failed, and the job may not or cannot go elsewhere."""
 
 
 class CheckpointError(RunError):

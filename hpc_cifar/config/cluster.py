@@ -22,6 +22,8 @@ from .fields import Count, Duration, Flag, Model, Positive, Whole, matching, sho
 from .messages import did_you_mean
 from .packaged import cluster_files
 
+DEFAULT_PREFLIGHT_S = 60
+
 RESERVED_OPTIONS = frozenset(
     {"array", "chdir", "cpus-per-gpu", "cpus-per-task", "error", "gpus", "gpus-per-node", "gpus-per-task", "gres", "job-name"}
     | {"mem", "no-requeue", "nodes", "ntasks", "ntasks-per-node", "open-mode", "output", "requeue", "signal", "time", "wrap"}
@@ -44,6 +46,11 @@ Word = Annotated[str, Field(max_length=256), AfterValidator(_word)]
 Line = Annotated[str, Field(max_length=4096), AfterValidator(_line)]
 Hosts = Annotated[str, Field(max_length=4096), AfterValidator(_hosts)]
 Constraint = Annotated[str, Field(max_length=1024), AfterValidator(_constraint)]
+
+_scratch = matching(
+    r"(/|\$\{?[A-Za-z_])[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]*",
+    "an absolute path on the node, or one that begins with a variable, such as /dev/shm or $TMPDIR",
+)
 
 _SECRET = re.compile(r"(?i)(^|_)(API_?KEY|TOKEN|PASSWORD|PASSWD|SECRET|CREDENTIALS?)$")
 
@@ -77,6 +84,11 @@ class Cluster(Model):
     environment: dict[str, Line] = Field(default_factory=dict)
     python: Annotated[str, Field(max_length=1024), AfterValidator(_python)] | None = None
     container: Container | None = None
+
+    # What a job does on its nodes before it trains.
+    scratch: Annotated[str, Field(max_length=1024), AfterValidator(_scratch)] | None = None
+    preflight: Flag = True
+    preflight_timeout_s: Annotated[Whole, Field(ge=2, le=3600)] = DEFAULT_PREFLIGHT_S
 
     # How jobs end.
     max_time: Duration | None = None
@@ -130,6 +142,16 @@ class Cluster(Model):
         if self.executor == "local" and self.container is not None and self.container.runtime != "none":
             raise ValueError(f"container: runtime {self.container.runtime} needs executor: slurm, not local")
         return self
+
+    def variables(self) -> dict[str, str]:
+        """The environment of a job: the profile's own variables, and the fields that act on the nodes."""
+        found = dict(self.environment)
+        if self.scratch is not None:
+            found["HPC_CIFAR_SCRATCH"] = self.scratch  # variables in it are expanded on each node, not here
+        preflight_s = self.preflight_timeout_s if self.preflight else 0
+        if preflight_s != DEFAULT_PREFLIGHT_S:
+            found["HPC_CIFAR_PREFLIGHT_S"] = str(preflight_s)
+        return found
 
 
 LOCAL = Cluster(

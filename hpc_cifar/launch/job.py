@@ -68,10 +68,7 @@ class TrainJob:
         except Exception as error:
             record_failure(run, error, rank=env.global_rank, segment=segment())
             raise
-        # From here on signals only get in the way: a TERM that follows the USR2 would kill `scontrol requeue`, which
-        # inherits what is ignored here.
-        for number in (usr, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
+        ignore_signals()
         if wants_requeue(result, env.cluster) and not run.cancel_marker.exists():
             _requeue(run, env, usr, hand_over, result)
         return result
@@ -82,15 +79,21 @@ class TrainJob:
         if run.finished():  # Slurm may requeue a job that ended during its grace time
             return run.result() or {}
         from ..train.loop import train
+        from . import preflight
 
-        # rank 0 prints plain lines to the job's log
-        return train(
-            run,
-            data_root=Path(self.data_root),
-            console=True,
-            segment=segment(),
-            on_hang=lambda reason: restart_hung(run, env, reason),
-        )
+        with preflight.ready(run, env, Path(self.data_root)) as node:
+            try:
+                # rank 0 prints plain lines to the job's log
+                return train(
+                    run,
+                    data_root=node.data_root,
+                    console=True,
+                    begin=node.record,
+                    segment=segment(),
+                    on_hang=lambda reason: restart_hung(run, env, reason),
+                )
+            finally:
+                ignore_signals()  # nothing may interrupt the clean-up, and the result must not get lost in it
 
     def checkpoint(self) -> Any:
         """What the next segment calls: the same, since the training loop finds its checkpoint by itself."""
@@ -101,6 +104,16 @@ class TrainJob:
 
 def _stop_early(number: int, frame: types.FrameType | None) -> NoReturn:
     raise EarlyStop(number)
+
+
+def ignore_signals() -> None:
+    """Once training has ended, signals only get in the way: a TERM that follows the USR2 would kill `scontrol requeue`, which
+    inherits what is ignored here.
+    """
+    import submitit
+
+    for number in (submitit.JobEnvironment._usr_sig(), signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def restart_count() -> int:

@@ -69,8 +69,8 @@ def setup_lines(cluster: Cluster, code: Path) -> list[str]:
     """What the script does before ``srun``: modules, the profile's own lines, variables, and the code snapshot."""
     lines = [f"module load {shlex.quote(module)}" for module in cluster.modules]
     lines += cluster.setup
-    lines += [f"export {name}={shlex.quote(value)}" for name, value in cluster.environment.items()]
-    return lines + container.export_lines(cluster.container, code, cluster.environment)
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in cluster.variables().items()]
+    return lines + container.export_lines(cluster.container, code, cluster.variables())
 
 
 def parameters(experiment: Experiment, cluster: Cluster, plan: Plan, run: Path, *, folders: list[Path]) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def parameters(experiment: Experiment, cluster: Cluster, plan: Plan, run: Path, 
     gpus: str | int = placement.gpus_per_node
     typed = f"{cluster.gpu_type}:{gpus}" if cluster.gpu_type else gpus
     # srun has not inherited --cpus-per-task since Slurm 22.05; and when a rank dies, its peers must not wait for it
-    inside = container.srun_args(cluster.container, folders, cluster.environment)
+    inside = container.srun_args(cluster.container, folders, cluster.variables())
     srun = ["--kill-on-bad-exit=1", "--open-mode=append", *inside, *cluster.srun_args]
     if placement.cpus_per_process:
         srun.insert(0, f"--cpus-per-task={placement.cpus_per_process}")

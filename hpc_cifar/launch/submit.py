@@ -209,7 +209,7 @@ def _start_local(run: Run, cluster: Cluster, plan: Plan, job: TrainJob) -> str:
         job_id=job_id,
         code=run.code,
         gpus=local.visible_gpus()[: plan.placement.gpus_per_node],
-        environment=dict(cluster.environment),
+        environment=cluster.variables(),
     )
     executor.update_parameters(
         timeout_min=plan.time_s / 60,

@@ -69,6 +69,16 @@ def available_cpus(local_size: int) -> int:
     return max(1, allowed // local_size)
 
 
+def device_for(use_gpu: bool, local_rank: int, local_size: int) -> torch.device:
+    """A GPU of its own for each rank of this node, or the CPU for all of them."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    # Slurm may show each task only its own GPU, as number 0; otherwise NCCL refuses two ranks on one, so they share the CPU
+    own_gpu = gpus == 1 and "SLURM_PROCID" in os.environ
+    if use_gpu and gpus and (gpus >= local_size or own_gpu):
+        return torch.device("cuda", local_rank % gpus)
+    return torch.device("cpu")
+
+
 def connect(use_gpu: bool = True, timeout_s: float = 600.0) -> World:
     """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR/PORT describe; alone without them.
 
@@ -84,14 +94,9 @@ def connect(use_gpu: bool = True, timeout_s: float = 600.0) -> World:
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     except ValueError as error:
         raise RunError(f"RANK, WORLD_SIZE, LOCAL_RANK: should be whole numbers ({error})") from None
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    # Slurm may show each task only its own GPU, as number 0; otherwise NCCL refuses two ranks on one, so they share the CPU
-    own_gpu = gpus == 1 and "SLURM_PROCID" in os.environ
-    if use_gpu and gpus and (gpus >= local_size or own_gpu):
-        device = torch.device("cuda", local_rank % gpus)
+    device = device_for(use_gpu, local_rank, local_size)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
     torch.set_num_threads(int(os.environ.get("HPC_CIFAR_THREADS", 0)) or available_cpus(local_size))
     if size == 1:
         return World(0, 1, 0, 1, device, None)

@@ -103,6 +103,13 @@ def test_gres_and_no_requeue_and_a_short_limit() -> None:
     assert "#SBATCH --signal=USR2@60\n" in text  # not before half of the time
 
 
+def test_scratch_is_expanded_on_the_nodes_and_not_by_the_script() -> None:
+    text = text_of({"name": "x", "scratch": "${TMPDIR}/it's $(touch x)", "preflight": False})
+    assert """export HPC_CIFAR_SCRATCH='${TMPDIR}/it'"'"'s $(touch x)'\n""" in text
+    assert "export HPC_CIFAR_PREFLIGHT_S=0\n" in text
+    assert "export HPC_CIFAR_PREFLIGHT_S=90\n" in text_of({"name": "x", "preflight_timeout_s": 90})
+
+
 def test_a_cluster_without_gpus_is_adapted_to() -> None:
     cluster = Cluster.model_validate({"name": "cpu", "gpu_request": "none", "gpus_per_node_available": 0})
     plan = submit.plan_for(EXPERIMENT, cluster, 1000)

@@ -1,0 +1,181 @@
+"""What a job does on its nodes before it trains: stage the data, check every node, go elsewhere if one is bad.
+
+A node that fails is named, excluded, and the job goes back to the queue once; a second failure in a row ends the run. On Slurm
+only: a single machine has no other node to go to, and says itself what is wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from .. import files, runs
+from ..config.cluster import DEFAULT_PREFLIGHT_S
+from ..data.staging import Staged, staged
+from ..errors import PreflightError
+from ..runs import Run
+from . import job, slurm
+
+if TYPE_CHECKING:
+    from ..train.meeting import Verdict
+
+SCONTROL_S = 30.0
+
+
+@dataclass(frozen=True)
+class Node:
+    """This node, ready to train: where the data is, and what to record once the run is this job's alone."""
+
+    run: Run
+    staged: Staged
+
+    @property
+    def data_root(self) -> Path:
+        return self.staged.data_root
+
+    def record(self) -> None:
+        """An event row on how the data was staged; rank 0, before the training loop opens the file."""
+        if not self.staged.note:
+            return
+        state = self.run.state()
+        row = {"kind": "event", "epoch": state.get("epoch") or 0, "step": state.get("step") or 0, "time": round(time.time(), 3)}
+        facts = {"local": self.staged.local, "mib": round(self.staged.mib, 1), "seconds": round(self.staged.seconds, 3)}
+        files.append_json_line(self.run.metrics_file, {**row, "event": "staged", **facts})
+
+
+@contextlib.contextmanager
+def ready(run: Run, env: Any, data_root: Path) -> Iterator[Node]:
+    """Stage the run's dataset on this node and check the job's nodes; the copy lasts as long as the context.
+
+    Args:
+        env: submitit's job environment; the variables of torchrun are set already.
+
+    Raises:
+        PreflightError: on one rank, if the nodes cannot train and the job must not be requeued for it.
+        SystemExit: 0, if the job goes elsewhere, or another rank raises the error.
+    """
+    dataset = run.experiment().data.dataset
+    with staged(data_root, dataset, os.environ.get("HPC_CIFAR_SCRATCH", "")) as found:
+        if found.note:
+            print(found.note, flush=True)
+        timeout_s = _timeout_s()
+        if env.cluster == "slurm" and timeout_s:
+            _check(run, env, found, dataset, timeout_s)
+        yield Node(run, found)
+
+
+def _timeout_s() -> float:
+    """Seconds to wait for the other nodes; 0 leaves the checks out."""
+    text = os.environ.get("HPC_CIFAR_PREFLIGHT_S", "")
+    return float(text) if text.isdigit() else DEFAULT_PREFLIGHT_S
+
+
+def _check(run: Run, env: Any, found: Staged, dataset: str, timeout_s: float) -> None:
+    from ..train import meeting, node_check
+
+    began = time.monotonic()
+    gpu = bool(run.plan().get("placement", {}).get("gpus_per_node"))
+    place = {"gpu": gpu, "local_rank": env.local_rank, "local_size": int(os.environ["LOCAL_WORLD_SIZE"])}
+    met = meeting.Meeting(os.environ.get("SLURMD_NODENAME") or os.uname().nodename, env.hostnames, timeout_s)
+    # staging has verified its copy
+    problems = node_check.problems_here(run.path, found.data_root, dataset, verify=not found.local, **place)
+    verdict = met.agree("node", problems)
+    if verdict.good:
+        verdict = met.agree("sum", node_check.problems_of_sum(met, **place), joint=True)
+    _kept.append(met)
+    if not verdict.good:
+        _act(run, env, verdict)
+    if env.global_rank == 0:
+        for old in _records(run, env):
+            old.unlink(missing_ok=True)  # only failures in a row count
+        print(f"preflight: {', '.join(met.nodes)} good in {time.monotonic() - began:.2f} s", flush=True)
+
+
+_kept: list[Any] = []
+"""Rank 0's store must outlive the checks: the other ranks may still read the verdict, and training meets there too."""
+
+
+def _records(run: Run, env: Any) -> list[Path]:
+    return sorted(run.submitit.glob(f"{env.job_id}.*_preflight.json"))
+
+
+def _act(run: Run, env: Any, verdict: Verdict) -> NoReturn:
+    """One rank requeues the job or fails; the others leave quietly and are ended with it."""
+    reason = f"preflight failed: {verdict}"
+    print(reason, flush=True)
+    if verdict.leader not in (None, env.global_rank):
+        raise SystemExit(0)
+    segment, before = job.segment(), _records(run, env)
+    record = {"time": runs.now(), "segment": segment, "rank": env.global_rank, "reason": reason, "nodes": sorted(verdict.bad)}
+    try:
+        # where rank 0 is lost, every other rank gets here, and the first one acts
+        with (run.submitit / f"{env.job_id}.{job.restart_count()}_preflight.json").open("x") as stream:
+            stream.write(json.dumps(record) + "\n")
+    except FileExistsError:
+        raise SystemExit(0) from None
+    if before:
+        raise PreflightError(f"{reason}; the job had been requeued for that once already")
+    job.ignore_signals()  # also in scontrol, which inherits it
+    known = slurm.query([env.raw_job_id]).jobs.get(env.raw_job_id)
+    if run.cancel_marker.exists() or (known and known.state in ("CANCELLED", "COMPLETING")):
+        run.write_state(**{**run.state(), "state": "cancelled"})
+        raise SystemExit(0)
+    run.write_state(**{**run.state(), "state": "requeued", "reason": reason})
+    requeue_without(env.raw_job_id, sorted(verdict.bad), reason)
+    files.append_json_line(run.path / "failures.jsonl", {**record, "busy": False})
+    raise SystemExit(0)
+
+
+def requeue_without(job_id: str, nodes: list[str], reason: str) -> None:
+    """Requeue a running job and exclude ``nodes``, beside those it excludes already, unless too few would be left.
+
+    Raises:
+        PreflightError: it could not be requeued.
+    """
+    exclude = _exclusion(job_id, nodes) if nodes else ""
+    code, said = _scontrol("requeue", job_id)
+    if code != 0:
+        raise PreflightError(f"{reason}; the job could not be requeued: {said}")
+    # Slurm 22.05 changes this of pending jobs only, and knows no "+=". The job's processes have KillWait seconds left.
+    if exclude:
+        code, said = _scontrol("update", f"JobId={job_id}", f"ExcNodeList={exclude}")
+        done = f"excluding {exclude}" if code == 0 else f"but {', '.join(nodes)} could not be excluded: {said}"
+    else:
+        done = "excluding nothing: too few other nodes" if nodes else "on any nodes"
+    print(f"preflight: job {job_id} requeued, {done}", flush=True)
+
+
+def _exclusion(job_id: str, nodes: list[str]) -> str:
+    """The job's ExcNodeList with ``nodes``, or "" if it could never start then, or Slurm cannot be asked."""
+    code, text = _scontrol("--oneliner", "show", "job", job_id)
+    fields = dict(word.split("=", 1) for word in text.split() if "=" in word)
+    if code != 0 or "NumNodes" not in fields:
+        return ""
+    old = fields.get("ExcNodeList", "(null)")
+    kept = [] if old == "(null)" else _scontrol("show", "hostnames", old)[1].split()
+    exclude = list(dict.fromkeys([*kept, *nodes]))
+    listing = _command("sinfo", "--noheader", "--Node", f"--partition={fields.get('Partition', '')}", "--format=%N")
+    left = set(listing[1].split()) - set(exclude)
+    if listing[0] == 0 and len(left) < int(fields["NumNodes"].partition("-")[0]):
+        return ""
+    return ",".join(exclude)
+
+
+def _scontrol(*arguments: str) -> tuple[int, str]:
+    return _command("scontrol", *arguments)
+
+
+def _command(*command: str) -> tuple[int, str]:
+    """Exit code, and what was printed or, after a failure, said on one line."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=SCONTROL_S, check=False)
+    except (OSError, subprocess.SubprocessError) as error:
+        return 1, job.one_line(error)
+    return done.returncode, done.stdout if done.returncode == 0 else " ".join((done.stderr or done.stdout).split())[:300]

@@ -1,0 +1,221 @@
+"""Bad nodes on a real cluster: each node is a mount namespace, so that something can be wrong on one node alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from conftest import SlurmCluster
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+
+JOB = """\
+name: small
+epochs: 1
+model: {family: sequential, layers: [flatten, {dense: {units: 10}}]}
+data: {dataset: digits, batch_size: 48}
+optimizer: {name: sgd, lr: 0.01}
+resources: {nodes: 2, processes_per_node: 1, time: "00:10:00"}
+"""
+PROFILE = """\
+executor: slurm
+partition: low
+gpu_request: none
+cpus_per_process: 1
+signal_delay_s: 30
+"""
+
+
+class Site:
+    """One user on the cluster, with a copy of the data that can be hidden from single nodes."""
+
+    def __init__(self, cluster: SlurmCluster, folder: Path, data: Path) -> None:
+        self.cluster, self.folder = cluster, folder
+        self.data, self.runs, self.scratch = folder / "data", folder / "runs", folder / "scratch"
+        shutil.copytree(data, self.data)
+        self.scratch.mkdir()
+        self.mounted: list[tuple[int, Path]] = []
+        self.environment = {
+            **os.environ,
+            "SLURM_CONF": cluster.environment["SLURM_CONF"],
+            "HPC_CIFAR_DATA": str(self.data),
+            "HPC_CIFAR_RUNS": str(self.runs),
+        }
+
+    def call(self, *arguments: str, code: int = 0) -> str:
+        command = [sys.executable, "-m", "hpc_cifar", *arguments]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=120, env=self.environment, cwd=self.folder, check=False
+        )
+        assert done.returncode == code, f"{arguments}: {done.returncode}\n{done.stdout}\n{done.stderr}\n{self.logs()}"
+        return done.stdout
+
+    def submit(self, profile: str, *options: str) -> tuple[str, str]:
+        """Run and job id."""
+        (self.folder / "job.yaml").write_text(JOB)
+        (self.folder / "testbed.yaml").write_text(PROFILE + profile)
+        printed = self.call("submit", "job.yaml", "--cluster", "./testbed.yaml", "--parsable", *options)
+        run, job = printed.strip().splitlines()[-1].split("\t")
+        return run, job
+
+    def slurmd(self, node: str) -> int:
+        """The process whose namespaces are the node's."""
+        pid: int = json.loads((self.cluster.folder / "daemons.json").read_text())[node][0]
+        return pid
+
+    def processes(self, node: str) -> list[int]:
+        """Ranks of ours on a node."""
+        namespace = Path(f"/proc/{self.slurmd(node)}/ns/mnt").readlink()
+        found = []
+        for entry in Path("/proc").iterdir():
+            try:
+                here = entry.name.isdigit() and (entry / "ns/mnt").readlink() == namespace
+                if here and b"submitit.core._submit" in (entry / "cmdline").read_bytes().split(b"\0"):
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+        return found
+
+    def mount(self, node: str, path: Path, *options: str) -> None:
+        """Put an empty file system over ``path`` on one node."""
+        pid = self.slurmd(node)
+        subprocess.run(
+            ["nsenter", f"--mount=/proc/{pid}/ns/mnt", "mount", "-t", "tmpfs", *options, "over", str(path)], check=True
+        )
+        self.mounted.append((pid, path))
+
+    def close(self) -> None:
+        for pid, path in self.mounted:
+            subprocess.run(["nsenter", f"--mount=/proc/{pid}/ns/mnt", "umount", "--lazy", str(path)], check=True)
+
+    def state(self, run: str) -> dict[str, Any]:
+        try:
+            found: dict[str, Any] = json.loads((self.runs / run / "state.json").read_text())
+        except (OSError, ValueError):
+            return {}
+        return found
+
+    def failures(self, run: str) -> list[dict[str, Any]]:
+        path = self.runs / run / "failures.jsonl"
+        self.cluster.until(path.exists, 10, "the record of a failure")
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+    def log(self, run: str, rank: int = 0) -> str:
+        return "".join(path.read_text() for path in (self.runs / run / "submitit").glob(f"*_{rank}_log.out"))
+
+    def logs(self) -> str:
+        texts = [f"-- {path.name}\n{path.read_text()[-2500:]}" for path in sorted(self.runs.glob("*/submitit/*_log.*"))]
+        return "\n".join(texts)
+
+    def requeued(self, job: str, excluding: set[str]) -> None:
+        def excluded() -> set[str]:
+            return set(self.cluster.call("scontrol", "show", "hostnames", self.cluster.job(job)["ExcNodeList"]).split())
+
+        self.cluster.until(lambda: self.cluster.job(job)["Restarts"] == "1", 60, f"a requeue of {job}\n{self.logs()}")
+        self.cluster.until(lambda: excluded() == excluding, 5, f"{job} excludes {excluding}")
+
+
+@pytest.fixture
+def site(slurm_cluster: SlurmCluster, tmp_path: Path, digits_data: Path) -> Iterator[Site]:
+    made = Site(slurm_cluster, tmp_path, digits_data)
+    yield made
+    made.close()
+
+
+def test_good_nodes_train_from_a_copy_on_each(site: Site) -> None:
+    for node in ("n1", "n2", "n3"):
+        site.mount(node, site.scratch)  # a disk of its own
+    run, _ = site.submit(f"scratch: {site.scratch}\n")
+    site.call("wait", run)
+    for rank in (0, 1):
+        assert f"MiB of digits to {site.scratch}/hpc-cifar-0/" in site.log(run, rank)
+    line = next(line for line in site.log(run).splitlines() if line.startswith("preflight: "))
+    assert "good in" in line
+    assert float(line.split()[-2]) < 10
+    assert list(site.scratch.iterdir()) == []
+    rows = [json.loads(line) for line in (site.runs / run / "metrics.jsonl").read_text().splitlines()]
+    [event] = [row for row in rows if row.get("event") == "staged"]
+    assert event["local"]
+    assert event["mib"] > 0
+    for node in ("n1", "n2", "n3"):
+        listing = ["nsenter", f"--mount=/proc/{site.slurmd(node)}/ns/mnt", "ls", "-A", str(site.scratch)]
+        assert subprocess.run(listing, capture_output=True, text=True, check=True).stdout == ""
+
+
+def test_a_full_scratch_costs_the_copy_and_not_the_run(site: Site) -> None:
+    site.mount("n1", site.scratch, "-o", "size=64k")
+    run, _ = site.submit(f"scratch: {site.scratch}\nnodelist: n1\n", "--nodes", "1")
+    site.call("wait", run)
+    assert f"warning: digits is not staged to {site.scratch} (no room: " in site.log(run)
+
+
+def test_a_node_without_the_data_is_named_and_left(site: Site) -> None:
+    site.mount("n2", site.data)
+    run, job = site.submit("")
+    site.requeued(job, excluding={"n2"})
+    site.call("wait", run)
+    assert json.loads((site.runs / run / "result.json").read_text())["state"] == "finished"
+    [row] = site.failures(run)
+    assert row["nodes"] == ["n2"]
+    assert row["reason"].startswith(f"preflight failed: n2: data: {site.data}/digits: dataset 'digits' is not prepared")
+    assert row["reason"] in site.log(run)
+    assert f"preflight: job {job} requeued, excluding n2" in site.log(run)
+    assert "preflight: n1, n3 good in" in site.log(run)
+    assert site.cluster.job(job)["NodeList"] == "n[1,3]"
+    assert not list((site.runs / run / "submitit").glob("*_preflight.json"))
+
+
+def test_the_profiles_own_exclusion_is_kept_and_rank_0_may_be_the_bad_one(site: Site) -> None:
+    site.mount("n1", site.data)
+    run, job = site.submit("exclude: n3\n", "--nodes", "1")
+    site.requeued(job, excluding={"n1", "n3"})
+    site.call("wait", run)
+    assert site.cluster.job(job)["NodeList"] == "n2"
+
+
+def test_a_second_failure_ends_the_run(site: Site) -> None:
+    """With too few nodes for another choice, so that the job comes back to the bad one."""
+    site.mount("n2", site.data)
+    run, job = site.submit("exclude: n3\n")
+    site.call("wait", run, code=1)
+    first, second = site.failures(run)
+    assert first["reason"].startswith("preflight failed: n2: data: ")
+    assert second["reason"] == f"{first['reason']}; the job had been requeued for that once already"
+    assert site.state(run)["state"] == "failed"
+    assert site.state(run)["reason"] == second["reason"]
+    assert f"preflight: job {job} requeued, excluding nothing: too few other nodes" in site.log(run)
+    site.cluster.until(lambda: site.cluster.state(job) == "FAILED", 30, "the job has failed")
+    assert site.cluster.job(job)["Restarts"] == "1"
+
+
+def test_preflight_can_be_left_out(site: Site) -> None:
+    run, _ = site.submit("preflight: false\n", "--nodes", "1")
+    site.call("wait", run)
+    assert "preflight:" not in site.log(run)
+
+
+def test_a_node_that_does_not_answer_is_named(site: Site) -> None:
+    """Its processes are frozen before they reach the others."""
+    run, job = site.submit("preflight_timeout_s: 6\n")
+    stopped: list[int] = []
+    deadline = time.monotonic() + 30
+    while not stopped and time.monotonic() < deadline:
+        for pid in site.processes("n2"):
+            os.kill(pid, signal.SIGSTOP)
+            stopped.append(pid)
+    assert stopped
+    site.requeued(job, excluding={"n2"})
+    assert "n2: no answer within 6 s" in site.failures(run)[0]["reason"]
+    site.call("wait", run)
+    assert site.cluster.job(job)["NodeList"] == "n[1,3]"
