@@ -48,10 +48,10 @@ def accounting_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slu
         pytest.skip(f"missing {', '.join(missing)} (Debian: slurmdbd mariadb-server)")
     folder = tmp_path_factory.mktemp("acct")
     try:
-        testbed("up", "--dir", str(folder / "c"), "--accounting")
+        call_testbed("up", "--dir", str(folder / "c"), "--accounting")
         yield SlurmCluster(folder / "c", folder)
     finally:
-        testbed("down", "--dir", str(folder / "c"))
+        call_testbed("down", "--dir", str(folder / "c"))
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 from hpc_cifar.config.load import load_cluster
 
 if TYPE_CHECKING:
-    from conftest import SlurmCluster
+    from slurm_site import SlurmCluster
 
 pytestmark = pytest.mark.slow
 

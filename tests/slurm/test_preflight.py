@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from conftest import SlurmCluster
+    from slurm_site import SlurmCluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 

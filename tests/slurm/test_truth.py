@@ -27,7 +27,7 @@ from launch_site import Site, eventually
 from hpc_cifar.runs import Run, all_runs
 
 if TYPE_CHECKING:
-    from conftest import SlurmCluster
+    from slurm_site import SlurmCluster
 
 pytestmark = pytest.mark.slow
 LONG = {"epochs": 100_000, "processes": 1}
