@@ -68,6 +68,7 @@ def test_pyxis_is_an_option_of_srun() -> None:
     assert words[words.index("--container-image=example.org#a/b:1") :] == [
         *("--container-image=example.org#a/b:1", "--container-mounts=/runs/deep 1:/runs/deep 1,/data:/data,/a b:/c"),
         *("--container-env=PYTHONPATH,PYTHONSAFEPATH,NCCL_DEBUG", "--container-mount-home", "-l"),
+        *("sh", "-c", 'trap "" USR2 TERM; exec "$@"', "sh"),  # signals wait until Python listens
         *("python3", "-u", "-m", "submitit.core._submit", "/runs/deep 1/submitit"),
     ]
 
