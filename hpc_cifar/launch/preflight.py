@@ -123,12 +123,12 @@ def _act(run: Run, env: Any, verdict: Verdict) -> NoReturn:
     if before:
         raise PreflightError(f"{reason}; the job had been requeued for that once already")
     job.ignore_signals()  # also in scontrol, which inherits it
-    known = slurm.query([env.raw_job_id]).jobs.get(env.raw_job_id)
+    known = slurm.query([env.job_id]).jobs.get(env.job_id)
     if run.cancel_marker.exists() or (known and known.state in ("CANCELLED", "COMPLETING")):
         run.write_state(**{**run.state(), "state": "cancelled"})
         raise SystemExit(0)
     run.write_state(**{**run.state(), "state": "requeued", "reason": reason})
-    requeue_without(env.raw_job_id, sorted(verdict.bad), reason)
+    requeue_without(env.job_id, sorted(verdict.bad), reason)
     files.append_json_line(run.path / "failures.jsonl", {**record, "busy": False})
     raise SystemExit(0)
 
@@ -148,7 +148,7 @@ def requeue_without(job_id: str, nodes: list[str], reason: str) -> None:
         code, said = _scontrol("update", f"JobId={job_id}", f"ExcNodeList={exclude}")
         done = f"excluding {exclude}" if code == 0 else f"but {', '.join(nodes)} could not be excluded: {said}"
     else:
-        done = "excluding nothing: too few other nodes" if nodes else "on any nodes"
+        done = "excluding nothing: there are too few other nodes" if nodes else "on any nodes"
     print(f"preflight: job {job_id} requeued, {done}", flush=True)
 
 
@@ -158,14 +158,18 @@ def _exclusion(job_id: str, nodes: list[str]) -> str:
     fields = dict(word.split("=", 1) for word in text.split() if "=" in word)
     if code != 0 or "NumNodes" not in fields:
         return ""
-    old = fields.get("ExcNodeList", "(null)")
-    kept = [] if old == "(null)" else _scontrol("show", "hostnames", old)[1].split()
-    exclude = list(dict.fromkeys([*kept, *nodes]))
+    exclude = list(dict.fromkeys([*_hostnames(fields.get("ExcNodeList")), *nodes]))
+    if set(nodes) & set(_hostnames(fields.get("ReqNodeList"))):  # the profile's nodelist: it may run nowhere else
+        return ""
     listing = _command("sinfo", "--noheader", "--Node", f"--partition={fields.get('Partition', '')}", "--format=%N")
     left = set(listing[1].split()) - set(exclude)
     if listing[0] == 0 and len(left) < int(fields["NumNodes"].partition("-")[0]):
         return ""
     return ",".join(exclude)
+
+
+def _hostnames(listed: str | None) -> list[str]:
+    return [] if listed in (None, "(null)") else _scontrol("show", "hostnames", str(listed))[1].split()
 
 
 def _scontrol(*arguments: str) -> tuple[int, str]:
