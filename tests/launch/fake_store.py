@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 from ..errors import DataError
 
+MANIFEST, SPLITS, PARTS = "manifest.json", ("train", "test"), ("images", "labels", "moments")
+
 
 class Store:
     @classmethod
