@@ -188,5 +188,18 @@ def find(token: str, root: Path) -> Run:
     if matches:
         names = ", ".join(run.id for run in matches[-5:])
         raise UsageError(f"run {token!r} is not unique: {len(matches)} runs begin with it, such as {names}")
+    if elements := _of_array(token, runs):
+        raise UsageError(f"run {token!r} is a job array of {len(elements)} runs; name one of them, such as {elements[0].id}")
     recent = ", ".join(run.id for run in runs[-3:])
     raise UsageError(f"run {token!r}: no such run or job id in {root}; the latest are {recent}")
+
+
+def find_all(token: str, root: Path) -> list[Run]:
+    """The runs meant by a token: every element of a job array by its number, else the one run of :func:`find`."""
+    return _of_array(token, all_runs(root)) or [find(token, root)]
+
+
+def _of_array(token: str, runs: list[Run]) -> list[Run]:
+    if not token.isdigit():
+        return []
+    return [run for run in runs if any(str(row.get("job_id")).startswith(f"{token}_") for row in run.jobs())]

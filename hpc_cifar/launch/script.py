@@ -9,7 +9,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +62,8 @@ def setup_lines(cluster: Cluster, code: Path) -> list[str]:
     return lines
 
 
-def parameters(experiment: Experiment, cluster: Cluster, plan: Plan, run: Path) -> dict[str, Any]:
-    """submitit's parameters for one job of this run."""
+def parameters(experiment: Experiment, cluster: Cluster, plan: Plan, run: Path, after: Sequence[str] = ()) -> dict[str, Any]:
+    """submitit's parameters for one job of this run, which starts when the jobs ``after`` have ended well."""
     placement = plan.placement
     memory_gib = experiment.resources.memory_gib_per_node or cluster.memory_gib_per_node
     gpus: str | int = placement.gpus_per_node
@@ -74,6 +74,8 @@ def parameters(experiment: Experiment, cluster: Cluster, plan: Plan, run: Path) 
         srun.insert(0, f"--cpus-per-task={placement.cpus_per_process}")
     extra: dict[str, Any] = {"requeue" if cluster.requeue else "no-requeue": True}
     extra |= {name.replace("_", "-"): value for name, value in cluster.sbatch_extra.items()}
+    if after:
+        extra["kill-on-invalid-dep"] = "yes"  # else it waits for ever once one of them has failed
     chosen = {
         "job_name": experiment.name,
         "comment": f"hpc-cifar run {run.name}",
@@ -84,6 +86,7 @@ def parameters(experiment: Experiment, cluster: Cluster, plan: Plan, run: Path) 
         "gres": f"gpu:{typed}" if gpus and cluster.gpu_request == "gres" else None,
         "mem": f"{math.ceil(memory_gib * 1024)}M" if memory_gib else None,
         "time": math.ceil(plan.time_s / 60),
+        "dependency": f"afterok:{':'.join(after)}" if after else None,
         "signal_delay_s": min(cluster.signal_delay_s, max(1, plan.time_s // 2)),
         "exclusive": True if cluster.exclusive else None,
         "setup": setup_lines(cluster, run / "code"),
@@ -95,11 +98,11 @@ def parameters(experiment: Experiment, cluster: Cluster, plan: Plan, run: Path) 
     return {name: value for name, value in chosen.items() if value is not None} | {"wckey": None}
 
 
-def executor(experiment: Experiment, cluster: Cluster, plan: Plan, run: Path) -> SlurmExecutor:
+def executor(experiment: Experiment, cluster: Cluster, plan: Plan, run: Path, after: Sequence[str] = ()) -> SlurmExecutor:
     """The executor that submits this run; its :meth:`SlurmExecutor.script` is what it would submit."""
     check_path(run, "run directory")
     made = SlurmExecutor(run / "submitit", max_num_timeout=MAX_TIMEOUTS, python=cluster.python or shlex.quote(sys.executable))
-    made.update_parameters(**parameters(experiment, cluster, plan, run))
+    made.update_parameters(**parameters(experiment, cluster, plan, run, after))
     return made
 
 
@@ -123,10 +126,17 @@ def submit(executor: SlurmExecutor, job: Any) -> str:
         LaunchError: Slurm refused; its own words in one line.
     """
     executor.folder.mkdir(parents=True, exist_ok=True)
+    with refusals():
+        return str(executor.submit(job).job_id)
+
+
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """Turn what goes wrong with sbatch within the block into a LaunchError of one line."""
     printed = io.StringIO()  # submitit prints sbatch's words too; ours come once, in one line
     try:
         with clean_environment(), contextlib.redirect_stderr(printed):
-            return str(executor.submit(job).job_id)
+            yield
     except (FailedJobError, FailedSubmissionError, OSError) as error:
         words = slurm_words(str(error))
         lowered = words.lower()

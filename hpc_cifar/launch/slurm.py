@@ -55,8 +55,23 @@ def _ask(command: list[str]) -> str | None:
 
 
 def _environment() -> dict[str, str]:
-    # the user's own SQUEUE_FORMAT and the like change what these commands print
-    return {name: value for name, value in os.environ.items() if not name.startswith(("SQUEUE_", "SACCT_"))}
+    # the user's own SQUEUE_FORMAT and the like change what these commands print; without the length, 123_[0-7,9,...]
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SQUEUE_", "SACCT_"))}
+    return {**kept, "SLURM_BITSTR_LEN": "0"}
+
+
+def expand_ids(text: str) -> list[str]:
+    """Every job meant by an id as Slurm prints it: waiting elements of an array are one line, ``123_[0-2,7,10-20:5%4]``."""
+    array, bracket, rest = text.partition("_[")
+    if not bracket:
+        return [text]
+    found = []
+    for part in rest.rstrip("]").partition("%")[0].split(","):
+        span, _, step = part.partition(":")
+        first, _, last = span.partition("-")
+        if first.isdigit() and (last or first).isdigit() and (step or "1").isdigit():
+            found += [f"{array}_{index}" for index in range(int(first), int(last or first) + 1, int(step or 1))]
+    return found
 
 
 def _word(text: str) -> str:
@@ -75,23 +90,29 @@ def query(job_ids: Iterable[str]) -> Answer:
     for line in (listing or "").splitlines():
         job_id, _, rest = line.partition("|")
         state, _, reason = rest.partition("|")
-        if job_id.strip() in wanted and state:
-            found[job_id.strip()] = JobState(_word(state), "" if reason.strip() == "None" else reason.strip())
+        if state:
+            seen = JobState(_word(state), "" if reason.strip() == "None" else reason.strip())
+            found |= {one: seen for one in expand_ids(job_id.strip()) if one in wanted}
     if missing := wanted - set(found):
         accounts = ["sacct", "--noheader", "--parsable2", "--allocations", "--format=JobID,State,Reason"]
         listing = _ask([*accounts, f"--jobs={','.join(sorted(missing))}"])
         for line in (listing or "").splitlines():
             fields = line.split("|")
-            if len(fields) == 3 and fields[0] in missing and fields[1]:
-                found[fields[0]] = JobState(_word(fields[1]), "" if fields[2] == "None" else fields[2])
+            if len(fields) == 3 and fields[1]:
+                seen = JobState(_word(fields[1]), "" if fields[2] == "None" else fields[2])
+                found |= {one: seen for one in expand_ids(fields[0]) if one in missing}
     if (wanted - set(found)) and not reachable:
         listing = _ask(["scontrol", "--oneliner", "show", "jobs"])
         reachable = listing is not None
         for line in (listing or "").splitlines():
-            pairs = dict(re.findall(r"(JobId|JobState|Reason)=(\S+)", line))
-            if pairs.get("JobId") in wanted and "JobState" in pairs:
+            pairs = dict(re.findall(r"(\w+)=(\S+)", line))
+            name = pairs.get("JobId", "")
+            if index := pairs.get("ArrayTaskId"):
+                name = f"{pairs.get('ArrayJobId', '')}_" + (index if index.isdigit() else f"[{index}]")
+            if "JobState" in pairs:
                 reason = pairs.get("Reason", "")
-                found.setdefault(pairs["JobId"], JobState(pairs["JobState"], "" if reason == "None" else reason))
+                seen = JobState(pairs["JobState"], "" if reason == "None" else reason)
+                found = {one: seen for one in expand_ids(name) if one in wanted} | found
     return Answer(found, reachable)
 
 

@@ -130,6 +130,9 @@ def _with_slurm(
         return "running", "being cancelled" if run.cancel_marker.exists() else None
     if word in ENDED:
         return word, reason
+    if job.state == "CANCELLED" and job.reason == "DependencyNeverSatisfied":
+        names = ", ".join(_last_job(run).get("after", [])) or "a run"
+        return "cancelled", f"{names}, after which it was to start, did not finish"
     if job.state == "CANCELLED" or run.cancel_marker.exists():
         return "cancelled", None if run.cancel_marker.exists() else "cancelled with scancel"
     words = {"TIMEOUT": "the time limit was reached before a checkpoint was saved", "COMPLETED": VANISHED}
