@@ -135,8 +135,16 @@ def named(root: Path, run_id: str) -> Run:
     return Run(root / run_id)
 
 
-def create(root: Path, run_id: str, experiment: Experiment, plan: dict[str, Any], provenance: dict[str, Any]) -> Run:
-    """Make a new run directory; it appears whole or not at all.
+def create(
+    root: Path,
+    run_id: str,
+    experiment: Experiment,
+    plan: dict[str, Any],
+    provenance: dict[str, Any],
+    *,
+    durable: bool = True,
+) -> Run:
+    """Make a new run directory; it appears whole or not at all. With ``durable=False`` the caller fsyncs its files.
 
     Raises:
         RunError: the directory exists already or cannot be written.
@@ -145,9 +153,9 @@ def create(root: Path, run_id: str, experiment: Experiment, plan: dict[str, Any]
     building = root / f".{run_id}.{secrets.token_hex(4)}.new"
     try:
         building.mkdir(parents=True, mode=0o700)
-        files.write_text(building / "experiment.yaml", experiment_text(experiment))
-        files.write_json(building / "plan.json", plan)
-        files.write_json(building / "provenance.json", provenance)
+        files.write_text(building / "experiment.yaml", experiment_text(experiment), durable=durable)
+        files.write_json(building / "plan.json", plan, durable=durable)
+        files.write_json(building / "provenance.json", provenance, durable=durable)
         (building / "checkpoints").mkdir()
         building.rename(run.path)  # fails if a run of this name already has files
     except OSError as error:

@@ -239,10 +239,10 @@ def _watch(done: list[Submitted], *, follow: bool) -> None:
 
     runs = [made.run for made in done]
     try:
-        if not follow:
-            ended = wait_all(runs)
+        if follow and len(runs) == 1:
+            ended = [console.follow(runs[0])]
         else:
-            ended = [console.follow(runs[0])] if len(runs) == 1 else several.follow(runs)
+            ended = several.follow(runs) if follow else wait_all(runs)
     except KeyboardInterrupt:
         if not follow:
             names = " ".join(run.id for run in runs[:3]) + " ..." * (len(runs) > 3)

@@ -48,8 +48,8 @@ class Augment(Model):
 
 class Data(Model):
     """Which images, in which batches. ``batch_size`` is global: all ranks together. ``validation`` is the share of the training
-    images held out, or ``test`` to repeat a source that validated on the test images. With ``folds: K``, one of the K parts of a
-    stratified split of the training images is held out instead of that share: the one with the number ``fold``, from 0.
+    images held out, or ``test`` to repeat a source that validated on the test images. With ``folds: K``, one of the K parts of
+    a stratified split of the training images is held out instead of that share: the one with the number ``fold``, from 0.
     """
 
     dataset: Annotated[str, AfterValidator(_dataset)] = "cifar10"

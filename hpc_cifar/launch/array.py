@@ -15,6 +15,7 @@ import secrets
 import shlex
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from .. import files, runs
 from ..config.cluster import Cluster
 from ..config.expand import Element
 from ..config.experiment import Experiment
-from ..errors import LaunchError, RunError, UsageError
+from ..errors import LaunchError, UsageError
 from ..plan import Plan
 from ..runs import Run
 from . import dependency, local, provenance, script, slurm, submit
@@ -226,6 +227,8 @@ def submit_all(
     with submit.recorded(waiting):
         for run in made.values():
             submit.make_ready(run, cluster, None if run is waiting[0] else waiting[0].code)
+        files.make_durable(path for run in waiting for path in (*run.path.glob("*.json"), run.experiment_file, run.path))
+        files.fsync_folder(root)
         if cluster.executor == "local":
             handed_over = _start_local(planned, list(made.values()), cluster, data_root, limit or 1, waits)
         else:
@@ -241,13 +244,10 @@ def _create(planned: Sequence[Planned], root: Path, command: list[str] | None) -
     where = provenance.collect(command)
     made: dict[int, Run] = {}
     for one in planned:
-        for attempt in range(10):  # four hex digits are few for hundreds of runs of one second
-            try:
-                made[id(one)] = runs.create(root, runs.new_run_id(one.element.title), one.experiment, one.plan.as_dict(), where)
-                break
-            except RunError as error:
-                if attempt == 9 or "exists already" not in str(error):
-                    raise
+        run_id = runs.new_run_id(one.element.title)
+        while (root / run_id).exists():  # four hex digits are few for hundreds of runs of one second
+            run_id = runs.new_run_id(one.element.title)
+        made[id(one)] = runs.create(root, run_id, one.experiment, one.plan.as_dict(), where, durable=False)
     return made
 
 
@@ -287,9 +287,13 @@ def _start_array(
     with script.refusals():
         array = executor(group, cluster, links, limit, waits).submit_elements(jobs)
     ids = [f"{array}_{index}" for index in range(len(members))]
+
+    def record(run: Run, job_id: str, one: Planned) -> None:
+        submit.record_job(run, "slurm", job_id, one.plan, waits, cluster=cluster.name)
+
     try:
-        for run, job_id, one in zip(members, ids, group, strict=True):
-            submit.record_job(run, "slurm", job_id, one.plan, waits, cluster=cluster.name)
+        with ThreadPoolExecutor(16) as pool:  # each is one fsync
+            list(pool.map(record, members, ids, group))
     except BaseException:
         slurm.cancel([array])  # nobody would find its elements again
         raise

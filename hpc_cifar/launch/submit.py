@@ -206,7 +206,7 @@ def recorded(waiting: Sequence[Run]) -> Iterator[None]:
 
 def make_ready(run: Run, cluster: Cluster, code: Path | None = None) -> None:
     """All a run directory needs before its job is queued; ``code`` is a snapshot that it may share."""
-    files.write_json(run.path / "cluster.json", cluster.model_dump(mode="json"))
+    files.write_json(run.path / "cluster.json", cluster.model_dump(mode="json"), durable=code is None)
     snapshot.take(run.code) if code is None else snapshot.share(run.code, code)
     run.submitit.mkdir(exist_ok=True)
     waiting = {key: value for key, value in run.state().items() if key != "reason"}
