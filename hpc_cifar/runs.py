@@ -118,7 +118,9 @@ def new_run_id(name: str) -> str:
 
 def experiment_text(experiment: Experiment) -> str:
     """The resolved experiment as YAML that reads back to an equal object."""
-    text: str = yaml.safe_dump(experiment.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+    values = experiment.model_dump(mode="json", exclude_none=True)
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # the same text ten times as fast, where libyaml is
+    text: str = yaml.dump(values, Dumper=dumper, sort_keys=False, allow_unicode=True)
     return text
 
 

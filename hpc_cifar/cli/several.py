@@ -51,12 +51,14 @@ def preview(shown: Sequence[ArrayPreview], cluster: str) -> None:
 
 
 def follow(runs: Sequence[Run]) -> list[Status]:
-    """Watch runs to their end: one line of counts, which a terminal keeps in place; then a table.
+    """Watch runs to their end: one line of counts, which a terminal keeps in place; then a table. One run is shown in full.
 
     Ctrl-C leaves the runs alone and raises ``KeyboardInterrupt`` again, after saying so.
     """
     from ..launch.several import wait_all
 
+    if len(runs) == 1:
+        return [console.follow(runs[0])]
     live, last = sys.stdout.isatty(), ""
 
     def tick(seen: list[Status]) -> None:

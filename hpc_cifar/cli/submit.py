@@ -235,14 +235,11 @@ def _print_submitted(together: list[Submitted], cluster: Cluster, *, quiet: bool
 
 def _watch(done: list[Submitted], *, follow: bool) -> None:
     from ..launch.several import wait_all
-    from . import console, several
+    from . import several
 
     runs = [made.run for made in done]
     try:
-        if follow and len(runs) == 1:
-            ended = [console.follow(runs[0])]
-        else:
-            ended = several.follow(runs) if follow else wait_all(runs)
+        ended = several.follow(runs) if follow else wait_all(runs)
     except KeyboardInterrupt:
         if not follow:
             names = " ".join(run.id for run in runs[:3]) + " ..." * (len(runs) > 3)

@@ -40,13 +40,16 @@ def resolve(tokens: Sequence[str], root: Path, executor: str) -> list[Run]:
     return waiting
 
 
-def check_finished(after: Sequence[Run]) -> None:
+def check_finished(after: Sequence[str]) -> None:
     """What a job asks before it trains: Slurm's afterok is satisfied by exit code 0, and by a job that it has forgotten.
+
+    Args:
+        after: run directories.
 
     Raises:
         RunError: one of them has not finished.
     """
-    for run in after:
+    for run in map(Run, map(Path, after)):
         if not run.finished():
             state = run.state().get("state") or "gone"
             raise RunError(

@@ -84,7 +84,7 @@ class TrainJob:
             return run.result() or {}
         from .dependency import check_finished
 
-        check_finished([Run(Path(path)) for path in self.after])
+        check_finished(self.after)
         from ..train.loop import train
 
         return train(run, data_root=Path(self.data_root), console=True)  # rank 0 prints plain lines to the job's log
