@@ -16,6 +16,8 @@ from . import local, process, slurm
 
 ENDED = frozenset(("finished", "failed", "cancelled", "stopped"))
 VANISHED = "processes ended without a result"
+# Slurm forgets a waiting element of an array as soon as it is cancelled
+NEVER_STARTED = "the job left the queue before it started: cancelled there, or its node could not start it"
 START_GRACE_S = 15.0  # between the record of a local job and its first process
 
 
@@ -119,7 +121,9 @@ def _with_slurm(
             return word, reason
         if not reachable:
             return word, "Slurm does not answer; this is what the run last wrote"
-        return ("cancelled", None) if run.cancel_marker.exists() else ("failed", VANISHED)
+        if run.cancel_marker.exists():
+            return "cancelled", None
+        return "failed", NEVER_STARTED if word == "pending" else VANISHED
     if job.waiting:
         if run.cancel_marker.exists():
             return "cancelled", reason

@@ -195,6 +195,8 @@ def recorded(waiting: Sequence[Run]) -> Iterator[None]:
         yield
     except BaseException as error:
         reason = str(error) if isinstance(error, HpcCifarError) else f"not submitted: {type(error).__name__}: {error}"
+        if not isinstance(error, Exception):  # Ctrl-C, or whoever read what is printed has gone
+            reason = "not submitted: the command was interrupted"
         words = {"state": "failed", "reason": reason.splitlines()[0] if reason else "not submitted"}
         for run in waiting:
             with contextlib.suppress(OSError):

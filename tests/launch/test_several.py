@@ -139,7 +139,7 @@ def test_a_refused_array_leaves_runs_that_say_so(site: Site) -> None:
     said = "sbatch refused the job: Batch job submission failed: Invalid job array specification"
     assert refused.stderr == f"hpc-cifar: error: {said}\n"
     made = runs.all_runs(site.runs)
-    assert [(site.status(run)["state"], site.status(run)["reason"]) for run in made] == [("failed", said)] * 3
+    assert [(row.state, row.reason) for row in status.statuses(made)] == [("failed", said)] * 3
 
 
 def test_what_sbatch_gets_for_an_array_is_what_the_dry_run_shows(site: Site) -> None:
