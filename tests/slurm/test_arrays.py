@@ -48,7 +48,7 @@ class Site:
         }
         (folder / "testbed.yaml").write_text(PROFILE)
         (folder / "held.yaml").write_text(PROFILE + "sbatch_extra: {hold: true}\n")
-        for name, epochs, lr in (("short", 2, 0.01), ("bad", 2, 1e30), ("long", 30, 0.01)):
+        for name, epochs, lr in (("short", 2, 0.01), ("bad", 2, 1e30), ("long", 60, 0.01)):
             (folder / f"{name}.yaml").write_text(JOB.format(name=name, epochs=epochs, lr=lr))
 
     def run(self, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
@@ -201,9 +201,10 @@ def test_one_element_fails_one_is_requeued_one_is_cancelled_and_the_others_go_on
     site.until_reason(later, "Dependency")
 
     site.until_epoch(requeued, 2)
-    site.cluster.call("scontrol", "requeue", jobs[2])
     site.until_epoch(cancelled, 2)
-    # asked for the state of this number alone, Slurm would tell of all elements, and this one would requeue itself
+    site.cluster.call("scontrol", "requeue", jobs[2])
+    site.cluster.wait(jobs[2], {"PENDING"})
+    # asked for the state of this number alone, Slurm tells of all elements, and first of the one that waits
     assert site.cluster.job(jobs[3])["JobId"] == array
     site.cluster.call("scancel", jobs[3])
     assert {row["run"]: row["job_id"] for row in site.status(array)} == dict(made)
