@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from . import console
 
 if TYPE_CHECKING:
-    from ..launch.array import ArrayPreview
     from ..launch.status import Status
     from ..launch.submit import Submitted
+    from ..launch.submit_many import ArrayPreview
     from ..runs import Run
 
 

@@ -159,8 +159,8 @@ def _submitted(
     after: list[str],
 ) -> Iterator[list[Submitted]]:
     """One plain job, or arrays of many; those of an array together."""
-    from ..launch import array
     from ..launch import submit as launch
+    from ..launch import submit_many
 
     if len(elements) == 1:
         [one] = elements
@@ -176,7 +176,7 @@ def _submitted(
             )
         ]
         return
-    yield from array.submit_all(
+    yield from submit_many.submit_all(
         elements, cluster, root=root, data_root=data_root, max_gpu_hours=max_gpu_hours, limit=limit, after=after
     )
 
@@ -207,12 +207,12 @@ def _print_previews(
     limit: int | None,
     after: list[str],
 ) -> None:
-    from ..launch import array
+    from ..launch import submit_many
     from . import several
 
-    shown = array.preview(elements, cluster, root=root, data_root=data_root, limit=limit, after=after)
+    shown = submit_many.preview(elements, cluster, root=root, data_root=data_root, limit=limit, after=after)
     several.preview(shown, cluster.name)
-    array.check_budget([planned for one in shown for planned in one.group], max_gpu_hours)
+    submit_many.check_budget([planned for one in shown for planned in one.group], max_gpu_hours)
 
 
 def _print_submitted(together: list[Submitted], cluster: Cluster, *, quiet: bool, parsable: bool) -> None:

@@ -13,7 +13,7 @@ import pytest
 from launch_site import Site, eventually
 
 from hpc_cifar import runs
-from hpc_cifar.launch import array, slurm, snapshot, status
+from hpc_cifar.launch import array, slurm, snapshot, status, submit_many
 from hpc_cifar.runs import Run
 
 
@@ -229,8 +229,8 @@ def test_requests_that_differ_are_arrays_of_their_own_and_none_is_too_large(
     path = Path(site.job())
     small, other = load_experiment(path), load_experiment(path, ["name=other", "seed=50"])
     wide = load_experiment(path, ["resources.nodes=2"])
-    planned = array.plan_all(expand([small, wide, other], seeds=2), SLURM, site.data, prepared=False)
-    groups = array.groups_of(planned, SLURM)
+    planned = submit_many.plan_all(expand([small, wide, other], seeds=2), SLURM, site.data, prepared=False)
+    groups = submit_many.groups_of(planned, SLURM)
     assert [[one.experiment.seed for one in group] for group in groups] == [[1, 2, 50, 51], [1, 2]]
     monkeypatch.setattr(array, "LARGEST_ARRAY", 3)
-    assert [len(group) for group in array.groups_of(planned, SLURM)] == [3, 1, 2]
+    assert [len(group) for group in submit_many.groups_of(planned, SLURM)] == [3, 1, 2]

@@ -39,7 +39,7 @@ class Site:
     """One user on the cluster with some job files, a profile, and one whose jobs are held."""
 
     def __init__(self, cluster: SlurmCluster, folder: Path, data: Path) -> None:
-        self.cluster, self.folder, self.runs = cluster, folder, folder / "runs"
+        self.cluster, self.folder, self.runs = cluster, folder, folder / "my runs"
         self.environment = {
             **os.environ,
             "SLURM_CONF": cluster.environment["SLURM_CONF"],
