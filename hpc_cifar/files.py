@@ -7,7 +7,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,20 @@ def fsync_folder(folder: Path) -> None:
         pass
     finally:
         os.close(descriptor)
+
+
+def make_durable(paths: Iterable[Path]) -> None:
+    """fsync many files and folders that are written already; at once, since a file system does that in a few commits."""
+
+    def fsync(path: Path) -> None:
+        if path.is_dir():
+            fsync_folder(path)
+            return
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(fsync, paths))
 
 
 @contextlib.contextmanager

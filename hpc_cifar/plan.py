@@ -70,7 +70,9 @@ def requested_placement(resources: Resources) -> Placement:
 
 def train_images_of(experiment: Experiment, stored: int) -> int:
     """Training images after the validation split, given ``stored`` training images in the dataset."""
-    share = experiment.data.validation
+    share, folds, fold = experiment.data.validation, experiment.data.folds, experiment.data.fold
+    if folds is not None and fold is not None:
+        return stored - len(range(fold, stored, folds))
     if share == "test":
         return stored
     held_out = min(max(round(stored * share), 1), stored - 1)

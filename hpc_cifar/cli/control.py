@@ -16,7 +16,7 @@ RunName = Annotated[str, typer.Argument(help="Run id, unique prefix, job id, pat
 def status(
     run: Annotated[
         str | None,
-        typer.Argument(help="Run id, unique prefix, job id, path, or last; all runs without it.", show_default=False),
+        typer.Argument(help="Run id, unique prefix, job or array id, path, or last; all runs without it.", show_default=False),
     ] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Look again every few seconds until all have ended.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="A list of objects, one a run.")] = False,
@@ -29,8 +29,8 @@ def status(
 
     root, first, screen = files.runs_root(), True, watch and sys.stdout.isatty()
     while True:
-        wanted = [runs.find(run, root)] if run is not None else runs.all_runs(root)
-        hidden = 0 if as_json else max(0, len(wanted) - RECENT)
+        wanted = runs.find_all(run, root) if run is not None else runs.all_runs(root)
+        hidden = 0 if as_json or run is not None else max(0, len(wanted) - RECENT)
         seen = statuses(wanted[hidden:])
         if as_json:
             typer.echo(json.dumps([row.as_dict() for row in seen], indent=None if watch else 2))
@@ -97,31 +97,34 @@ def logs(
             typer.echo(text, nl=not text.endswith("\n"))
 
 
-def wait(run: RunName = "last") -> None:
-    """Wait until a run has ended; exit code 0 if it finished or was stopped on purpose, 1 if it failed or was cancelled."""
+RunNames = Annotated[
+    list[str] | None, typer.Argument(help="Run ids, unique prefixes, job or array ids, paths, or last.", show_default="last")
+]
+
+
+def wait(run: RunNames = None) -> None:
+    """Wait until runs have ended; exit code 0 if all finished or were stopped on purpose, 1 if one failed or was cancelled."""
     from .. import files, runs
-    from ..launch import control
+    from ..launch.several import wait_all
 
-    found = runs.find(run, files.runs_root())
-    _exit_with(control.wait(found))
-
-
-def _exit_with(seen: object) -> None:
-    from ..launch.status import Status
-
-    assert isinstance(seen, Status)
-    typer.echo(f"{seen.run}: {seen.state}" + (f" ({seen.reason})" if seen.reason else ""))
-    if seen.state not in ("finished", "stopped"):
+    root = files.runs_root()
+    ended = wait_all(list(dict.fromkeys(found for name in run or ["last"] for found in runs.find_all(name, root))))
+    for seen in ended:
+        typer.echo(f"{seen.run}: {seen.state}" + (f" ({seen.reason})" if seen.reason else ""))
+    if any(seen.state not in ("finished", "stopped") for seen in ended):
         raise typer.Exit(1)
 
 
-def cancel(run: Annotated[list[str], typer.Argument(help="Run ids, unique prefixes, job ids, paths, or last.")]) -> None:
+def cancel(
+    run: Annotated[list[str], typer.Argument(help="Run ids, unique prefixes, job or array ids, paths, or last.")],
+) -> None:
     """Stop runs for good; each saves a checkpoint first and does not requeue."""
     from .. import files, runs
-    from ..launch import control
+    from ..launch.several import cancel_all
 
-    for found in [runs.find(name, files.runs_root()) for name in run]:
-        typer.echo(control.cancel(found))
+    root = files.runs_root()
+    for line in cancel_all(list(dict.fromkeys(found for name in run for found in runs.find_all(name, root)))):
+        typer.echo(line)
 
 
 def resume(

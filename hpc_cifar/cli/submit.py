@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,6 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from ..config.cluster import Cluster
+    from ..config.expand import Element
     from ..config.experiment import Experiment
     from ..launch.submit import Submitted
 
@@ -27,8 +29,21 @@ def submit(
     sets: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a field, such as optimizer.lr=0.1.")
     ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Run each file with N seeds: its own and those after it.", show_default=False)
+    ] = None,
+    kfold: Annotated[
+        int | None, typer.Option(min=2, help="Run each file K times, another fold held out each time.", show_default=False)
+    ] = None,
+    array_limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="Runs of one job array at once; all on Slurm, 1 with --cluster local.", show_default=False),
+    ] = None,
+    after: Annotated[
+        list[str] | None, typer.Option(metavar="RUN", help="Start when RUN has finished well; may be repeated.")
+    ] = None,
     max_gpu_hours: Annotated[
-        float | None, typer.Option(min=0, help="Refuse a job that may use more GPU-hours.", show_default=False)
+        float | None, typer.Option(min=0, help="Refuse jobs that together may use more GPU-hours.", show_default=False)
     ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Return when the runs have ended; exit code 1 if one failed.")] = False,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Watch the run to its end and print the result.")] = False,
@@ -49,12 +64,13 @@ def submit(
     hpc-cifar submit quickstart --cluster local --follow
     hpc-cifar submit jobs/deep300.yaml --dry-run
     hpc-cifar submit deep300 --partition gpu --time 02:00:00 --set optimizer.lr=0.01
+    hpc-cifar submit jobs/*.yaml --seeds 10 --array-limit 8
     """
     from .. import files
     from ..config.cluster import with_overrides
+    from ..config.expand import expand
     from ..config.packaged import find_job
     from ..errors import UsageError
-    from ..launch import submit as launch
 
     if sum((as_json, parsable, follow)) > 1:
         raise UsageError("--json, --parsable and --follow: use one of them")
@@ -64,19 +80,21 @@ def submit(
         with_resources(experiment, nodes=nodes, gpus_per_node=gpus_per_node, time=time)
         for experiment in _load([find_job(name) for name in job], sets or [])
     ]
+    elements = expand(experiments, seeds=seeds, folds=kfold)
     chosen = with_overrides(
         _cluster(cluster, dry_run),
         partition=partition, account=account, qos=qos, constraint=constraint, exclude=exclude,
     )  # fmt: skip
     root, data_root = files.runs_root(), files.data_root()
     if dry_run:
-        for experiment in experiments:
-            _print_preview(experiment, chosen, root, data_root, max_gpu_hours)
+        if len(elements) == 1:
+            _print_preview(elements[0], chosen, root, data_root, max_gpu_hours, after or [])
+        else:
+            _print_previews(elements, chosen, root, data_root, max_gpu_hours, array_limit, after or [])
         return
-    done = []
-    for experiment in experiments:
-        made = launch.submit(experiment, chosen, root=root, data_root=data_root, max_gpu_hours=max_gpu_hours)
-        done.append(made)
+    done: list[Submitted] = []
+    for made in _submitted(elements, chosen, root, data_root, max_gpu_hours, array_limit, after or []):
+        done += made
         _print_submitted(made, chosen, quiet=as_json, parsable=parsable)
     if as_json:
         import json
@@ -131,14 +149,50 @@ def _cluster(name: str | None, dry_run: bool) -> Cluster:
     return find_cluster(name, have_sbatch=dry_run or have_sbatch())
 
 
-def _print_preview(experiment: Experiment, cluster: Cluster, root: Path, data_root: Path, max_gpu_hours: float | None) -> None:
+def _submitted(
+    elements: list[Element],
+    cluster: Cluster,
+    root: Path,
+    data_root: Path,
+    max_gpu_hours: float | None,
+    limit: int | None,
+    after: list[str],
+) -> Iterator[list[Submitted]]:
+    """One plain job, or arrays of many; those of an array together."""
+    from ..launch import submit as launch
+    from ..launch import submit_many
+
+    if len(elements) == 1:
+        [one] = elements
+        yield [
+            launch.submit(
+                one.experiment,
+                cluster,
+                root=root,
+                data_root=data_root,
+                max_gpu_hours=max_gpu_hours,
+                after=after,
+                title=one.title,
+            )
+        ]
+        return
+    yield from submit_many.submit_all(
+        elements, cluster, root=root, data_root=data_root, max_gpu_hours=max_gpu_hours, limit=limit, after=after
+    )
+
+
+def _print_preview(
+    one: Element, cluster: Cluster, root: Path, data_root: Path, max_gpu_hours: float | None, after: list[str]
+) -> None:
     from ..errors import LaunchError
+    from ..launch import dependency
     from ..launch import submit as launch
     from . import console
 
-    shown = launch.preview(experiment, cluster, root=root, data_root=data_root)
+    waits = dependency.resolve(after, root, cluster.executor)
+    shown = launch.preview(one.experiment, cluster, root=root, data_root=data_root, after=waits, title=one.title)
     expected = console.expectations(shown.start, shown.length, shown.plan)
-    console.plan_facts(experiment.name, cluster.name, shown.plan, expected)
+    console.plan_facts(one.experiment.name, cluster.name, shown.plan, expected)
     if shown.script is None:
         typer.echo("\nthe local executor has no script: the processes start on this machine")
     else:
@@ -148,12 +202,33 @@ def _print_preview(experiment: Experiment, cluster: Cluster, root: Path, data_ro
         raise LaunchError(shown.refusal)
 
 
-def _print_submitted(made: Submitted, cluster: Cluster, *, quiet: bool, parsable: bool) -> None:
-    from . import console
+def _print_previews(
+    elements: list[Element],
+    cluster: Cluster,
+    root: Path,
+    data_root: Path,
+    max_gpu_hours: float | None,
+    limit: int | None,
+    after: list[str],
+) -> None:
+    from ..launch import submit_many
+    from . import several
+
+    shown = submit_many.preview(elements, cluster, root=root, data_root=data_root, limit=limit, after=after)
+    several.preview(shown, cluster.name)
+    submit_many.check_budget([planned for one in shown for planned in one.group], max_gpu_hours)
+
+
+def _print_submitted(together: list[Submitted], cluster: Cluster, *, quiet: bool, parsable: bool) -> None:
+    from . import console, several
 
     if parsable:
-        typer.echo(f"{made.run.id}\t{made.job_id}")
+        for made in together:
+            typer.echo(f"{made.run.id}\t{made.job_id}")
+    elif len(together) > 1 and not quiet:
+        several.submitted(together, cluster.name)
     elif not quiet:
+        [made] = together
         place = made.plan.placement
         gpus = f", {place.nodes * place.gpus_per_node} GPUs" if place.gpus_per_node else ""
         budget = f", at most {made.plan.gpu_hours:.2f} GPU-hours a job" if place.gpus_per_node else ""
@@ -179,17 +254,16 @@ def _row(made: Submitted) -> dict[str, Any]:
 
 
 def _watch(done: list[Submitted], *, follow: bool) -> None:
-    from ..launch import control
-    from . import console
+    from ..launch.several import wait_all
+    from . import several
 
-    failed = False
-    for made in done:
-        try:
-            seen = console.follow(made.run) if follow else control.wait(made.run)
-        except KeyboardInterrupt:
-            if not follow:
-                typer.echo(f"\n{made.run.id} goes on; wait again with: hpc-cifar wait {made.run.id}", err=True)
-            raise typer.Exit(130) from None
-        failed |= seen.state not in ("finished", "stopped")
-    if failed:
+    runs = [made.run for made in done]
+    try:
+        ended = several.follow(runs) if follow else wait_all(runs)
+    except KeyboardInterrupt:
+        if not follow:
+            names = " ".join(run.id for run in runs[:3]) + " ..." * (len(runs) > 3)
+            typer.echo(f"\n{names} goes on; wait again with: hpc-cifar wait {names}", err=True)
+        raise typer.Exit(130) from None
+    if any(seen.state not in ("finished", "stopped") for seen in ended):
         raise typer.Exit(1)

@@ -48,7 +48,8 @@ class Augment(Model):
 
 class Data(Model):
     """Which images, in which batches. ``batch_size`` is global: all ranks together. ``validation`` is the share of the training
-    images held out, or ``test`` to repeat a source that validated on the test images.
+    images held out, or ``test`` to repeat a source that validated on the test images. With ``folds: K``, one of the K parts of
+    a stratified split of the training images is held out instead of that share: the one with the number ``fold``, from 0.
     """
 
     dataset: Annotated[str, AfterValidator(_dataset)] = "cifar10"
@@ -57,9 +58,22 @@ class Data(Model):
     micro_batch_size: Count | None = None
     validation: Literal["test"] | Annotated[Real, Field(gt=0, lt=1)] = 0.1
     split_seed: Annotated[Whole, Field(ge=0, lt=2**63)] = 0
+    folds: Annotated[Whole, Field(ge=2, le=1000)] | None = None
+    fold: Annotated[Whole, Field(ge=0)] | None = None
     augment: Augment = Augment()
     normalize: Literal["mean_std", "zero_one"] = "mean_std"
     workers: Annotated[Whole, Field(ge=0, le=256)] = 2
+
+    @model_validator(mode="after")
+    def _one_of_the_folds(self) -> Data:
+        if (self.folds is None) != (self.fold is None):
+            raise ValueError("folds and fold go together, such as folds: 5 and fold: 0; or submit with --kfold 5")
+        if self.folds is not None and self.fold is not None:
+            if self.fold >= self.folds:
+                raise ValueError(f"fold: should be 0 to {self.folds - 1}, since folds is {self.folds}, not {self.fold}")
+            if self.validation == "test":
+                raise ValueError("folds hold out training images: leave validation: test out")
+        return self
 
 
 # ---- optimizer and schedule ----------------------------------------------------------------------------------------

@@ -47,6 +47,31 @@ def split(labels: npt.ArrayLike, share: float | Literal["test"], seed: int) -> t
     return everything[~chosen], everything[chosen]
 
 
+def fold(labels: npt.ArrayLike, folds: int, number: int, seed: int) -> tuple[Ints, Ints]:
+    """Training and validation indices of one fold, both sorted; the folds are disjoint and together hold every image.
+
+    The images are dealt like cards: class after class, each shuffled by ``seed``, one to each fold in turn. So the number of a
+    class in any two folds differs by one at most, and the size of a fold is known from the number of images alone.
+
+    Args:
+        labels: (N,) class of each stored training image.
+        folds: how many there are.
+        number: which one is held out, from 0.
+        seed: ``data.split_seed``.
+
+    Raises:
+        DataError: there are fewer images than folds.
+    """
+    classes = np.asarray(labels, dtype=np.int64)
+    if len(classes) < folds:
+        raise DataError(f"{folds} folds need at least {folds} training images, there are {len(classes)}")
+    everything = np.arange(len(classes), dtype=np.int64)
+    shuffled = [order(seed, 0, everything[classes == name], SPLIT) for name in np.unique(classes)]
+    chosen = np.zeros(len(classes), dtype=np.bool_)
+    chosen[np.concatenate(shuffled)[number::folds]] = True
+    return everything[~chosen], everything[chosen]
+
+
 def mean_std(moments: npt.ArrayLike, indices: npt.ArrayLike, pixels_per_image: int) -> tuple[Floats, Floats]:
     """Mean and standard deviation per channel over the images ``indices``, in units of the full pixel range (0..1).
 

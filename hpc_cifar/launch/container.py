@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..config.container import APPTAINER, Container
@@ -19,7 +19,7 @@ def active(container: Container | None) -> Container | None:
     return None if container is None or container.runtime == "none" else container
 
 
-def python_command(container: Container | None, python: str, folders: list[Path], *, gpus: bool) -> str:
+def python_command(container: Container | None, python: str, folders: Sequence[Path], *, gpus: bool) -> str:
     """What starts Python in the job, quoted for the shell.
 
     Args:
@@ -36,7 +36,7 @@ def python_command(container: Container | None, python: str, folders: list[Path]
     return shlex.join([*words, *container.args, str(container.image), python])
 
 
-def srun_args(container: Container | None, folders: list[Path], environment: Mapping[str, str]) -> list[str]:
+def srun_args(container: Container | None, folders: Sequence[Path], environment: Mapping[str, str]) -> list[str]:
     """Options of pyxis for srun; its hook lets the GPUs of the job in by itself.
 
     Args:
@@ -65,7 +65,7 @@ def export_lines(container: Container | None, code: Path, environment: Mapping[s
     return lines
 
 
-def _binds(container: Container, folders: list[Path]) -> list[str]:
+def _binds(container: Container, folders: Sequence[Path]) -> list[str]:
     for folder in folders:
         if re.search(r"[,:]", str(folder)):
             raise UsageError(f"{str(folder)!r}: a container cannot be given a folder with a comma or a colon in its path")

@@ -52,8 +52,19 @@ def free_port(job_id: str, restart: int) -> int:
     return first
 
 
+def _is_alive(process_file: Path) -> bool:
+    return process.is_alive(files.read_json(process_file) or {})
+
+
+def _runs_still(path: Path) -> bool:
+    from ..runs import Run
+    from .status import status
+
+    return not status(Run(path)).ended
+
+
 class Controller:
-    """One local job: ``spec`` holds folder, job_id, command, tasks, timeout_s, signal_delay_s, signal."""
+    """One local job: ``spec`` holds folder, job_id, command, tasks, timeout_s, signal_delay_s, signal, predecessor, after."""
 
     def __init__(self, spec: dict[str, Any]) -> None:
         self.folder = Path(spec["folder"])
@@ -64,6 +75,8 @@ class Controller:
         self.timeout_s: float = spec["timeout_s"]
         self.signal_delay_s: float = spec["signal_delay_s"]
         self.usr = signal.Signals[spec["signal"]]
+        self.predecessor: str = spec.get("predecessor", "")
+        self.after = [Path(path) for path in spec.get("after", ())]
         self.peer_grace_s = float(spec.get("peer_grace_s", PEER_GRACE_S))
         self.term_grace_s = float(spec.get("term_grace_s", TERM_GRACE_S))
         self.tasks: list[subprocess.Popen[bytes]] = []
@@ -165,11 +178,31 @@ class Controller:
             if pid != os.getpid():
                 process.send(pid, signal.SIGKILL)
 
+    # ---- before the job --------------------------------------------------------------------------------------------
+
+    def wait_for_its_turn(self) -> bool:
+        """Until the predecessor and the runs to start after have ended; whether this job was ended while it waited.
+
+        Whether those runs have finished is asked by the job itself, as it is on Slurm.
+        """
+        waits: list[tuple[Callable[[Path], bool], Path]] = [(_is_alive, Path(self.predecessor))] if self.predecessor else []
+        waits += [(_runs_still, path) for path in self.after]
+        for still, path in waits:
+            while self.terminated_at is None and not self.cancelled() and still(path):
+                time.sleep(POLL_S * 5)
+        if self.cancelled():
+            self._record("cancelled", None)
+        elif self.terminated_at is not None:
+            self._record("stopped", "terminated before it began; it goes on with: hpc-cifar resume " + self.run.name)
+        return self.cancelled() or self.terminated_at is not None
+
     # ---- the job ---------------------------------------------------------------------------------------------------
 
     def run_all(self) -> int:
         """Segments until the job ends; the exit code."""
         restart = idle = 0
+        if self.wait_for_its_turn():
+            return 0
         while True:
             before = self._state().get("step")
             self.tasks = []

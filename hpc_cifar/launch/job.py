@@ -12,6 +12,7 @@ import signal
 import subprocess
 import time
 import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -38,11 +39,16 @@ class TrainJob:
     Args:
         run: the run directory.
         data_root: where prepared datasets lie.
+        after: run directories of the runs that must have finished before.
     """
 
-    def __init__(self, run: Path, data_root: Path) -> None:
+    after: tuple[str, ...] = ()
+
+    def __init__(self, run: Path, data_root: Path, after: Sequence[Path] = ()) -> None:
         self.run = str(run)
         self.data_root = str(data_root)
+        if after:
+            self.after = tuple(str(path) for path in after)
 
     def __call__(self) -> dict[str, Any]:
         import submitit
@@ -78,6 +84,9 @@ class TrainJob:
             return {"state": "cancelled"}
         if run.finished():  # Slurm may requeue a job that ended during its grace time
             return run.result() or {}
+        from .dependency import check_finished
+
+        check_finished(self.after)
         from ..train.loop import train
         from . import preflight
 
@@ -125,6 +134,8 @@ def restart_count() -> int:
 def segment() -> str:
     """Names this stretch of the run: job id and restart count."""
     job = os.environ.get("SLURM_JOB_ID") or os.environ.get("SUBMITIT_LOCAL_JOB_ID") or ""
+    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
+        job = f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID', '')}"
     return f"{job}.{restart_count()}"
 
 
@@ -232,7 +243,7 @@ def _requeue(run: Run, env: Any, usr: signal.Signals, hand_over: Any, result: di
         raise SystemExit(0)  # without a result: this rank is not done, and rank 0 speaks for all
     if env.cluster == "slurm":
         # scancel and preemption both send TERM; only the job's state tells them apart where no marker was left
-        job_state = _slurm_job_state(env.raw_job_id)
+        job_state = _slurm_job_state(env.job_id)
         if job_state.startswith("CANCELLED") or (job_state == "COMPLETING" and result["state"] == "stopped"):
             # while its ranks still run, Slurm calls a job that was cancelled COMPLETING; a preempted one that is to come
             # back is requeued by Slurm itself
@@ -253,7 +264,7 @@ def _requeue(run: Run, env: Any, usr: signal.Signals, hand_over: Any, result: di
             hand_over(usr, None)
         except Exception as error:
             problem = error
-            if env.cluster == "slurm" and _slurm_job_state(env.raw_job_id) in ("PENDING", "REQUEUED", "PREEMPTED"):
+            if env.cluster == "slurm" and _slurm_job_state(env.job_id) in ("PENDING", "REQUEUED", "PREEMPTED"):
                 raise SystemExit(0) from None  # Slurm requeues it by itself
             time.sleep(1)
     text = "" if problem is None else one_line(problem)
@@ -263,7 +274,10 @@ def _requeue(run: Run, env: Any, usr: signal.Signals, hand_over: Any, result: di
 
 
 def _slurm_job_state(job_id: str) -> str:
-    """Slurm's word for the state of a job, or "" where it cannot be asked."""
+    """Slurm's word for the state of a job, or "" where it cannot be asked.
+
+    ``job_id`` is ``123_4`` for an element of an array: the plain number of one of the elements means the whole array.
+    """
     try:
         done = subprocess.run(
             ["squeue", "--noheader", "--states=all", "--format=%T", "--jobs", job_id],

@@ -8,6 +8,7 @@ import secrets
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,11 +107,24 @@ class LocalExecutor(submitit.LocalExecutor):  # type: ignore[misc, unused-ignore
         code: the snapshot that jobs import.
         gpus: values for ``CUDA_VISIBLE_DEVICES``.
         environment: variables of the cluster profile.
+        predecessor: process file of a job that must have ended before this one's ranks start.
+        after: run directories of runs that must have finished before this one's ranks start.
     """
 
-    def __init__(self, folder: Path, *, job_id: str, code: Path, gpus: list[str], environment: dict[str, str]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        job_id: str,
+        code: Path,
+        gpus: list[str],
+        environment: dict[str, str],
+        predecessor: Path | None = None,
+        after: Sequence[Path] = (),
+    ) -> None:
         super().__init__(folder, max_num_timeout=MAX_TIMEOUTS)
         self.job_id, self.code, self.gpus, self.environment = job_id, code, gpus, environment
+        self.waits = {"predecessor": str(predecessor or ""), "after": [str(path) for path in after]}
 
     def _submit_command(self, command: str) -> LocalJob[Any]:
         parameters = self.parameters
@@ -126,6 +140,7 @@ class LocalExecutor(submitit.LocalExecutor):  # type: ignore[misc, unused-ignore
             "signal_delay_s": min(float(parameters["signal_delay_s"]), timeout_s / 2),
             "signal": LocalJobEnvironment._usr_sig().name,
             "process_file": str(who),
+            **self.waits,
         }
         spec_file = self.folder / f"{self.job_id}_job.json"
         files.write_json(spec_file, spec)

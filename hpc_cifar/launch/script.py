@@ -10,7 +10,7 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +73,15 @@ def setup_lines(cluster: Cluster, code: Path) -> list[str]:
     return lines + container.export_lines(cluster.container, code, cluster.variables())
 
 
-def parameters(experiment: Experiment, cluster: Cluster, plan: Plan, run: Path, *, folders: list[Path]) -> dict[str, Any]:
-    """submitit's parameters for one job of this run; ``folders`` are what a container sees of the host."""
+def parameters(
+    experiment: Experiment, cluster: Cluster, plan: Plan, run: Path, *, folders: Sequence[Path], after: Sequence[str] = ()
+) -> dict[str, Any]:
+    """submitit's parameters for one job of this run.
+
+    Args:
+        folders: what a container sees of the host.
+        after: jobs that must have ended well before this one starts.
+    """
     placement = plan.placement
     memory_gib = experiment.resources.memory_gib_per_node or cluster.memory_gib_per_node
     gpus: str | int = placement.gpus_per_node
@@ -86,6 +93,8 @@ def parameters(experiment: Experiment, cluster: Cluster, plan: Plan, run: Path, 
         srun.insert(0, f"--cpus-per-task={placement.cpus_per_process}")
     extra: dict[str, Any] = {"requeue" if cluster.requeue else "no-requeue": True}
     extra |= {name.replace("_", "-"): value for name, value in cluster.sbatch_extra.items()}
+    if after:
+        extra["kill-on-invalid-dep"] = "yes"  # else it waits for ever once one of them has failed
     chosen = {
         "job_name": experiment.name,
         "comment": f"hpc-cifar run {run.name}",
@@ -96,6 +105,7 @@ def parameters(experiment: Experiment, cluster: Cluster, plan: Plan, run: Path, 
         "gres": f"gpu:{typed}" if gpus and cluster.gpu_request == "gres" else None,
         "mem": f"{math.ceil(memory_gib * 1024)}M" if memory_gib else None,
         "time": math.ceil(plan.time_s / 60),
+        "dependency": f"afterok:{':'.join(after)}" if after else None,
         "signal_delay_s": min(cluster.signal_delay_s, max(1, plan.time_s // 2)),
         "exclusive": True if cluster.exclusive else None,
         "setup": setup_lines(cluster, run / "code"),
@@ -108,21 +118,31 @@ def parameters(experiment: Experiment, cluster: Cluster, plan: Plan, run: Path, 
 
 
 def executor(
-    experiment: Experiment, cluster: Cluster, plan: Plan, run: Path, *, data_root: Path | None = None
+    experiment: Experiment,
+    cluster: Cluster,
+    plan: Plan,
+    run: Path,
+    *,
+    data_root: Path | None = None,
+    after: Sequence[str] = (),
+    folders: Sequence[Path] | None = None,
 ) -> SlurmExecutor:
     """The executor that submits this run; its :meth:`SlurmExecutor.script` is what it would submit.
 
     Args:
         data_root: where prepared datasets lie, for a container to see them.
+        after: jobs that must have ended well before this one starts.
+        folders: what a container sees of the host; None means the run and the datasets.
     """
     check_path(run, "run directory")
-    folders = [run] if data_root is None else [run, data_root]
+    if folders is None:
+        folders = [run] if data_root is None else [run, data_root]
     python = str(Path(cluster.python).expanduser()) if cluster.python and cluster.python.startswith("~/") else cluster.python
     if python is None:
         python = container.PYTHON if container.active(cluster.container) else sys.executable
     command = container.python_command(cluster.container, python, folders, gpus=plan.placement.gpus_per_node > 0)
     made = SlurmExecutor(run / "submitit", max_num_timeout=MAX_TIMEOUTS, python=command)
-    made.update_parameters(**parameters(experiment, cluster, plan, run, folders=folders))
+    made.update_parameters(**parameters(experiment, cluster, plan, run, folders=folders, after=after))
     return made
 
 
@@ -146,10 +166,17 @@ def submit(executor: SlurmExecutor, job: Any) -> str:
         LaunchError: Slurm refused; its own words in one line.
     """
     executor.folder.mkdir(parents=True, exist_ok=True)
+    with refusals():
+        return str(executor.submit(job).job_id)
+
+
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """Turn what goes wrong with sbatch within the block into a LaunchError of one line."""
     printed = io.StringIO()  # submitit prints sbatch's words too; ours come once, in one line
     try:
         with clean_environment(), contextlib.redirect_stderr(printed):
-            return str(executor.submit(job).job_id)
+            yield
     except (FailedJobError, FailedSubmissionError, OSError) as error:
         words = slurm_words(str(error))
         lowered = words.lower()

@@ -89,7 +89,8 @@ def ask(command: list[str], *, text: str | None = None, timeout_s: float = LOOK_
 def _environment() -> dict[str, str]:
     # the user's own SQUEUE_FORMAT, SLURM_TIME_FORMAT and the like change what these commands print
     others = ("SQUEUE_", "SACCT_", "SINFO_", "SCONTROL_", "SLURM_TIME_FORMAT")
-    return {name: value for name, value in os.environ.items() if not name.startswith(others)}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(others)}
+    return {**kept, "SLURM_BITSTR_LEN": "0"}  # else the elements of an array end in "..."
 
 
 def utc_of(stamp: str) -> str | None:
@@ -98,6 +99,20 @@ def utc_of(stamp: str) -> str | None:
         return datetime.datetime.fromisoformat(stamp.strip()).astimezone(datetime.UTC).isoformat(timespec="seconds")
     except (ValueError, OverflowError):
         return None
+
+
+def expand_ids(text: str) -> list[str]:
+    """Every job meant by an id as Slurm prints it: waiting elements of an array are one line, ``123_[0-2,7,10-20:5%4]``."""
+    array, bracket, rest = text.partition("_[")
+    if not bracket:
+        return [text]
+    found = []
+    for part in rest.rstrip("]").partition("%")[0].split(","):
+        span, _, step = part.partition(":")
+        first, _, last = span.partition("-")
+        if first.isdigit() and (last or first).isdigit() and (step or "1").isdigit():
+            found += [f"{array}_{index}" for index in range(int(first), int(last or first) + 1, int(step or 1))]
+    return found
 
 
 def _word(text: str) -> str:
@@ -123,25 +138,30 @@ def query(job_ids: Iterable[str], ended: Collection[str] = ()) -> Answer:
     reachable = listing.code == 0
     for line in listing.out.splitlines() if reachable else ():
         job_id, state, reason, start, nodes, *_ = [*line.split("|"), "", "", "", ""]
-        if job_id.strip() in wanted and state:
-            found[job_id.strip()] = JobState(_word(state), _plain(reason), utc_of(start), _plain(nodes) or None)
+        if state:
+            seen = JobState(_word(state), _plain(reason), utc_of(start), _plain(nodes) or None)
+            found |= {one: seen for one in expand_ids(job_id.strip()) if one in wanted}
     if missing := wanted - set(found) - set(ended):
         # without accounting this ends at once and asks nobody
         accounts = ["sacct", "--noheader", "--parsable2", "--allocations", "--format=JobID,State,Reason,Start,NodeList"]
         told = ask([*accounts, f"--jobs={','.join(sorted(missing))}"])
         for line in told.out.splitlines() if told.code == 0 else ():
             job_id, state, reason, start, nodes, *_ = [*line.split("|"), "", "", "", ""]
-            if job_id in missing and state:
-                found[job_id] = JobState(_word(state), _plain(reason), utc_of(start), _hosts(nodes))
+            if state:
+                seen = JobState(_word(state), _plain(reason), utc_of(start), _hosts(nodes))
+                found |= {one: seen for one in expand_ids(job_id) if one in missing}
     if (wanted - set(found)) and not reachable and not listing.unanswered:
         told = ask(["scontrol", "--oneliner", "show", "jobs"])
         reachable = told.code == 0
         for line in told.out.splitlines() if reachable else ():
-            pairs = dict(re.findall(r"\b(JobId|JobState|Reason|StartTime|NodeList)=(\S+)", line))
-            if pairs.get("JobId") in wanted and "JobState" in pairs:
-                state, reason = pairs["JobState"], _plain(pairs.get("Reason", ""))
+            pairs = dict(re.findall(r"\b(\w+)=(\S+)", line))
+            name = pairs.get("JobId", "")
+            if index := pairs.get("ArrayTaskId"):
+                name = f"{pairs.get('ArrayJobId', '')}_" + (index if index.isdigit() else f"[{index}]")
+            if "JobState" in pairs:
                 begun, hosts = utc_of(pairs.get("StartTime", "")), _plain(pairs.get("NodeList", ""))
-                found.setdefault(pairs["JobId"], JobState(state, reason, begun, hosts or None))
+                seen = JobState(pairs["JobState"], _plain(pairs.get("Reason", "")), begun, hosts or None)
+                found = {one: seen for one in expand_ids(name) if one in wanted} | found
     return Answer(found, reachable)
 
 

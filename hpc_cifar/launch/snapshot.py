@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import secrets
 import shutil
 from pathlib import Path
@@ -31,3 +33,27 @@ def take(code: Path, package: Path = PACKAGE) -> Path:
         shutil.rmtree(building, ignore_errors=True)
         raise RunError(f"{code}: the code cannot be copied there: {error}") from None
     return code
+
+
+def share(code: Path, existing: Path) -> Path:
+    """The same files as the snapshot ``existing``, as hard links where the file system has them: a hundred runs, one copy.
+
+    Every run keeps its files whatever happens to the others; only an edit in place would be seen by all of them.
+    """
+    if (code / PACKAGE.name / "__init__.py").is_file():
+        return code
+    building = code.with_name(f".{code.name}.{secrets.token_hex(4)}.new")
+    try:
+        shutil.copytree(existing, building, copy_function=_link)
+        building.rename(code)
+    except (OSError, shutil.Error) as error:
+        shutil.rmtree(building, ignore_errors=True)
+        raise RunError(f"{code}: the code cannot be linked there: {error}") from None
+    return code
+
+
+def _link(source: str, target: str) -> str:
+    with contextlib.suppress(OSError):  # no hard links here, or too many of one file
+        os.link(source, target)
+        return target
+    return shutil.copyfile(source, target)

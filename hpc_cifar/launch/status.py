@@ -16,6 +16,8 @@ from . import local, process, slurm
 
 ENDED = frozenset(("finished", "failed", "cancelled", "stopped"))
 VANISHED = "processes ended without a result"
+# Slurm forgets a waiting element of an array as soon as it is cancelled
+NEVER_STARTED = "the job left the queue before it started: cancelled there, or its node could not start it"
 START_GRACE_S = 15.0  # between the record of a local job and its first process
 
 
@@ -132,7 +134,9 @@ def _with_slurm(
             return word, reason
         if not reachable:
             return word, "Slurm does not answer; this is what the run last wrote"
-        return ("cancelled", None) if run.cancel_marker.exists() else ("failed", VANISHED)
+        if run.cancel_marker.exists():
+            return "cancelled", None
+        return "failed", NEVER_STARTED if word == "pending" else VANISHED
     if job.waiting:
         if run.cancel_marker.exists():
             return "cancelled", reason
@@ -143,6 +147,9 @@ def _with_slurm(
         return "running", "being cancelled" if run.cancel_marker.exists() else None
     if word in ENDED:
         return word, reason
+    if job.state == "CANCELLED" and job.reason == "DependencyNeverSatisfied":
+        names = ", ".join(_last_job(run).get("after", [])) or "a run"
+        return "cancelled", f"{names}, after which it was to start, did not finish"
     if job.state == "CANCELLED" or run.cancel_marker.exists():
         return "cancelled", None if run.cancel_marker.exists() else "cancelled with scancel"
     words = {"TIMEOUT": "the time limit was reached before a checkpoint was saved", "COMPLETED": VANISHED}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from ..config.shapes import check_fits
 from ..errors import DataError, HpcCifarError, LaunchError, NoCluster, UsageError
 from ..plan import Placement, Plan, make_plan, requested_placement, seconds_of
 from ..runs import Run
-from . import estimate, local, provenance, script, snapshot
+from . import dependency, estimate, local, provenance, script, snapshot
 from .job import TrainJob
 
 NO_SBATCH = "no sbatch on this machine: use --cluster local to run here, or --dry-run to see the script"
@@ -99,23 +101,25 @@ def plan_for(experiment: Experiment, cluster: Cluster, stored: int, notes: tuple
     return dataclasses.replace(plan, time_s=time_s, gpu_hours=plan.gpu_hours * share, core_hours=plan.core_hours * share)
 
 
-def preview(experiment: Experiment, cluster: Cluster, *, root: Path, data_root: Path) -> Preview:
+def preview(
+    experiment: Experiment,
+    cluster: Cluster,
+    *,
+    root: Path,
+    data_root: Path,
+    after: Sequence[Run] = (),
+    title: str | None = None,
+) -> Preview:
     """Plan, script and Slurm's estimate without touching anything.
 
     A dataset that is not there yet is taken to have the usual size.
     """
-    notes: tuple[str, ...] = ()
-    try:
-        stored = checked_train_images(experiment, data_root)
-    except DataError:
-        stored = USUAL_TRAIN_IMAGES
-        notes = (f"{experiment.data.dataset} is not prepared in {data_root}: counted as {stored:,} training images",)
-    plan = plan_for(experiment, cluster, stored, notes)
+    plan = preview_plan(experiment, cluster, data_root)
     length = estimate.length_of(experiment, cluster, plan, root)
     if cluster.executor == "local":
         return Preview(plan, None, length=length)
-    run = root / runs.new_run_id(experiment.name)
-    text = script.executor(experiment, cluster, plan, run, data_root=data_root).script()
+    run = root / runs.new_run_id(title or experiment.name)
+    text = script.executor(experiment, cluster, plan, run, data_root=data_root, after=job_ids(after)).script()
     if not have_sbatch():
         return Preview(plan, text, length=length)
     try:
@@ -124,6 +128,17 @@ def preview(experiment: Experiment, cluster: Cluster, *, root: Path, data_root: 
         return Preview(plan, text, estimate.Start(note="no Slurm cluster answers here"), length)
     except LaunchError as error:
         return Preview(plan, text, length=length, refusal=str(error))
+
+
+def preview_plan(experiment: Experiment, cluster: Cluster, data_root: Path) -> Plan:
+    """The plan of one job, also where its dataset is not prepared yet."""
+    notes: tuple[str, ...] = ()
+    try:
+        stored = checked_train_images(experiment, data_root)
+    except DataError:
+        stored = USUAL_TRAIN_IMAGES
+        notes = (f"{experiment.data.dataset} is not prepared in {data_root}: counted as {stored:,} training images",)
+    return plan_for(experiment, cluster, stored, notes)
 
 
 def check_budget(plan: Plan, max_gpu_hours: float | None) -> None:
@@ -148,6 +163,8 @@ def submit(
     data_root: Path,
     max_gpu_hours: float | None = None,
     command: list[str] | None = None,
+    after: Sequence[str] = (),
+    title: str | None = None,
 ) -> Submitted:
     """Queue ``experiment`` on ``cluster``, or start it here.
 
@@ -156,9 +173,11 @@ def submit(
         data_root: folder of prepared datasets; jobs read it from there.
         max_gpu_hours: refuse a job that may use more.
         command: for the provenance; None means this process's own.
+        after: runs that must have finished before this one starts, as the user names them.
+        title: what the run is called before the time; None means by the experiment's name.
 
     Raises:
-        UsageError: the request cannot be right (batch, budget, path).
+        UsageError: the request cannot be right (batch, budget, path, a run to start after that has failed).
         DataError: the dataset is not prepared.
         LaunchError: there is no Slurm, or it refused or would refuse; the run directory, if there is one already, says so too.
     """
@@ -166,14 +185,17 @@ def submit(
         raise LaunchError(NO_SBATCH)
     plan = plan_for(experiment, cluster, checked_train_images(experiment, data_root))
     check_budget(plan, max_gpu_hours)
-    run_id = runs.new_run_id(experiment.name)
-    expected = tested(experiment, cluster, plan, root / run_id, data_root)
+    waits = dependency.resolve(after, root, cluster.executor)
+    run_id = runs.new_run_id(title or experiment.name)
+    expected = tested(experiment, cluster, plan, root / run_id, data_root, waits)
     length = estimate.length_of(experiment, cluster, plan, root)
     run = runs.create(root, run_id, experiment, plan.as_dict(), provenance.collect(command))
-    return Submitted(run, start(run, cluster, plan, data_root=data_root), plan, expected, length)
+    return Submitted(run, start(run, cluster, plan, data_root=data_root, after=waits), plan, expected, length)
 
 
-def tested(experiment: Experiment, cluster: Cluster, plan: Plan, run: Path, data_root: Path) -> estimate.Start | None:
+def tested(
+    experiment: Experiment, cluster: Cluster, plan: Plan, run: Path, data_root: Path, after: Sequence[Run] = ()
+) -> estimate.Start | None:
     """Slurm's estimate for the job of a run directory, which need not exist; None for the local executor.
 
     Raises:
@@ -181,35 +203,83 @@ def tested(experiment: Experiment, cluster: Cluster, plan: Plan, run: Path, data
     """
     if cluster.executor == "local":
         return None
-    return estimate.start_of(script.executor(experiment, cluster, plan, run, data_root=data_root).script(), cluster, plan)
+    made = script.executor(experiment, cluster, plan, run, data_root=data_root, after=job_ids(after))
+    return estimate.start_of(made.script(), cluster, plan)
 
 
-def start(run: Run, cluster: Cluster, plan: Plan, *, data_root: Path) -> str:
+def start(run: Run, cluster: Cluster, plan: Plan, *, data_root: Path, after: Sequence[Run] = ()) -> str:
     """Hand a job for an existing run directory over; the job id. What fails is written into the run directory."""
+    with recorded([run]):
+        make_ready(run, cluster)
+        if cluster.executor == "local":
+            return start_local(run, cluster, plan, data_root=data_root, after=after)
+        job = TrainJob(run.path, data_root, [other.path for other in after])
+        made = script.executor(run.experiment(), cluster, plan, run.path, data_root=data_root, after=job_ids(after))
+        job_id = script.submit(made, job)
+        record_job(run, "slurm", job_id, plan, after, cluster=cluster.name)
+        return job_id
+
+
+@contextlib.contextmanager
+def recorded(waiting: Sequence[Run]) -> Iterator[None]:
+    """What goes wrong within the block is written into the run directories that are in ``waiting`` by then."""
     try:
-        files.write_json(run.path / "cluster.json", cluster.model_dump(mode="json"))
-        snapshot.take(run.code)
-        run.submitit.mkdir(exist_ok=True)
-        waiting = {key: value for key, value in run.state().items() if key != "reason"}
-        run.write_state(**{**waiting, "state": "pending"})
-        job = TrainJob(run.path, data_root)
-        return _start_local(run, cluster, plan, job) if cluster.executor == "local" else _start_slurm(run, cluster, plan, job)
+        yield
     except BaseException as error:
         reason = str(error) if isinstance(error, HpcCifarError) else f"not submitted: {type(error).__name__}: {error}"
-        run.write_state(**{**run.state(), "state": "failed", "reason": reason.splitlines()[0] if reason else "not submitted"})
+        if not isinstance(error, Exception):  # Ctrl-C, or whoever read what is printed has gone
+            reason = "not submitted: the command was interrupted"
+        words = {"state": "failed", "reason": reason.splitlines()[0] if reason else "not submitted"}
+        for run in waiting:
+            with contextlib.suppress(OSError):
+                run.write_state(**{**run.state(), **words})
         if isinstance(error, OSError):
-            raise LaunchError(f"{run.path}: cannot be written: {error}") from None
+            raise LaunchError(f"{waiting[0].path if waiting else ''}: cannot be written: {error}") from None
         raise
 
 
-def _start_local(run: Run, cluster: Cluster, plan: Plan, job: TrainJob) -> str:
+def make_ready(run: Run, cluster: Cluster, code: Path | None = None) -> None:
+    """All a run directory needs before its job is queued; ``code`` is a snapshot that it may share."""
+    files.write_json(run.path / "cluster.json", cluster.model_dump(mode="json"), durable=code is None)
+    snapshot.take(run.code) if code is None else snapshot.share(run.code, code)
+    run.submitit.mkdir(exist_ok=True)
+    waiting = {key: value for key, value in run.state().items() if key != "reason"}
+    run.write_state(**{**waiting, "state": "pending"})
+
+
+def job_ids(after: Sequence[Run]) -> list[str]:
+    """The last job of each run."""
+    return [str(run.jobs()[-1]["job_id"]) for run in after]
+
+
+def start_local(
+    run: Run,
+    cluster: Cluster,
+    plan: Plan,
+    *,
+    data_root: Path,
+    after: Sequence[Run] = (),
+    predecessor: Path | None = None,
+    lane: int = 0,
+) -> str:
+    """Start a job's controller on this machine; the job id.
+
+    Args:
+        after: runs that must have finished before its ranks start.
+        predecessor: the process file of a job that must have ended before its ranks start, however it ended.
+        lane: which of the jobs that run at once this is; each takes GPUs of its own as long as there are some.
+    """
     job_id = local.new_job_id()
+    gpus, each = local.visible_gpus(), plan.placement.gpus_per_node
+    first = lane % (len(gpus) // each) * each if each else 0
     executor = local.LocalExecutor(
         run.submitit,
         job_id=job_id,
         code=run.code,
-        gpus=local.visible_gpus()[: plan.placement.gpus_per_node],
+        gpus=gpus[first : first + each],
         environment=cluster.variables(),
+        predecessor=predecessor,
+        after=[other.path for other in after],
     )
     executor.update_parameters(
         timeout_min=plan.time_s / 60,
@@ -217,17 +287,13 @@ def _start_local(run: Run, cluster: Cluster, plan: Plan, job: TrainJob) -> str:
         cpus_per_task=plan.placement.cpus_per_process or 1,
         signal_delay_s=cluster.signal_delay_s,
     )
-    _record(run, "local", job_id, plan, host=os.uname().nodename)
-    executor.submit(job)
+    record_job(run, "local", job_id, plan, after, host=os.uname().nodename)
+    executor.submit(TrainJob(run.path, data_root, [other.path for other in after]))
     return job_id
 
 
-def _start_slurm(run: Run, cluster: Cluster, plan: Plan, job: TrainJob) -> str:
-    job_id = script.submit(script.executor(run.experiment(), cluster, plan, run.path, data_root=Path(job.data_root)), job)
-    _record(run, "slurm", job_id, plan, cluster=cluster.name)
-    return job_id
-
-
-def _record(run: Run, executor: str, job_id: str, plan: Plan, **more: Any) -> None:
+def record_job(run: Run, executor: str, job_id: str, plan: Plan, after: Sequence[Run] = (), **more: Any) -> None:
+    """Add a submission to the run's list."""
     gpus = plan.placement.nodes * plan.placement.gpus_per_node
-    run.add_job(executor=executor, job_id=job_id, tasks=plan.placement.world_size, gpus=gpus, **more)
+    waits = {"after": [other.id for other in after]} if after else {}
+    run.add_job(executor=executor, job_id=job_id, tasks=plan.placement.world_size, gpus=gpus, **waits, **more)

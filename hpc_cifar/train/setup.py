@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..config.experiment import Experiment
 from ..config.shapes import check_fits
-from ..data.split import mean_std, split
+from ..data.split import fold, mean_std, split
 from ..data.store import Store
 from ..models.build import build as build_model
 from ..plan import Placement, Plan, make_plan, requested_placement
@@ -36,7 +36,11 @@ def prepare_data(experiment: Experiment, data_root: Path, world: World) -> Prepa
     store = Store.open(data_root, experiment.data.dataset)
     check_fits(experiment.model, store.image_shape, len(store.classes), store.dataset)
     labels = store.train.labels
-    train, validation = split(labels, experiment.data.validation, experiment.data.split_seed)
+    data = experiment.data
+    if data.folds is not None and data.fold is not None:
+        train, validation = fold(labels, data.folds, data.fold, data.split_seed)
+    else:
+        train, validation = split(labels, data.validation, data.split_seed)
     height, width, channels = store.train.images.shape[1:]
     if experiment.data.normalize == "mean_std":
         mean, std = mean_std(store.train.moments, train, height * width)

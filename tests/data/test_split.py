@@ -8,19 +8,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpc_cifar.config.experiment import Experiment
-from hpc_cifar.data.split import mean_std, split
+from hpc_cifar.data.split import fold, mean_std, split
 from hpc_cifar.data.store import moments_of
 from hpc_cifar.errors import DataError
 from hpc_cifar.plan import train_images_of
 
 
-def experiment(share: object) -> Experiment:
+def experiment(share: object = 0.1, **data: object) -> Experiment:
     return Experiment.model_validate(
         {
             "name": "x",
             "epochs": 1,
             "model": {"family": "sequential", "layers": ["flatten", {"dense": {"units": 10}}]},
-            "data": {"batch_size": 4, "validation": share},
+            "data": {"batch_size": 4, "validation": share, **data},
             "optimizer": {"name": "sgd", "lr": 0.1},
         }
     )
@@ -57,6 +57,33 @@ def test_seeds_give_other_splits() -> None:
 def test_one_image_cannot_be_split() -> None:
     with pytest.raises(DataError, match="at least 2"):
         split([0], 0.5, 0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 9), min_size=2, max_size=300), st.integers(2, 12), st.integers(0, 2**63 - 1))
+def test_folds_are_disjoint_covering_and_stratified(labels: list[int], folds: int, seed: int) -> None:
+    if len(labels) < folds:
+        with pytest.raises(DataError, match=f"{folds} folds need at least {folds} training images"):
+            fold(labels, folds, 0, seed)
+        return
+    held_out = []
+    for number in range(folds):
+        train, validation = fold(labels, folds, number, seed)
+        assert sorted([*train.tolist(), *validation.tolist()]) == list(range(len(labels)))
+        assert train.tolist() == sorted(train.tolist()) and validation.tolist() == sorted(validation.tolist())
+        assert len(train) == train_images_of(experiment(folds=folds, fold=number), len(labels))
+        for name in set(labels):
+            share = labels.count(name) / folds
+            assert abs(sum(labels[index] == name for index in validation) - share) < 1
+        held_out += validation.tolist()
+    assert sorted(held_out) == list(range(len(labels))), "each image is in exactly one fold"
+
+
+def test_seeds_give_other_folds() -> None:
+    labels = np.arange(1000) % 10
+    one, same, other = (fold(labels, 5, 2, seed)[1] for seed in (0, 0, 1))
+    assert np.array_equal(one, same) and not np.array_equal(one, other)
+    assert np.bincount(labels[one]).tolist() == [20] * 10
 
 
 def test_mean_and_std_are_those_of_the_pixels() -> None:

@@ -245,6 +245,7 @@ RUNNING = {"state": "running", "step": 5}
         ("8|RUNNING|None", "7|OUT_OF_MEMORY|None", RUNNING, ("failed", "Slurm: OUT_OF_MEMORY")),
         ("8|RUNNING|None", "7|CANCELLED by 0|None", RUNNING, ("cancelled", "cancelled with scancel")),
         ("", None, RUNNING, ("failed", "processes ended without a result")),
+        ("", None, {"state": "pending"}, ("failed", status.NEVER_STARTED)),
         ("", None, {"state": "stopped", "reason": "terminated"}, ("stopped", "terminated")),
         (None, None, RUNNING, ("running", "Slurm does not answer; this is what the run last wrote")),
     ],

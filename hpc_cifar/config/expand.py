@@ -1,0 +1,56 @@
+"""From experiment files to the experiments that are run: every seed and every fold of each. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from pydantic import ValidationError
+
+from ..errors import UsageError
+from .experiment import Data, Experiment
+from .explain import first_problem
+
+LARGEST_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Element:
+    """One experiment of a submission. ``label`` tells it from its siblings of the same name, as in ``s43`` or ``s43-f2``."""
+
+    experiment: Experiment
+    label: str = ""
+
+    @property
+    def title(self) -> str:
+        """What its run is called, before the time."""
+        return f"{self.experiment.name}-{self.label}" if self.label else self.experiment.name
+
+
+def expand(experiments: Sequence[Experiment], *, seeds: int | None = None, folds: int | None = None) -> list[Element]:
+    """Every experiment with ``seeds`` seeds (its own and those after it) and each of ``folds`` folds held out in turn.
+
+    The name stays the same, so that a report can put the elements of one experiment together.
+
+    Raises:
+        UsageError: a seed would be too large, or the experiment cannot be split into that many folds.
+    """
+    return [element for experiment in experiments for element in _expand(experiment, seeds, folds)]
+
+
+def _expand(experiment: Experiment, seeds: int | None, folds: int | None) -> Iterator[Element]:
+    if experiment.seed + (seeds or 1) - 1 > LARGEST_SEED:
+        raise UsageError(f"--seeds {seeds}: {experiment.name} has seed {experiment.seed}; the largest is {LARGEST_SEED}")
+    held_out = [None] if folds is None else [_with_fold(experiment, folds, number) for number in range(folds)]
+    for seed in range(experiment.seed, experiment.seed + (seeds or 1)):
+        for number, data in enumerate(held_out):
+            changes = {"seed": seed} | ({} if data is None else {"data": data})
+            labels = ([] if seeds is None else [f"s{seed}"]) + ([] if data is None else [f"f{number}"])
+            yield Element(experiment.model_copy(update=changes), "-".join(labels))
+
+
+def _with_fold(experiment: Experiment, folds: int, number: int) -> Data:
+    try:
+        return Data.model_validate(experiment.data.model_dump() | {"folds": folds, "fold": number})
+    except ValidationError as error:
+        raise UsageError(f"--kfold {folds}: {experiment.name}: {first_problem(error)[1]}") from None

@@ -1,0 +1,56 @@
+"""Many runs at once: the scheduler is asked once for all of them, and told once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from .. import files
+from ..runs import Run, now
+from . import slurm
+from .control import FIRST_POLL_S, LAST_POLL_S, cancel
+from .status import Status, statuses
+
+
+def wait_all(runs: Sequence[Run], tick: Callable[[list[Status]], None] | None = None) -> list[Status]:
+    """Block until every run has ended; ``tick`` is called at every look with the state of all of them."""
+    seen = dict(zip(runs, statuses(runs), strict=True))
+    pause = FIRST_POLL_S / 2
+    while True:
+        if tick is not None:
+            tick(list(seen.values()))
+        open_runs = [run for run in runs if not seen[run].ended]
+        if not open_runs:
+            return [seen[run] for run in runs]
+        time.sleep(pause)
+        pause = min(pause * 1.5, LAST_POLL_S)
+        seen |= dict(zip(open_runs, statuses(open_runs), strict=True))
+
+
+def cancel_all(runs: Sequence[Run]) -> Iterator[str]:
+    """Stop runs for good, as :func:`control.cancel` does; those on Slurm with one ``scancel``.
+
+    Raises:
+        LaunchError: the scheduler refused, or a run is on a machine that cannot be reached from here.
+    """
+    together = {run: seen for run, seen in _states(runs) if not seen.ended and _on_slurm(run)} if len(runs) > 1 else {}
+    for run in together:
+        files.write_text(run.cancel_marker, now() + "\n", durable=False)  # first: whatever stops now must not requeue
+    if together:
+        slurm.cancel([str(row["job_id"]) for run in together for row in run.jobs() if row.get("executor") == "slurm"])
+    for run in runs:
+        if run not in together:
+            yield cancel(run)
+        elif together[run].state in ("pending", "requeued"):  # no process is there to say so
+            run.write_state(**{**run.state(), "state": "cancelled"})
+            yield f"{run.id}: cancelled while it was waiting (job {together[run].job_id})"
+        else:
+            yield f"{run.id}: cancelling job {together[run].job_id}; it saves a checkpoint first"
+
+
+def _states(runs: Sequence[Run]) -> Iterator[tuple[Run, Status]]:
+    return zip(runs, statuses(runs), strict=True)
+
+
+def _on_slurm(run: Run) -> bool:
+    return (run.jobs() or [{}])[-1].get("executor") == "slurm"

@@ -1,0 +1,210 @@
+"""Many experiments at once: one Slurm job array for each distinct request, or one local job after another."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import files, runs
+from ..config.cluster import Cluster
+from ..config.expand import Element
+from ..errors import LaunchError, UsageError
+from ..runs import Run
+from . import array, dependency, estimate, local, provenance, script, submit
+from .array import Planned
+from .submit import Submitted
+
+EACH_ITS_OWN = ("job_name", "comment", "setup")  # parameters that differ between runs with the same request
+
+
+def plan_all(elements: Sequence[Element], cluster: Cluster, data_root: Path, *, prepared: bool = True) -> list[Planned]:
+    """The plan of every element; each dataset is opened once.
+
+    Args:
+        prepared: whether the datasets must be there.
+
+    Raises:
+        UsageError: a request cannot be right; the message of the first.
+        DataError: a dataset is not prepared.
+    """
+    stored: dict[tuple[str, int], int] = {}
+    made = []
+    for element in elements:
+        experiment = element.experiment
+        if not prepared:
+            made.append(Planned(element, submit.preview_plan(experiment, cluster, data_root)))
+            continue
+        key = (experiment.data.dataset, id(experiment.model))  # elements of one file share their model
+        if key not in stored:
+            stored[key] = submit.checked_train_images(experiment, data_root)
+        made.append(Planned(element, submit.plan_for(experiment, cluster, stored[key])))
+    return made
+
+
+def groups_of(planned: Sequence[Planned], cluster: Cluster) -> list[list[Planned]]:
+    """Elements with the same request together, in the order they came in; no group is larger than an array may be."""
+    groups: dict[str, list[Planned]] = {}
+    for one in planned:
+        asked = script.parameters(one.experiment, cluster, one.plan, Path("/run"), folders=[])
+        request = json.dumps({name: value for name, value in asked.items() if name not in EACH_ITS_OWN}, sort_keys=True)
+        groups.setdefault(request, []).append(one)
+    return [
+        group[first : first + array.LARGEST_ARRAY]
+        for group in groups.values()
+        for first in range(0, len(group), array.LARGEST_ARRAY)
+    ]
+
+
+def check_budget(planned: Sequence[Planned], max_gpu_hours: float | None) -> None:
+    """Refuse elements that may together use more than the user allows.
+
+    Raises:
+        UsageError: the GPU-hours of one job of each element add up to more than ``max_gpu_hours``.
+    """
+    total = sum(one.plan.gpu_hours for one in planned)
+    if len(planned) == 1:
+        submit.check_budget(planned[0].plan, max_gpu_hours)
+    elif max_gpu_hours is not None and total > max_gpu_hours:
+        raise UsageError(
+            f"--max-gpu-hours {max_gpu_hours:g}: one job of each of these {len(planned)} runs may use {total:.2f} GPU-hours "
+            "in all; ask for fewer runs, fewer GPUs or less --time, or allow more"
+        )
+
+
+# ---- what would be submitted ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ArrayPreview:
+    """What a submission would do with elements of the same request; ``script`` is None on this machine."""
+
+    group: list[Planned]
+    script: str | None
+
+
+def preview(
+    elements: Sequence[Element], cluster: Cluster, *, root: Path, data_root: Path, limit: int | None, after: Sequence[str]
+) -> list[ArrayPreview]:
+    """Plans and scripts without touching anything."""
+    planned = plan_all(elements, cluster, data_root, prepared=False)
+    waits = dependency.resolve(after, root, cluster.executor) if after else []
+    if cluster.executor == "local":
+        return [ArrayPreview(planned, None)]
+    shown = []
+    for group in groups_of(planned, cluster):
+        if len(group) > 1:
+            text = array.executor(group, cluster, array.new_links(root), data_root, limit, waits).script()
+        else:
+            run = root / runs.new_run_id(group[0].element.title)
+            job_ids = submit.job_ids(waits)
+            text = script.executor(
+                group[0].experiment, cluster, group[0].plan, run, data_root=data_root, after=job_ids
+            ).script()
+        shown.append(ArrayPreview(group, text))
+    return shown
+
+
+# ---- submit --------------------------------------------------------------------------------------------------------------
+
+
+def submit_all(
+    elements: Sequence[Element],
+    cluster: Cluster,
+    *,
+    root: Path,
+    data_root: Path,
+    max_gpu_hours: float | None = None,
+    limit: int | None = None,
+    after: Sequence[str] = (),
+    command: list[str] | None = None,
+) -> Iterator[list[Submitted]]:
+    """Queue every element, or start them here; yields those of one array as soon as it is handed over.
+
+    Everything is checked, and every run directory is complete, before the first one is queued.
+
+    Args:
+        limit: how many elements of an array may run at once. None means all of them on Slurm, one on this machine.
+        after: runs that must have finished before any of these starts, as the user names them.
+
+    Raises:
+        UsageError: a request cannot be right, or all together may use more than ``max_gpu_hours``.
+        DataError: a dataset is not prepared.
+        LaunchError: Slurm is not there or refused; the run directories that are not queued say so too.
+    """
+    if cluster.executor == "slurm" and not submit.have_sbatch():
+        raise LaunchError(submit.NO_SBATCH)
+    planned = plan_all(elements, cluster, data_root)
+    check_budget(planned, max_gpu_hours)
+    waits = dependency.resolve(after, root, cluster.executor) if after else []
+    if cluster.executor == "slurm":
+        script.check_path(root, "folder of runs")
+        for group in groups_of(planned, cluster):  # what Slurm would refuse is refused before anything is created
+            made_of = array.executor(group, cluster, array.new_links(root), data_root, limit, waits)
+            estimate.start_of(made_of.script(), cluster, group[0].plan)
+    made = _create(planned, root, command)
+    waiting = list(made.values())
+    with submit.recorded(waiting):
+        for run in made.values():
+            submit.make_ready(run, cluster, None if run is waiting[0] else waiting[0].code)
+        files.make_durable(path for run in waiting for path in (*run.path.glob("*.json"), run.experiment_file, run.path))
+        files.fsync_folder(root)
+        if cluster.executor == "local":
+            handed_over = _start_local(planned, list(made.values()), cluster, data_root, limit or 1, waits)
+        else:
+            handed_over = _start_slurm(planned, made, cluster, root, data_root, limit, waits)
+        for done in handed_over:
+            for one in done:
+                waiting.remove(one.run)
+            yield done
+
+
+def _create(planned: Sequence[Planned], root: Path, command: list[str] | None) -> dict[int, Run]:
+    """A run directory for each, by the identity of what was planned: equal experiments may be there twice."""
+    where = provenance.collect(command)
+    made: dict[int, Run] = {}
+    for one in planned:
+        run_id = runs.new_run_id(one.element.title)
+        while (root / run_id).exists():  # four hex digits are few for hundreds of runs of one second
+            run_id = runs.new_run_id(one.element.title)
+        made[id(one)] = runs.create(root, run_id, one.experiment, one.plan.as_dict(), where, durable=False)
+    return made
+
+
+def _start_slurm(
+    planned: Sequence[Planned],
+    made: dict[int, Run],
+    cluster: Cluster,
+    root: Path,
+    data_root: Path,
+    limit: int | None,
+    waits: Sequence[Run],
+) -> Iterator[list[Submitted]]:
+    """An array for each distinct request; a request of one element is a plain job."""
+    for group in groups_of(planned, cluster):
+        members = [made[id(one)] for one in group]
+        if len(group) == 1:
+            ids = [submit.start(members[0], cluster, group[0].plan, data_root=data_root, after=waits)]
+        else:
+            ids = array.start(group, members, cluster, root, data_root, limit, waits)
+        yield [Submitted(run, job_id, one.plan) for run, job_id, one in zip(members, ids, group, strict=True)]
+
+
+def _start_local(
+    planned: Sequence[Planned],
+    members: Sequence[Run],
+    cluster: Cluster,
+    data_root: Path,
+    limit: int,
+    waits: Sequence[Run],
+) -> Iterator[list[Submitted]]:
+    """Each with a controller of its own, which waits for that of the element ``limit`` places before it."""
+    files_of: list[Path] = []
+    for index, (run, one) in enumerate(zip(members, planned, strict=True)):
+        before = files_of[index - limit] if index >= limit else None
+        job_id = submit.start_local(
+            run, cluster, one.plan, data_root=data_root, after=waits, predecessor=before, lane=index % limit
+        )
+        files_of.append(local.process_file(run.submitit, job_id))
+        yield [Submitted(run, job_id, one.plan)]
