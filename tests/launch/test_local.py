@@ -41,11 +41,13 @@ def test_status_json_is_the_contract(site: Site) -> None:
     site.running(run)
     fields = ["run", "state", "job_id", "epoch", "epochs", "step", "val_accuracy", "test_accuracy", "restarts", "gpu_hours"]
     fields += ["eta_s", "reason"]
+    fields += ["estimated_start", "nodes", "images_per_second", "gpu_hours_planned", "gpu_hours_left"]
     running = site.status(run)
     assert list(running) == fields
     assert running["state"] == "running"
     assert running["job_id"] == run.jobs()[0]["job_id"]
     assert running["eta_s"] > 0
+    assert running["images_per_second"] == 1000.0
     assert running["test_accuracy"] is None
     site.cli("cancel", run.id)
     cancelled = site.status(run)
