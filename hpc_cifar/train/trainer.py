@@ -1,0 +1,343 @@
+"""Training itself: read ``Trainer.train`` top to bottom."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import files
+from ..config.experiment import Experiment
+from ..data import pipeline as data
+from ..data.store import Arrays
+from ..errors import HpcCifarError, NonFiniteLoss, RunError
+from ..evaluate.accuracy import evaluate
+from ..plan import Plan
+from ..runs import Run, now
+from ..track.wandb_run import new_id
+from . import checkpoint, optim
+from .distributed import World, gradient_sync
+from .records import Records
+from .session import Session
+from .setup import (
+    AveragedStatistics,
+    Prepared,
+    actual_plan,
+    choose_channels_last,
+    choose_precision,
+    make_network,
+    prepare_data,
+    split_digest,
+)
+from .step import PendingWindow, Stepper, autocast
+from .stop import StopAgreement, StopFlag
+from .watchdog import Watchdog
+
+
+class Trainer:
+    """Rank-local objects of one segment, and the loop over epochs."""
+
+    watchdog: Watchdog
+
+    def __init__(self, run: Run, world: World, flag: StopFlag, max_steps: int | None, data_root: Path, console: bool) -> None:
+        self.run, self.world = run, world
+        self.experiment: Experiment = run.experiment()
+        self.prepared: Prepared = prepare_data(self.experiment, data_root, world)
+        self.plan: Plan = actual_plan(self.experiment, self.prepared, world)
+        self.last_step = min(self.plan.total_steps, max_steps or self.plan.total_steps)
+        self.precision = choose_precision(self.experiment, world.device)
+        self.channels_last = choose_channels_last(self.experiment)
+        self.agreement = StopAgreement(flag, world)
+        self.session = self._make_session()
+        self.saved_step = -1
+        self.pending: list[tuple[PendingWindow, int, int, float]] = []  # with its epoch, step and learning rate
+        notes = [*self.plan.notes, *self._resume()]
+        self.records = Records(
+            run, world, self.experiment, self.plan, self.session, self.prepared.store.label, self.last_step, console
+        )
+        parameters = sum(p.numel() for p in self.session.network.parameters())
+        self.records.announce(parameters, str(self.precision).removeprefix("torch."), notes)
+
+    def _make_session(self) -> Session:
+        experiment, world, plan = self.experiment, self.world, self.plan
+        network = make_network(experiment, self.prepared, world, self.channels_last)
+        optimizer = optim.build(experiment.optimizer, network.parameters())
+        decay = experiment.training.ema_decay
+        ema = None if decay is None else optim.EMA(network.parameters(), decay)
+        sync = gradient_sync(experiment.training.gradient_sync, network, world)
+        stepper = Stepper(experiment, sync, optimizer, ema, world, self.precision, plan)
+        return Session(
+            network,
+            optimizer,
+            ema,
+            stepper,
+            world,
+            local_statistics=experiment.training.batch_norm == "local" and world.size > 1,
+            split_digest=split_digest(self.prepared),
+            wandb_id=world.share(self._wandb_id()),
+        )
+
+    def _wandb_id(self) -> str:
+        """One id for all segments, kept beside the checkpoints' copy since a run may be killed before its first checkpoint."""
+        path = self.run.path / "wandb-id"
+        if self.world.main and not path.exists():
+            files.write_text(path, new_id())
+        return path.read_text(encoding="utf-8") if self.world.main else ""
+
+    def _resume(self) -> list[str]:
+        """Continue from the newest good checkpoint, if there is one; rank 0 decides which. Returns what to tell people."""
+        folder = self.run.checkpoints
+        choice: tuple[str | None, list[str], bool] | HpcCifarError = (None, [], True)
+        if self.world.main:
+            try:
+                saved, damaged = checkpoint.newest_good(folder)
+                if saved is not None:
+                    choice = (saved.folder.name, damaged, checkpoint.settle(folder, saved))
+            except HpcCifarError as error:
+                choice = error
+        choice = self.world.share(choice)
+        if isinstance(choice, HpcCifarError):
+            raise choice
+        name, damaged, has_best = choice
+        if name is None:
+            return []
+        saved = checkpoint.named(folder, name)
+        if saved is None:
+            raise RunError(f"rank {self.world.rank} cannot read {folder / name}, which rank 0 can: is it on a shared disk?")
+        self.session.restore(checkpoint.read(saved))
+        if not has_best:  # the next validation gives a new one
+            self.session.best = self.session.best_step = None
+        self.saved_step = saved.step
+        position = self.session.position
+        return [
+            *(f"skipped a damaged checkpoint: {line}" for line in damaged),
+            f"resuming at step {saved.step} of {self.plan.total_steps} (epoch {position.epoch + 1}, batch {position.batch})",
+        ]
+
+    # ---- the whole run -------------------------------------------------------------------------------------------
+
+    def train(self) -> dict[str, Any]:
+        session, position = self.session, self.session.position
+        pipeline = data.build(
+            self.experiment.data,
+            self.prepared.store.train,
+            self.prepared.train_indices,
+            seed=self.experiment.seed,
+            **self._data_arguments(),
+        )
+        reason = ""
+        try:
+            session.network.train()
+            while position.epoch < self.experiment.epochs and position.step < self.last_step and not reason:
+                reason = self._epoch(pipeline)
+            late = self.agreement.settle()  # on every rank: an exchange is always in flight after a boundary
+            return self._end(reason or late)
+        finally:
+            pipeline.close()
+            self.records.close()
+
+    def _epoch(self, pipeline: data.Pipeline) -> str:
+        """Train the rest of the current epoch; the reason if the ranks agreed to stop in it."""
+        session, position, every = self.session, self.session.position, self.experiment.checkpoint.every_steps
+        self.epoch_clock = time.perf_counter()
+        session.stepper.start_clock()
+        self.epoch_images = 0
+        for batch in pipeline.batches(position.epoch, position.batch):
+            rate = session.stepper(batch, position.step)
+            position.batch += 1
+            position.step += 1
+            self.watchdog.step(position.step)
+            self.epoch_images += batch.global_size
+            if session.stepper.window_full:
+                self._take_window(rate)
+            if position.batch == self.plan.steps_per_epoch:
+                self._finish_epoch(rate)
+            elif every is not None and position.step % every == 0:
+                self._save()
+            if reason := self.agreement.at_boundary():
+                return reason
+            if position.step >= self.last_step:
+                break
+        return ""
+
+    def _finish_epoch(self, rate: float) -> None:
+        """Metrics, validation and checkpoint at the end of an epoch."""
+        session, position = self.session, self.session.position
+        self._take_window(rate)
+        self._report_windows()
+        seconds = time.perf_counter() - self.epoch_clock
+        loss, correct, count = self.world.sum(session.stepper.epoch_sums.clone()).tolist()
+        number = position.epoch + 1
+        row: dict[str, Any] = {
+            "epoch": number,
+            "step": position.step,
+            "train_loss": loss / count,
+            "train_accuracy": correct / count,
+            "lr": rate,
+            "images_per_second": round(self.epoch_images / seconds, 1),
+        }
+        last = number == self.experiment.epochs
+        better = False
+        if number % self.experiment.training.evaluate_every_epochs == 0 or last:
+            row["val_loss"], row["val_accuracy"] = self._validate()
+            better = self._is_better(row)
+        position.epoch, position.batch = number, 0
+        session.stepper.epoch_sums.zero_()
+        session.history.append(row)
+        self.records.epoch(row)
+        if number % self.experiment.checkpoint.every_epochs == 0 or last or better:
+            self._save(best=better)
+
+    # ---- metrics of the last steps -----------------------------------------------------------------------------------
+
+    def _take_window(self, rate: float) -> None:
+        """Send the last steps' metrics on their way to the host, and report the ones that have arrived."""
+        self._report_windows()
+        position = self.session.position
+        self.pending.append((self.session.stepper.take_window(), position.epoch + 1, position.step, rate))
+        if self.world.device.type == "cpu":  # nothing is in flight there
+            self._report_windows()
+
+    def _report_windows(self) -> None:
+        """Raises NonFiniteLoss, on every rank alike, since the losses are sums over the ranks."""
+        for window, epoch, step, rate in self.pending:
+            losses, accuracy, seconds = window.result()
+            for index, loss in enumerate(losses):
+                if not math.isfinite(loss):
+                    raise self._non_finite(step - window.steps + index + 1, loss)
+            if losses:
+                self.records.window(epoch, step, losses, accuracy, rate, seconds)
+        self.pending.clear()
+
+    def _non_finite(self, step: int, loss: float) -> NonFiniteLoss:
+        good = checkpoint.named(self.run.checkpoints, "latest")
+        kept = f"the last good checkpoint is {good.folder.resolve()}" if good else "no checkpoint was written yet"
+        return NonFiniteLoss(
+            f"the training loss became {loss} at step {step} (epoch {(step - 1) // self.plan.steps_per_epoch + 1}); {kept}. "
+            "A lower lr, a warm-up or training.clip_grad_norm usually helps"
+        )
+
+    # ---- evaluation and checkpoints ----------------------------------------------------------------------------------
+
+    def _data_arguments(self) -> dict[str, Any]:
+        return {
+            "rank": self.world.rank,
+            "world_size": self.world.size,
+            "device": self.world.device,
+            "dtype": self.precision,
+            "channels_last": self.channels_last,
+            "mean": self.prepared.mean,
+            "std": self.prepared.std,
+        }
+
+    def _evaluate(self, arrays: Arrays, indices: Any) -> tuple[float, float]:
+        """Loss and accuracy of the current weights (the average, if there is one) on some images."""
+        session = self.session
+        batches = data.evaluation_batches(self.experiment.data, arrays, indices, batch_size=1000, **self._data_arguments())
+        with self.watchdog.phase("evaluate"), AveragedStatistics(session.network, self.world, session.local_statistics):
+            if session.ema is not None:
+                session.ema.swap()
+            try:
+                with autocast(self.precision, self.world.device):
+                    loss, accuracy, _ = evaluate(session.network, batches, self.world.sum, self.world.device)
+            finally:
+                if session.ema is not None:
+                    session.ema.swap()
+        return loss, accuracy
+
+    def _test(self) -> tuple[float, float]:
+        arrays = self.prepared.store.test
+        return self._evaluate(arrays, range(len(arrays.labels)))
+
+    def _validate(self) -> tuple[float, float]:
+        """On the validation split; with ``validation: test`` on the test set, by which nothing is chosen."""
+        if self.experiment.data.validation == "test":
+            return self._test()
+        return self._evaluate(self.prepared.store.train, self.prepared.validation_indices)
+
+    def _is_better(self, row: dict[str, Any]) -> bool:
+        if self.experiment.data.validation == "test":
+            return False
+        value, best = row[self.experiment.checkpoint.monitor], self.session.best
+        higher = self.experiment.checkpoint.monitor == "val_accuracy"
+        better = bool(best is None or (value > best if higher else value < best))
+        if better:
+            self.session.best, self.session.best_step = value, self.session.position.step
+        return better
+
+    def _save(self, best: bool = False) -> None:
+        position = self.session.position
+        if position.step == self.saved_step and not best:
+            return
+        if self.session.stepper.seen:  # a loss that is not finite must not reach a checkpoint
+            self._take_window(self.session.stepper.rate)
+        self._report_windows()
+        self._check_weights()
+        with self.watchdog.phase("save"):
+            self._write_checkpoint(best)
+        self.saved_step = position.step
+
+    def _write_checkpoint(self, best: bool) -> None:
+        position = self.session.position
+        state = self.session.state()
+        if state is not None:
+            metrics = {key: value for key, value in (self.session.history or [{}])[-1].items() if isinstance(value, float)}
+            checkpoint.save(
+                self.run.checkpoints,
+                state,
+                step=position.step,
+                epoch=position.epoch,
+                metrics=metrics,
+                best_step=self.session.best_step,
+                keep_last=self.experiment.checkpoint.keep_last,
+            )
+
+    def _check_weights(self) -> None:
+        """A finite loss can still have an update that overflows; the weights are the same on all ranks, so all raise alike."""
+        parameters = [p.detach() for p in self.session.network.parameters()]
+        if not bool(torch.stack([p.isfinite().all() for p in parameters]).all()):
+            raise self._non_finite(self.session.position.step, math.nan)
+
+    def _use_selected_weights(self) -> None:
+        """Load the best checkpoint's weights for the test, if the file asks for it."""
+        if self.experiment.checkpoint.select != "best":
+            return
+        best = checkpoint.named(self.run.checkpoints, "best")
+        if best is None:
+            raise RunError(f"{self.run.checkpoints}: there is no best checkpoint to select")
+        self.session.use_weights(checkpoint.read(best))
+
+    # ---- ending ----------------------------------------------------------------------------------------------------
+
+    def _end(self, reason: str) -> dict[str, Any]:
+        """Save, evaluate what may be evaluated, write result and state, close the trackers."""
+        position = self.session.position
+        self._save()
+        result: dict[str, Any] = {"run": self.run.id, "data": self.prepared.store.label}
+        if position.step >= self.plan.total_steps:
+            self._use_selected_weights()
+            result["test_loss"], result["test_accuracy"] = self._test()
+            if not math.isfinite(result["test_loss"]):  # the same sum on every rank
+                raise self._non_finite(position.step, result["test_loss"])
+            result["state"] = "finished"
+        elif reason:
+            cancelled = self.world.share(self.run.cancel_marker.exists())
+            requeue = reason == "preempted" and "SUBMITIT_EXECUTOR" in os.environ
+            result["state"] = "cancelled" if cancelled else "requeued" if requeue else "stopped"
+            result["reason"] = reason
+        else:
+            result["state"], result["reason"] = "stopped", f"--max-steps {self.last_step}"
+            result["val_loss"], result["val_accuracy"] = self._validate()
+        state = self.records.state(result["state"], reason=result.get("reason"))
+        result |= {"epochs": position.epoch, "steps": position.step}
+        result |= {key: state[key] for key in ("restarts", "lost_steps", "gpu_hours", "seconds")}
+        result |= {"selected": self.experiment.checkpoint.select, "ended": now()}
+        if self.world.main and result["state"] != "requeued":
+            files.write_json(self.run.result_file, result)
+        self.records.finish(result)
+        self.world.barrier()
+        return result
