@@ -6,6 +6,7 @@
     ├── DataError        (2)    a dataset is missing, damaged or not what it says
     ├── RunError         (1)    a run cannot be started, found or continued
     │   ├── RunBusy             another process trains it
+    │   ├── LostRank            another process of the job has ended; a restart mends that
     │   ├── PreflightError      the nodes of its job cannot train, twice in a row
     │   ├── CheckpointError     no usable checkpoint, or one that does not fit
     │   │   └── DamagedCheckpoint   its files are not what was written
@@ -61,6 +62,10 @@ class RunBusy(RunError):
 
 class PreflightError(RunError):
     """The checks before training failed, and the job may not or cannot go elsewhere."""
+
+
+class LostRank(RunError):
+    """A collective failed since another rank is gone."""
 
 
 class CheckpointError(RunError):

@@ -95,6 +95,9 @@ class Cluster(Model):
     max_time: Duration | None = None
     signal_delay_s: Annotated[Whole, Field(ge=5, le=3600)] = 120
     requeue: Flag = True
+    # Follow-up jobs that wait behind the first (afterany), for sites whose nodes have no scontrol or that forbid requeueing.
+    # Each continues the run; once it has finished they end at once.
+    chain_links: Annotated[Whole, Field(ge=0, le=100)] = 0
     preemptible: Flag = False
 
     # What this model has no field for.

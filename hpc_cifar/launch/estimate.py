@@ -92,10 +92,14 @@ def length_of(experiment: Experiment, cluster: Cluster, plan: Plan, root: Path) 
         return None
     run, rate = found
     seconds = experiment.epochs * plan.train_images / rate
-    # a job stops to save when the signal comes, as script.parameters asks for it
-    useful_s = plan.time_s - min(cluster.signal_delay_s, max(1, plan.time_s // 2))
+    useful_s = useful_seconds(cluster, plan)
     gpus = plan.placement.nodes * plan.placement.gpus_per_node
     return Length(seconds, max(1, math.ceil(seconds / useful_s)), gpus * seconds / 3600, rate, run)
+
+
+def useful_seconds(cluster: Cluster, plan: Plan) -> int:
+    """Of one job: it stops to save when the signal comes, as script.parameters asks for it."""
+    return plan.time_s - min(cluster.signal_delay_s, max(1, plan.time_s // 2))
 
 
 def _measured(experiment: Experiment, plan: Plan, root: Path) -> tuple[str, float] | None:

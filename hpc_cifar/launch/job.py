@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from . import chain
+
 if TYPE_CHECKING:
     from ..runs import Run
 
@@ -82,8 +84,10 @@ class TrainJob:
     def _train(self, run: Run, env: Any) -> dict[str, Any]:
         if run.cancel_marker.exists():
             return {"state": "cancelled"}
-        if run.finished():  # Slurm may requeue a job that ended during its grace time
+        if run.finished():  # Slurm may requeue a job that ended during its grace time, or this is a link that is not needed
             return run.result() or {}
+        if chain.is_link(run, env.job_id) and (word := chain.stays_ended(run, env.global_rank)):
+            return {"state": word}
         from .dependency import check_finished
 
         check_finished(self.after)
@@ -184,11 +188,12 @@ def record_failure(run: Run, error: BaseException, *, rank: int, segment: str) -
     A run that another process trains keeps that one's records.
     """
     from .. import files, runs
-    from ..errors import RunBusy
+    from ..errors import HpcCifarError, LostRank, RunBusy
 
     reports = run.path / "failures.jsonl"
     busy = isinstance(error, RunBusy)
-    row = {"time": runs.now(), "segment": segment, "rank": rank, "reason": one_line(error), "busy": busy}
+    final = isinstance(error, HpcCifarError) and not isinstance(error, LostRank)  # a restart would fail like this one
+    row = {"time": runs.now(), "segment": segment, "rank": rank, "reason": one_line(error), "busy": busy, "final": final}
     try:
         files.append_json_line(reports, row)
         if busy:
@@ -217,6 +222,8 @@ def restart_hung(run: Run, env: Any, reason: str) -> int:
     run.write_state(**{**run.state(), "state": "requeued", "reason": reason})
     if env.cluster != "slurm":
         return LOCAL_REQUEUE
+    if chain.hand_over(run, env.job_id, {"state": "requeued"}, reason):
+        return 1
     try:
         done = subprocess.run(["scontrol", "requeue", env.raw_job_id], capture_output=True, text=True, timeout=30, check=False)
         problem = done.stderr.strip() if done.returncode else ""
@@ -241,6 +248,8 @@ def _requeue(run: Run, env: Any, usr: signal.Signals, hand_over: Any, result: di
     """
     if env.global_rank != 0:
         raise SystemExit(0)  # without a result: this rank is not done, and rank 0 speaks for all
+    if env.cluster == "slurm" and chain.hand_over(run, env.job_id, result):
+        raise SystemExit(0)
     if env.cluster == "slurm":
         # scancel and preemption both send TERM; only the job's state tells them apart where no marker was left
         job_state = _slurm_job_state(env.job_id)

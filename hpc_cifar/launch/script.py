@@ -74,7 +74,14 @@ def setup_lines(cluster: Cluster, code: Path) -> list[str]:
 
 
 def parameters(
-    experiment: Experiment, cluster: Cluster, plan: Plan, run: Path, *, folders: Sequence[Path], after: Sequence[str] = ()
+    experiment: Experiment,
+    cluster: Cluster,
+    plan: Plan,
+    run: Path,
+    *,
+    folders: Sequence[Path],
+    after: Sequence[str] = (),
+    follows: str | None = None,
 ) -> dict[str, Any]:
     """submitit's parameters for one job of this run.
 
@@ -105,7 +112,7 @@ def parameters(
         "gres": f"gpu:{typed}" if gpus and cluster.gpu_request == "gres" else None,
         "mem": f"{math.ceil(memory_gib * 1024)}M" if memory_gib else None,
         "time": math.ceil(plan.time_s / 60),
-        "dependency": f"afterok:{':'.join(after)}" if after else None,
+        "dependency": f"afterany:{follows}" if follows else f"afterok:{':'.join(after)}" if after else None,
         "signal_delay_s": min(cluster.signal_delay_s, max(1, plan.time_s // 2)),
         "exclusive": True if cluster.exclusive else None,
         "setup": setup_lines(cluster, run / "code"),
@@ -126,6 +133,7 @@ def executor(
     data_root: Path | None = None,
     after: Sequence[str] = (),
     folders: Sequence[Path] | None = None,
+    follows: str | None = None,
 ) -> SlurmExecutor:
     """The executor that submits this run; its :meth:`SlurmExecutor.script` is what it would submit.
 
@@ -133,6 +141,7 @@ def executor(
         data_root: where prepared datasets lie, for a container to see them.
         after: jobs that must have ended well before this one starts.
         folders: what a container sees of the host; None means the run and the datasets.
+        follows: the job of the same run before this one, however it ends.
     """
     check_path(run, "run directory")
     if folders is None:
@@ -142,7 +151,7 @@ def executor(
         python = container.PYTHON if container.active(cluster.container) else sys.executable
     command = container.python_command(cluster.container, python, folders, gpus=plan.placement.gpus_per_node > 0)
     made = SlurmExecutor(run / "submitit", max_num_timeout=MAX_TIMEOUTS, python=command)
-    made.update_parameters(**parameters(experiment, cluster, plan, run, folders=folders, after=after))
+    made.update_parameters(**parameters(experiment, cluster, plan, run, folders=folders, after=after, follows=follows))
     return made
 
 

@@ -58,13 +58,13 @@ class Status:
 
 def statuses(runs: Sequence[Run]) -> list[Status]:
     """The state of each run; Slurm is asked once for all of them."""
-    jobs = {run.id: _last_job(run) for run in runs}
+    chains = {run.id: _chain(run) for run in runs}
     # a finished run needs no question, whatever Slurm makes of its job
-    asked = {run.id for run in runs if jobs[run.id].get("executor") == "slurm" and not run.finished()}
+    asked = {run.id for run in runs if _on_slurm(chains[run.id]) and not run.finished()}
     # one that says itself that it ended has only to be looked for in the queue, in case Slurm requeued it
     ended = {run.id for run in runs if run.id in asked and run.state().get("state") in ENDED}
-    answer = slurm.query((str(jobs[run_id]["job_id"]) for run_id in asked), {str(jobs[run_id]["job_id"]) for run_id in ended})
-    return [_status(run, jobs[run.id], answer) for run in runs]
+    answer = slurm.query(_ids(chains, asked), set(_ids(chains, ended)))
+    return [_status(run, _current(chains[run.id], answer), answer) for run in runs]
 
 
 def status(run: Run) -> Status:
@@ -79,9 +79,29 @@ def controller_of(run: Run, job: dict[str, Any]) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _last_job(run: Run) -> dict[str, Any]:
+def _chain(run: Run) -> list[dict[str, Any]]:
+    """The last submission: its job, and the follow-up jobs that wait behind it."""
     jobs = run.jobs()
-    return jobs[-1] if jobs else {}
+    first = max((index for index, job in enumerate(jobs) if not job.get("follows")), default=0)
+    return jobs[first:] or [{}]
+
+
+def _on_slurm(chain: list[dict[str, Any]]) -> bool:
+    return chain[0].get("executor") == "slurm"
+
+
+def _ids(chains: dict[str, list[dict[str, Any]]], which: set[str]) -> list[str]:
+    return [str(job["job_id"]) for run_id in which for job in chains[run_id]]
+
+
+def _current(chain: list[dict[str, Any]], answer: slurm.Answer) -> dict[str, Any]:
+    """The job of a chain that speaks for the run: the one that runs, else the next to run, else the last that Slurm knows."""
+    if len(chain) == 1:
+        return chain[0]
+    known = [(job, answer.jobs[str(job["job_id"])]) for job in chain if str(job.get("job_id")) in answer.jobs]
+    active = [job for job, seen in known if seen.active]
+    waiting = [job for job, seen in known if seen.waiting]
+    return (active or waiting or [job for job, _ in known[-1:]] or chain)[0]
 
 
 def _status(run: Run, job: dict[str, Any], answer: slurm.Answer) -> Status:
@@ -119,10 +139,11 @@ def _alive(run: Run, job: dict[str, Any], answer: slurm.Answer) -> bool | None:
 
 def is_live(run: Run) -> bool:
     """Whether a job of this run is queued or running, as far as can be seen from here."""
-    job = _last_job(run)
-    if job.get("executor") == "slurm":
-        return _alive(run, job, slurm.query([str(job["job_id"])])) is not False
-    return _alive(run, job, slurm.Answer({}, True)) is True
+    chain = _chain(run)
+    if _on_slurm(chain):
+        answer = slurm.query(_ids({run.id: chain}, {run.id}))
+        return any(_alive(run, job, answer) is not False for job in chain)
+    return _alive(run, chain[0], slurm.Answer({}, True)) is True
 
 
 def _with_slurm(
@@ -148,7 +169,7 @@ def _with_slurm(
     if word in ENDED:
         return word, reason
     if job.state == "CANCELLED" and job.reason == "DependencyNeverSatisfied":
-        names = ", ".join(_last_job(run).get("after", [])) or "a run"
+        names = ", ".join(_chain(run)[0].get("after", [])) or "a run"
         return "cancelled", f"{names}, after which it was to start, did not finish"
     if job.state == "CANCELLED" or run.cancel_marker.exists():
         return "cancelled", None if run.cancel_marker.exists() else "cancelled with scancel"

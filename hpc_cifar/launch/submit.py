@@ -118,6 +118,7 @@ def preview(
     length = estimate.length_of(experiment, cluster, plan, root)
     if cluster.executor == "local":
         return Preview(plan, None, length=length)
+    check_time(experiment, cluster, plan, length)
     run = root / runs.new_run_id(title or experiment.name)
     text = script.executor(experiment, cluster, plan, run, data_root=data_root, after=job_ids(after)).script()
     if not have_sbatch():
@@ -139,6 +140,27 @@ def preview_plan(experiment: Experiment, cluster: Cluster, data_root: Path) -> P
         stored = USUAL_TRAIN_IMAGES
         notes = (f"{experiment.data.dataset} is not prepared in {data_root}: counted as {stored:,} training images",)
     return plan_for(experiment, cluster, stored, notes)
+
+
+def check_time(experiment: Experiment, cluster: Cluster, plan: Plan, length: estimate.Length | None) -> None:
+    """Refuse a time limit in which a job would not reach its first checkpoint, where a rate was measured.
+
+    Raises:
+        UsageError: the limit, and what a checkpoint takes.
+    """
+    if length is None:
+        return
+    useful_s = estimate.useful_seconds(cluster, plan)
+    every = min(
+        experiment.checkpoint.every_steps or plan.total_steps, experiment.checkpoint.every_epochs * plan.steps_per_epoch
+    )
+    interval_s = every * plan.batch_size / length.images_per_second
+    if interval_s > useful_s:
+        raise UsageError(
+            f"resources.time (--time): a job trains for {useful_s} of its {plan.time_s} s before it must stop, and a checkpoint "
+            f"is due after {every} steps, about {interval_s:.0f} s at the {length.images_per_second:,.0f} images/s of "
+            f"{length.measured_by}; give it more time, or checkpoint more often (checkpoint.every_steps)"
+        )
 
 
 def check_budget(plan: Plan, max_gpu_hours: float | None) -> None:
@@ -189,6 +211,8 @@ def submit(
     run_id = runs.new_run_id(title or experiment.name)
     expected = tested(experiment, cluster, plan, root / run_id, data_root, waits)
     length = estimate.length_of(experiment, cluster, plan, root)
+    if cluster.executor == "slurm":
+        check_time(experiment, cluster, plan, length)
     run = runs.create(root, run_id, experiment, plan.as_dict(), provenance.collect(command))
     return Submitted(run, start(run, cluster, plan, data_root=data_root, after=waits), plan, expected, length)
 
@@ -217,7 +241,18 @@ def start(run: Run, cluster: Cluster, plan: Plan, *, data_root: Path, after: Seq
         made = script.executor(run.experiment(), cluster, plan, run.path, data_root=data_root, after=job_ids(after))
         job_id = script.submit(made, job)
         record_job(run, "slurm", job_id, plan, after, cluster=cluster.name)
+        _add_links(run, cluster, plan, job, job_id)
         return job_id
+
+
+def _add_links(run: Run, cluster: Cluster, plan: Plan, job: TrainJob, first: str) -> None:
+    """Jobs that wait behind ``first`` and continue the run; a refusal costs only the links that are missing then."""
+    previous = first
+    for _ in range(cluster.chain_links):
+        made = script.executor(run.experiment(), cluster, plan, run.path, data_root=Path(job.data_root), follows=previous)
+        link = script.submit(made, job)
+        record_job(run, "slurm", link, plan, cluster=cluster.name, follows=previous)
+        previous = link
 
 
 @contextlib.contextmanager

@@ -45,6 +45,8 @@ def plan_all(elements: Sequence[Element], cluster: Cluster, data_root: Path, *, 
 
 def groups_of(planned: Sequence[Planned], cluster: Cluster) -> list[list[Planned]]:
     """Elements with the same request together, in the order they came in; no group is larger than an array may be."""
+    if cluster.chain_links:  # each element has follow-up jobs of its own
+        return [[one] for one in planned]
     groups: dict[str, list[Planned]] = {}
     for one in planned:
         asked = script.parameters(one.experiment, cluster, one.plan, Path("/run"), folders=[])

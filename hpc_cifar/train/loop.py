@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.experiment import Experiment
-from ..errors import HpcCifarError, RunError, first_line
+from ..errors import HpcCifarError, LostRank, first_line
 from ..runs import Run
 from .distributed import World, connected, is_lost_peer
 from .lock import RunLock
@@ -62,7 +62,7 @@ def train(
     except RuntimeError as error:
         if not is_lost_peer(error):
             raise
-        raise RunError(
+        raise LostRank(
             f"rank {world.rank} on {os.uname().nodename} lost contact with another rank, which has probably ended; "
             f"its log says why, and the same command continues from the last checkpoint ({first_line(error)})"
         ) from None
