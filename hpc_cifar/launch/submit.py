@@ -157,9 +157,9 @@ def check_time(experiment: Experiment, cluster: Cluster, plan: Plan, length: est
     interval_s = every * plan.batch_size / length.images_per_second
     if interval_s > useful_s:
         raise UsageError(
-            f"resources.time (--time): a job trains for {useful_s} of its {plan.time_s} s before it must stop, and a checkpoint "
-            f"is due after {every} steps, about {interval_s:.0f} s at the {length.images_per_second:,.0f} images/s of "
-            f"{length.measured_by}; give it more time, or checkpoint more often (checkpoint.every_steps)"
+            f"resources.time (--time): a job trains for {useful_s} of its {plan.time_s} s before it must stop, and a "
+            f"checkpoint is due after {every} steps, about {interval_s:.0f} s at the {length.images_per_second:,.0f} "
+            f"images/s of {length.measured_by}; give it more time, or checkpoint more often (checkpoint.every_steps)"
         )
 
 

@@ -136,9 +136,13 @@ class Site:
 
     def submit(self, *options: str) -> tuple[str, str]:
         """Run and job id."""
+        return self.submit_many(*options)[-1]
+
+    def submit_many(self, *options: str) -> list[tuple[str, str]]:
+        """Run and job id of every element."""
         printed = self.call("submit", "job.yaml", "--cluster", "./testbed.yaml", "--parsable", *options)
-        run, job = printed.strip().splitlines()[-1].split("\t")
-        return run, job
+        pairs = [line.split("\t") for line in printed.strip().splitlines()]
+        return [(run, job) for run, job in pairs]
 
     def status(self, run: str) -> dict[str, Any]:
         [row] = json.loads(self.call("status", run, "--json"))
