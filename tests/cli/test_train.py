@@ -6,10 +6,13 @@ import os
 import signal
 import subprocess
 
+import pytest
 from launch_site import Site, eventually
 
 from hpc_cifar import runs
 from hpc_cifar.runs import Run
+
+pytestmark = pytest.mark.slow  # real processes, seconds each
 
 
 def ranks(site: Site, *arguments: str, world: int = 2) -> list[tuple[int | None, str, str]]:

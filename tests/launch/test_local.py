@@ -16,6 +16,8 @@ from hpc_cifar import files
 from hpc_cifar.launch import control, process
 from hpc_cifar.launch.local import process_file
 
+pytestmark = pytest.mark.slow  # real processes, seconds each
+
 
 def test_two_ranks_run_the_snapshot_in_a_session_of_their_own(site: Site) -> None:
     run = site.submit()

@@ -16,6 +16,8 @@ from hpc_cifar import runs
 from hpc_cifar.launch import array, slurm, snapshot, status, submit_many
 from hpc_cifar.runs import Run
 
+pytestmark = pytest.mark.slow  # real processes, seconds each
+
 
 def submit(site: Site, *arguments: str) -> list[Run]:
     printed = site.cli("submit", *arguments, "--cluster", "local", "--parsable").stdout

@@ -199,6 +199,7 @@ except CheckpointError as error:
     assert (tmp_path / "latest").readlink() == Path("step-00000001")
 
 
+@pytest.mark.slow
 def test_killed_while_saving_leaves_whole_checkpoints_only(tmp_path: Path) -> None:
     program = f"""
 import itertools, torch
