@@ -12,6 +12,7 @@ from slurm_site import EPOCHS, Site, SlurmCluster, assert_same
 
 from hpc_cifar import files
 
+LONG = 160  # epochs: 40 s of training on two idle cores, so that the signal, at most 30 s after the start, comes first
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
@@ -22,12 +23,12 @@ def logged_steps(site: Site, run: str) -> list[int]:
 def test_a_run_longer_than_its_time_limit_goes_on(slurm_cluster: SlurmCluster, tmp_path: Path, digits_data: Path) -> None:
     """Slurm sends the signal up to a minute early, so with a limit of one minute it may come at any time."""
     site = Site(slurm_cluster, tmp_path, digits_data)
-    run, job = site.submit("--time", "00:01:00", "--nodes", "1", "--set", "epochs=90")
+    run, job = site.submit("--time", "00:01:00", "--nodes", "1", "--set", f"epochs={LONG}")
     site.call("wait", run)
     assert slurm_cluster.job(job)["JobState"] == "COMPLETED"
     restarts = site.result(run)["restarts"]
     assert restarts >= 1 and slurm_cluster.job(job)["Restarts"] == str(restarts)
-    assert site.epochs(run) == list(range(1, 91))
+    assert site.epochs(run) == list(range(1, LONG + 1))
     steps = logged_steps(site, run)
     assert steps == sorted(set(steps)) and site.result(run)["lost_steps"] == 0
 
@@ -56,7 +57,7 @@ partition: low
 gpu_request: none
 cpus_per_process: 1
 requeue: false
-chain_links: 4
+chain_links: 10
 """
 
 
@@ -73,16 +74,16 @@ def jobs_of(site: Site, run: str) -> list[str]:
 
 
 def test_links_submitted_beforehand_continue_a_run(chained: Site) -> None:
-    run, first = chained.submit("--time", "00:01:00", "--nodes", "1", "--set", "epochs=90")
+    run, first = chained.submit("--time", "00:01:00", "--nodes", "1", "--set", f"epochs={LONG}")
     ids = jobs_of(chained, run)
-    assert ids[0] == first and len(ids) == 5
+    assert ids[0] == first and len(ids) == 11
     chained.until_epoch(run, 1)
     assert chained.status(run)["job_id"] == first
     chained.call("wait", run)
     result = chained.result(run)
     used = 1 + result["restarts"]
-    assert result["state"] == "finished" and 2 <= used <= 5 and result["lost_steps"] == 0
-    assert chained.epochs(run) == list(range(1, 91))
+    assert result["state"] == "finished" and 2 <= used <= 11 and result["lost_steps"] == 0
+    assert chained.epochs(run) == list(range(1, LONG + 1))
     for job in ids:  # the ones that were not needed too, at once
         assert chained.cluster.wait(job) == "COMPLETED"
         assert chained.cluster.job(job)["Restarts"] == "0"
