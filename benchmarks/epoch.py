@@ -149,6 +149,8 @@ def main() -> None:
             images = sum(next(runner) for _ in range(options.steps))
             if round_number:  # the first round warms up workers, kernels and caches
                 rates[name].append(images / (time.perf_counter() - start))
+    for runner in runners.values():  # their data workers end with them
+        runner.close()  # type: ignore[attr-defined]
     report = {
         "benchmark": "epoch",
         "job": experiment.name,

@@ -6,7 +6,9 @@ but the draws.
 
 from __future__ import annotations
 
+import atexit
 import inspect
+import multiprocessing
 import signal
 from collections.abc import Generator, Iterator
 from typing import Any
@@ -106,3 +108,13 @@ def _ignore_signals(_: int) -> None:
     """Slurm signals every process of a step; a worker that died of it would take the checkpoint on stopping with it."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """At its exit Python terminates daemons and waits for them, for ever where they ignore that."""
+    daemons = [child for child in multiprocessing.active_children() if child.daemon]
+    if daemons:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call their end an error
+    for child in daemons:
+        child.kill()
