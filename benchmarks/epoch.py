@@ -11,6 +11,7 @@ on PIL images (random crop with padding 4, flip, normalise), a DataLoader with t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -108,12 +109,13 @@ def our_steps(experiment: Experiment, prepared: Prepared, pipeline_name: str) ->
         std=prepared.std,
     )
     step = itertools.count()
-    for epoch in itertools.count():
-        for batch in pipeline.batches(epoch):
-            stepper(batch, next(step))
-            if stepper.window_full:
-                stepper.take_window().result()
-            yield len(batch.labels)
+    with contextlib.closing(pipeline):
+        for epoch in itertools.count():
+            for batch in pipeline.batches(epoch):
+                stepper(batch, next(step))
+                if stepper.window_full:
+                    stepper.take_window().result()
+                yield len(batch.labels)
 
 
 def main() -> None:
@@ -149,8 +151,6 @@ def main() -> None:
             images = sum(next(runner) for _ in range(options.steps))
             if round_number:  # the first round warms up workers, kernels and caches
                 rates[name].append(images / (time.perf_counter() - start))
-    for runner in runners.values():  # their data workers end with them
-        runner.close()  # type: ignore[attr-defined]
     report = {
         "benchmark": "epoch",
         "job": experiment.name,

@@ -7,9 +7,12 @@ batch to memory five times.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
+import stat
 import tempfile
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ import numba
 import numpy as np
 import numpy.typing as npt
 from numba.core import config as numba_config
+
+from .. import files
 
 Kernel = Callable[..., None]
 
@@ -99,44 +104,61 @@ def _fill(
                         out[np.uint64(sample * size + offset)] = table[np.uint64(channel * 256)]
 
 
-def _private_cache() -> str | None:
-    """A cache folder that only this user can write: compiled code is loaded from it."""
-    folder = Path(tempfile.gettempdir()) / f"hpc-cifar-numba-{os.getuid()}"
+def _cache_folders() -> Iterator[Path]:
+    """Where compiled code may be kept, best first. It is loaded and run, so each is one that only this user can write."""
+    config: Any = numba_config
+    if config.CACHE_DIR:  # the user's own NUMBA_CACHE_DIR
+        yield Path(config.CACHE_DIR)
+        return
+    with contextlib.suppress(RuntimeError):  # no home folder at all, as in some containers
+        yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    temporary = Path(tempfile.gettempdir()) / f"hpc-cifar-{os.getuid()}"
     with contextlib.suppress(OSError):
-        folder.mkdir(mode=0o700, exist_ok=True)
-        facts = folder.lstat()
-        if folder.is_dir() and not folder.is_symlink() and facts.st_uid == os.getuid() and not facts.st_mode & 0o077:
-            return str(folder)
+        temporary.mkdir(mode=0o700, exist_ok=True)
+        facts = temporary.lstat()
+        if stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid() and not facts.st_mode & 0o077:
+            yield temporary
+
+
+def _at_a_fixed_path(function: Any) -> Kernel | None:
+    """The function as if it came from a file named by its contents, which is made where it is missing; None if none can be.
+
+    numba keeps what it compiled under the path of the source. Every run has its own snapshot of the code, so that each of its
+    ranks would compile again, for more than a second, what the last run compiled.
+    """
+    text = Path(__file__).read_bytes()
+    name = f"kernels-{hashlib.sha256(text).hexdigest()[:16]}"
+    for folder in _cache_folders():
+        source = folder / "hpc-cifar" / name / "kernels.py"
+        try:
+            if not source.exists():
+                source.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                files.write_text(source, text.decode(), durable=False)
+            with tempfile.TemporaryFile(dir=source.parent):  # another rank's file is no proof that this one can write
+                pass
+        except OSError:
+            continue
+        code: Any = function.__code__
+        return types.FunctionType(code.replace(co_filename=str(source)), globals(), code.co_name)
     return None
 
 
 def _compile() -> Kernel:
     """Compile, or load from the cache, for read-only images; the interpreter lock is released while the kernel runs."""
-    types = numba.types
 
     def array(kind: Any) -> Any:
-        return types.Array(kind, 1, "C", readonly=True)
+        return numba.types.Array(kind, 1, "C", readonly=True)
 
-    whole = array(types.int64)
-    out = types.Array(types.float32, 1, "C")
-    signature = types.void(
-        array(types.uint8), types.int64, types.int64, types.int64, whole, whole, whole, array(types.boolean), whole, whole,
-        types.int64, types.boolean, types.int64, array(types.float32), types.boolean, types.int64, types.int64, out,
+    integer, boolean = numba.types.int64, numba.types.boolean
+    whole = array(integer)
+    out = numba.types.Array(numba.types.float32, 1, "C")
+    signature = numba.types.void(
+        array(numba.types.uint8), integer, integer, integer, whole, whole, whole, array(boolean), whole, whole,
+        integer, boolean, integer, array(numba.types.float32), boolean, integer, integer, out,
     )  # fmt: skip
-    config: Any = numba_config
-    options: dict[str, Any] = {"nogil": True, "boundscheck": False}
-    try:
-        return numba.njit(signature, cache=True, **options)(_fill)
-    except RuntimeError:  # neither the package nor the home folder can be written, as in many containers
-        folder = _private_cache()
-        if folder is None:
-            return numba.njit(signature, cache=False, **options)(_fill)
-        before = config.CACHE_DIR
-        config.CACHE_DIR = folder
-        try:
-            return numba.njit(signature, cache=True, **options)(_fill)
-        finally:
-            config.CACHE_DIR = before
+    cached = _at_a_fixed_path(_fill)
+    kernel: Kernel = numba.njit(signature, cache=cached is not None, nogil=True, boundscheck=False)(cached or _fill)
+    return kernel
 
 
 fill: Kernel = _compile()

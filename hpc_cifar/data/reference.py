@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import atexit
 import inspect
-import multiprocessing
 import signal
+import weakref
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -74,6 +74,7 @@ class Reference:
         self._dataset = _Augmented(arrays, epochs.config.augment, output)
         self._nothing = torch.empty(0, arrays.images.shape[3], *arrays.images.shape[1:3])
         self._open: list[Generator[Batch, None, None]] = []
+        _pipelines.add(self)
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         iterator = self._iterate(epoch, first)
@@ -110,11 +111,11 @@ def _ignore_signals(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-@atexit.register
-def _end_workers() -> None:
-    """At its exit Python terminates daemons and waits for them, for ever where they ignore that."""
-    daemons = [child for child in multiprocessing.active_children() if child.daemon]
-    if daemons:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call their end an error
-    for child in daemons:
-        child.kill()
+_pipelines: weakref.WeakSet[Reference] = weakref.WeakSet()
+
+
+@atexit.register  # after torch's own, so it runs before, while torch still ends its workers
+def _close_all() -> None:
+    """A pipeline that nobody closed: at its exit Python waits for the workers, for ever since they ignore its TERM."""
+    for pipeline in list(_pipelines):
+        pipeline.close()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -221,3 +224,27 @@ def test_a_closed_pipeline_says_so(arrays: Arrays) -> None:
     assert list(iterator) == []
     with pytest.raises(RuntimeError, match="closed"):
         next(one.batches(0))
+
+
+@pytest.mark.slow
+def test_a_process_that_closes_nothing_ends(tmp_path: Path) -> None:
+    """The workers ignore the TERM by which Python ends its children at exit."""
+    script = tmp_path / "open.py"
+    script.write_text(
+        """
+import numpy as np, torch
+from hpc_cifar.config.experiment import Data
+from hpc_cifar.data import pipeline
+from hpc_cifar.data.store import Arrays, moments_of
+images = np.zeros((64, 32, 32, 3), np.uint8)
+arrays = Arrays(images, np.zeros(64, np.int64), moments_of(images + 1))
+one = pipeline.build(
+    Data(batch_size=4, pipeline="reference", workers=2), arrays, np.arange(64), seed=1, rank=0, world_size=1, device="cpu",
+    dtype=torch.float32, channels_last=False, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2),
+)
+iterator = one.batches(0)
+next(iterator)
+"""
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
