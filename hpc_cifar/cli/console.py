@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import sys
-import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -164,6 +163,7 @@ def follow(run: Run) -> Status:
     Ctrl-C leaves the run alone and raises ``KeyboardInterrupt`` again, after saying so.
     """
     from .. import files
+    from ..launch.control import ASK_S, until_news
     from ..launch.status import status
 
     bar = _Bar() if sys.stdout.isatty() else None
@@ -191,8 +191,7 @@ def follow(run: Run) -> Status:
             last = seen.state
             if seen.ended:
                 break
-            # Slurm is shared: ask it rarely; our own files may be read often
-            time.sleep(0.5 if (run.jobs() or [{}])[-1].get("executor") != "slurm" else 3.0)
+            until_news([run], ASK_S if (run.jobs() or [{}])[-1].get("executor") == "slurm" else 0.5)
     except KeyboardInterrupt:
         if bar:
             bar.close()

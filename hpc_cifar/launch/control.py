@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ from ..config.cluster import Cluster
 from ..errors import LaunchError, RunError
 from ..runs import Run, now
 from . import process, slurm
-from .status import Status, controller_of, is_live, status
+from .status import ENDED, controller_of, is_live, status
 
 CANCEL_GRACE_S = 75.0  # a little more than the controller gives the ranks
-FIRST_POLL_S, LAST_POLL_S = 1.0, 10.0
+READ_S = 0.25  # between looks into a run directory
+ASK_S, RARELY_S = 3.0, 10.0  # between questions to the scheduler; where nobody looks on, they become rare
 
 
 # ---- logs ----------------------------------------------------------------------------------------------------------
@@ -33,10 +34,10 @@ def log_files(run: Run, rank: int = 0) -> list[Path]:
     return [path for name in names if (path := run.submitit / name).is_file()]
 
 
-def follow_logs(run: Run, rank: int, poll_s: float = 0.5) -> Iterator[tuple[Path, str]]:
+def follow_logs(run: Run, rank: int) -> Iterator[tuple[Path, str]]:
     """Pieces of the logs as they are written, until the run has ended; new files of later jobs too."""
     offsets: dict[Path, int] = {}
-    checked, ended = 0.0, False
+    asked, ended, news = 0.0, False, False
     while True:
         for path in log_files(run, rank):
             with path.open("rb") as stream:
@@ -48,27 +49,38 @@ def follow_logs(run: Run, rank: int, poll_s: float = 0.5) -> Iterator[tuple[Path
                 yield path, data[:whole].decode(errors="replace")
         if ended:
             return
-        if time.monotonic() - checked > FIRST_POLL_S:
-            checked = time.monotonic()
-            ended = status(run).ended
+        if news or time.monotonic() - asked > ASK_S:
+            ended, asked = status(run).ended, time.monotonic()
         if not ended:
-            time.sleep(poll_s)
+            news = until_news([run], 2 * READ_S)
 
 
 # ---- wait ----------------------------------------------------------------------------------------------------------
 
 
-def wait(run: Run, tick: Callable[[Status], None] | None = None) -> Status:
-    """Block until the run has ended; a requeue is not an end."""
-    pause = FIRST_POLL_S / 2
-    while True:
-        seen = status(run)
-        if tick is not None:
-            tick(seen)
-        if seen.ended:
-            return seen
-        time.sleep(pause)
-        pause = min(pause * 1.5, LAST_POLL_S)
+def until_news(runs: Sequence[Run], seconds: float) -> bool:
+    """Sleep for some seconds, or until one of the runs writes that it has ended: then True.
+
+    A run directory may be read often; the scheduler, which has the last word, is shared with everybody.
+    """
+    before = {run: _stamp(run) for run in runs}
+    deadline = time.monotonic() + seconds
+    while (left := deadline - time.monotonic()) > 0:
+        time.sleep(min(left, READ_S))
+        changed = [run for run in runs if _stamp(run) != before[run]]
+        if any(run.state().get("state") in ENDED for run in changed):
+            return True
+        before |= {run: _stamp(run) for run in changed}
+    return False
+
+
+def _stamp(run: Run) -> tuple[int, int] | None:
+    """Differs after every write, which replaces the file."""
+    try:
+        facts = run.state_file.stat()
+    except OSError:
+        return None
+    return facts.st_ino, facts.st_mtime_ns
 
 
 # ---- cancel --------------------------------------------------------------------------------------------------------

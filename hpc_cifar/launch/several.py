@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 
 from .. import files
 from ..runs import Run, now
 from . import slurm
-from .control import FIRST_POLL_S, LAST_POLL_S, cancel
+from .control import RARELY_S, cancel, until_news
 from .status import Status, statuses
+
+FIRST_S = 0.5
 
 
 def wait_all(runs: Sequence[Run], tick: Callable[[list[Status]], None] | None = None) -> list[Status]:
     """Block until every run has ended; ``tick`` is called at every look with the state of all of them."""
     seen = dict(zip(runs, statuses(runs), strict=True))
-    pause = FIRST_POLL_S / 2
+    pause = FIRST_S
     while True:
         if tick is not None:
             tick(list(seen.values()))
         open_runs = [run for run in runs if not seen[run].ended]
         if not open_runs:
             return [seen[run] for run in runs]
-        time.sleep(pause)
-        pause = min(pause * 1.5, LAST_POLL_S)
+        # a run that says it ended may be in Slurm's hands for a moment more
+        pause = FIRST_S if until_news(open_runs, pause) else min(pause * 1.5, RARELY_S)
         seen |= dict(zip(open_runs, statuses(open_runs), strict=True))
 
 
