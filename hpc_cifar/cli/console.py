@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ..config.cluster import Cluster
     from ..launch.estimate import Length, Start
     from ..launch.status import Status
     from ..plan import Plan
@@ -44,25 +45,34 @@ def duration(seconds: Any) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def plan_facts(name: str, cluster: str, plan: Plan, expected: Sequence[tuple[str, str]] = ()) -> None:
+def plan_facts(name: str, cluster: Cluster, plan: Plan, expected: Sequence[tuple[str, str]] = ()) -> None:
     """The plan of a job, its budget, what is expected of it and what was adapted."""
     place = plan.placement
     what = f"{place.gpus_per_node} GPUs" if place.gpus_per_node else "CPU only"
     nodes = f"{place.nodes} node{'s' if place.nodes > 1 else ''}"
     share = f"at most {plan.largest_shard} on a rank" + (f", in {plan.accumulation} parts" if plan.accumulation > 1 else "")
     facts(
-        f"plan of {name} on {cluster}",
+        f"plan of {name} on {cluster.name}",
         [
             ("processes", f"{place.world_size} ({nodes} x {place.processes_per_node}, {what})"),
             ("batch", f"{plan.batch_size} images, {share}"),
             ("steps", f"{plan.total_steps:,} ({plan.steps_per_epoch:,} an epoch, {plan.train_images:,} training images)"),
-            ("time limit", f"{duration(plan.time_s)} a job; a run that needs more goes on in a requeued one"),
+            ("time limit", f"{duration(plan.time_s)} a job; a run that needs more {_goes_on(cluster)}"),
             ("budget", f"at most {plan.gpu_hours:.2f} GPU-hours and {plan.core_hours:.2f} core-hours a job"),
             *expected,
         ],
     )
     for note in plan.notes:
         print(f"  note: {printable(note)}")
+
+
+def _goes_on(cluster: Cluster) -> str:
+    if cluster.executor == "local" or cluster.requeue:
+        return "goes on in a requeued one"
+    links = cluster.chain_links
+    if links:
+        return f"goes on in {'one more' if links == 1 else f'up to {links} more'}, which wait behind it from the start"
+    return "stops there with a checkpoint, to be continued with: hpc-cifar resume"
 
 
 def clock(stamp: str | None) -> str:

@@ -34,7 +34,7 @@ def status(
         seen = statuses(wanted[hidden:])
         if as_json:
             typer.echo(json.dumps([row.as_dict() for row in seen], indent=None if watch else 2))
-        elif run is not None and sys.stdout.isatty() and not watch:
+        elif run is not None and len(seen) == 1 and sys.stdout.isatty() and not watch:
             status_table.details(seen[0])
         else:
             lines = status_table.lines_of(seen) if seen else [f"no runs in {root}"]
@@ -128,31 +128,43 @@ def cancel(
 
 
 def resume(
-    run: RunName = "last",
+    run: RunNames = None,
     cluster: Annotated[str | None, typer.Option(help="Another profile than last time.", show_default=False)] = None,
     max_gpu_hours: Annotated[
         float | None, typer.Option(min=0, help="Refuse a job that may use more GPU-hours.", show_default=False)
     ] = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Watch the run to its end and print the result.")] = False,
 ) -> None:
-    """Submit a stopped, failed or cancelled run again: same experiment, same code, from its last checkpoint."""
+    """Submit stopped, failed or cancelled runs again: same experiment, same code, from the last checkpoint."""
     from .. import files, runs
     from ..config.cluster import find_cluster
+    from ..errors import HpcCifarError
     from ..launch import control
     from ..launch.submit import have_sbatch
-    from . import console
+    from . import several
 
-    found = runs.find(run, files.runs_root())
+    root = files.runs_root()
+    wanted = list(dict.fromkeys(found for name in run or ["last"] for found in runs.find_all(name, root)))
     profile = None if cluster is None else find_cluster(cluster, have_sbatch=have_sbatch())
-    done = control.resume(found, data_root=files.data_root(), cluster=profile, max_gpu_hours=max_gpu_hours)
-    if done.job_id is None:
-        typer.echo(f"{found.id} has finished already; nothing to do")
-        return
-    typer.echo(f"{found.id}: resumed as job {done.job_id}")
-    if follow:
+    going, refused = [], False
+    for found in wanted:
         try:
-            seen = console.follow(found)
+            done = control.resume(found, data_root=files.data_root(), cluster=profile, max_gpu_hours=max_gpu_hours)
+        except HpcCifarError as error:
+            if len(wanted) == 1:
+                raise
+            typer.echo(f"hpc-cifar: error: {error}", err=True)  # one that cannot go on must not keep the others
+            refused = True
+            continue
+        if done.job_id is None:
+            typer.echo(f"{found.id} has finished already; nothing to do")
+            continue
+        typer.echo(f"{found.id}: resumed as job {done.job_id}")
+        going.append(found)
+    if follow and going:
+        try:
+            refused |= any(seen.state not in ("finished", "stopped") for seen in several.follow(going))
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
-        if seen.state not in ("finished", "stopped"):
-            raise typer.Exit(1)
+    if refused:
+        raise typer.Exit(1)

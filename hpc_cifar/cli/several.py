@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from . import console, status_table
 
 if TYPE_CHECKING:
+    from ..config.cluster import Cluster
     from ..launch.status import Status
     from ..launch.submit import Submitted
     from ..launch.submit_many import ArrayPreview
@@ -28,15 +29,18 @@ def submitted(done: Sequence[Submitted], cluster: str) -> None:
     print(f"  {first.run.id} ({first.job_id}) to {last.run.id} ({last.job_id}); all: hpc-cifar status {array}")
     for note in dict.fromkeys(note for one in done for note in one.plan.notes):
         print(f"  note: {note}")
+    for name, text in console.expectations(done[0].start, done[0].length, plan):
+        print(f"  {name} of {'the first' if name == 'start' else 'each'}: {console.printable(text)}")
 
 
-def preview(shown: Sequence[ArrayPreview], cluster: str) -> None:
+def preview(shown: Sequence[ArrayPreview], cluster: Cluster) -> None:
     """Plan, budget and script of every array, and the budget of them all."""
     for number, one in enumerate(shown):
         group = one.group
         print("\n" * bool(number), end="")
         names = list(dict.fromkeys(planned.experiment.name for planned in group))
-        console.plan_facts(f"each of {', '.join(names)}" if len(group) > 1 else names[0], cluster, group[0].plan)
+        expected = console.expectations(one.start, one.length, group[0].plan)
+        console.plan_facts(f"each of {', '.join(names)}" if len(group) > 1 else names[0], cluster, group[0].plan, expected)
         print(
             f"  elements    {len(group)}: {', '.join(planned.element.title for planned in group[:3])}"
             + ", ..." * (len(group) > 3)

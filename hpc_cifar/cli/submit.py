@@ -192,12 +192,12 @@ def _print_preview(
     waits = dependency.resolve(after, root, cluster.executor)
     shown = launch.preview(one.experiment, cluster, root=root, data_root=data_root, after=waits, title=one.title)
     expected = console.expectations(shown.start, shown.length, shown.plan)
-    console.plan_facts(one.experiment.name, cluster.name, shown.plan, expected)
+    console.plan_facts(one.experiment.name, cluster, shown.plan, expected)
     if shown.script is None:
         typer.echo("\nthe local executor has no script: the processes start on this machine")
     else:
         typer.echo(f"\n{shown.script}")
-    launch.check_budget(shown.plan, max_gpu_hours)
+    launch.check_budget(shown.plan, cluster, max_gpu_hours)
     if shown.refusal is not None:
         raise LaunchError(shown.refusal)
 
@@ -211,12 +211,15 @@ def _print_previews(
     limit: int | None,
     after: list[str],
 ) -> None:
+    from ..errors import LaunchError
     from ..launch import submit_many
     from . import several
 
     shown = submit_many.preview(elements, cluster, root=root, data_root=data_root, limit=limit, after=after)
-    several.preview(shown, cluster.name)
-    submit_many.check_budget([planned for one in shown for planned in one.group], max_gpu_hours)
+    several.preview(shown, cluster)
+    submit_many.check_budget([planned for one in shown for planned in one.group], cluster, max_gpu_hours)
+    if refusals := [one.refusal for one in shown if one.refusal is not None]:
+        raise LaunchError("; ".join(dict.fromkeys(refusals)))
 
 
 def _print_submitted(together: list[Submitted], cluster: Cluster, *, quiet: bool, parsable: bool) -> None:

@@ -28,6 +28,7 @@ RESERVED_OPTIONS = frozenset(
     {"array", "chdir", "cpus-per-gpu", "cpus-per-task", "error", "gpus", "gpus-per-node", "gpus-per-task", "gres", "job-name"}
     | {"mem", "no-requeue", "nodes", "ntasks", "ntasks-per-node", "open-mode", "output", "requeue", "signal", "time", "wrap"}
     | {"dependency", "kill-on-invalid-dep"}
+    | {"clusters", "parsable", "quiet", "test-only", "wait"}  # these change what sbatch does and prints
 )
 """sbatch options that follow from the experiment and the profile; ``sbatch_extra`` must not contradict them."""
 

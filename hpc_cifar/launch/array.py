@@ -10,6 +10,8 @@ that submitit and Slurm are given has ``%a`` in it, the number of the element, a
 
 from __future__ import annotations
 
+import functools
+import re
 import secrets
 import shlex
 import time
@@ -29,7 +31,7 @@ from ..runs import Run
 from . import script, slurm, submit
 from .job import TrainJob
 
-LARGEST_ARRAY = 1000  # Slurm's default MaxArraySize is 1001, which counts from 0
+LARGEST_ARRAY = 1000  # submitit's pickles and links of more would be slow to write
 LINKS = ".arrays"
 
 
@@ -43,6 +45,13 @@ class Planned:
     @property
     def experiment(self) -> Experiment:
         return self.element.experiment
+
+
+@functools.cache
+def largest() -> int:
+    """Elements of the largest array that this cluster takes: below its MaxArraySize, which is 1001 where nobody set it."""
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", slurm.ask(["scontrol", "show", "config"]).out, re.MULTILINE)
+    return min(LARGEST_ARRAY, max(1, int(found[1]))) if found else LARGEST_ARRAY
 
 
 class ArrayExecutor(script.SlurmExecutor):
@@ -127,8 +136,9 @@ def start(
     for index, run in enumerate(members):
         (links / str(index)).symlink_to(Path("..") / ".." / run.id)
     jobs = [TrainJob(run.path, data_root, [other.path for other in waits]) for run in members]
-    with script.refusals():
-        array = executor(group, cluster, links, data_root, limit, waits).submit_elements(jobs)
+    made = executor(group, cluster, links, data_root, limit, waits)
+    with script.refusals(made.script()):
+        array = made.submit_elements(jobs)
     ids = [f"{array}_{index}" for index in range(len(members))]
 
     def record(run: Run, job_id: str, one: Planned) -> None:

@@ -25,11 +25,19 @@ def next_link(run: Run, job_id: str) -> str | None:
 
 def can_requeue(run: Run) -> bool:
     """Whether a job on this node can requeue itself."""
+    return bool(_profile(run).get("requeue", True)) and shutil.which("scontrol") is not None
+
+
+def term_means_preemption(run: Run) -> bool:
+    """What the profile says; asked only where Slurm cannot say whether a TERM came from a preemption or from ``scancel``."""
+    return bool(_profile(run).get("preemptible"))
+
+
+def _profile(run: Run) -> dict[str, Any]:
     from .. import files
 
-    profile = files.read_json(run.path / "cluster.json")
-    allowed = not isinstance(profile, dict) or bool(profile.get("requeue", True))
-    return allowed and shutil.which("scontrol") is not None
+    found = files.read_json(run.path / "cluster.json")
+    return found if isinstance(found, dict) else {}
 
 
 def hand_over(run: Run, job_id: str, result: dict[str, Any], reason: str = "") -> bool:

@@ -18,7 +18,7 @@ from ..config.cluster import Cluster
 from ..errors import LaunchError, RunError
 from ..runs import Run, now
 from . import process, slurm
-from .status import ENDED, controller_of, is_live, status
+from .status import ENDED, chain_of, controller_of, is_live, status
 
 CANCEL_GRACE_S = 75.0  # a little more than the controller gives the ranks
 READ_S = 0.25  # between looks into a run directory
@@ -64,9 +64,10 @@ def until_news(runs: Sequence[Run], seconds: float) -> bool:
     A run directory may be read often; the scheduler, which has the last word, is shared with everybody.
     """
     before = {run: _stamp(run) for run in runs}
+    pause = max(READ_S, 0.02 * len(runs))  # a shared file system answers each look
     deadline = time.monotonic() + seconds
     while (left := deadline - time.monotonic()) > 0:
-        time.sleep(min(left, READ_S))
+        time.sleep(min(left, pause))
         changed = [run for run in runs if _stamp(run) != before[run]]
         if any(run.state().get("state") in ENDED for run in changed):
             return True
@@ -95,7 +96,7 @@ def cancel(run: Run, grace_s: float = CANCEL_GRACE_S) -> str:
     before = status(run)
     if before.state == "finished":
         return f"{run.id} has finished already"
-    if before.ended and not is_live(run):
+    if before.ended and is_live(run) is False:
         return f"{run.id} is not running: it is {before.state}"
     jobs = run.jobs()
     job = jobs[-1] if jobs else {}
@@ -105,7 +106,7 @@ def cancel(run: Run, grace_s: float = CANCEL_GRACE_S) -> str:
             raise LaunchError(f"{run.id} runs on {host}: cancel it there")
     files.write_text(run.cancel_marker, now() + "\n")  # first: whatever stops now must not requeue
     if job.get("executor") == "slurm":
-        slurm.cancel([str(row["job_id"]) for row in jobs if row.get("executor") == "slurm"])
+        slurm.cancel([str(row["job_id"]) for row in chain_of(run)])  # older jobs have ended, and their numbers may be others'
         if before.state in ("pending", "requeued"):  # no process is there to say so
             _mark_cancelled(run)
             return f"{run.id}: cancelled while it was waiting (job {job['job_id']})"
@@ -173,13 +174,19 @@ def resume(run: Run, *, data_root: Path, cluster: Cluster | None = None, max_gpu
         RunError: it is queued or running.
         LaunchError: the scheduler refused.
     """
-    from . import submit
+    from . import estimate, submit
 
     if run.finished():
         return Resumed(run, None)
     with _alone(run):
         seen = status(run)
-        if is_live(run) or not seen.ended:
+        if seen.ended and is_live(run) is None:
+            if cluster is None or cluster.executor == "slurm":
+                raise RunError(
+                    f"{run.id}: Slurm does not answer, so nobody can say whether job {seen.job_id} is still queued; try again, "
+                    "or, if you know that it is gone, resume with --cluster local"
+                )
+        elif is_live(run) is not False or not seen.ended:
             where = f" as job {seen.job_id}" if seen.job_id else ""
             raise RunError(f"{run.id} is {seen.state}{where}: wait for it or cancel it before resuming")
         chosen = cluster or last_cluster(run)
@@ -187,8 +194,10 @@ def resume(run: Run, *, data_root: Path, cluster: Cluster | None = None, max_gpu
             raise LaunchError(submit.NO_SBATCH)
         experiment = run.experiment()
         plan = submit.plan_for(experiment, chosen, submit.checked_train_images(experiment, data_root))
-        submit.check_budget(plan, max_gpu_hours)
+        submit.check_budget(plan, chosen, max_gpu_hours)
         submit.tested(experiment, chosen, plan, run.path, data_root)
+        if chosen.executor == "slurm":
+            submit.check_time(experiment, chosen, plan, estimate.length_of(experiment, chosen, plan, run.path.parent))
         run.cancel_marker.unlink(missing_ok=True)
         files.write_json(run.path / "plan.json", plan.as_dict())
         return Resumed(run, submit.start(run, chosen, plan, data_root=data_root))

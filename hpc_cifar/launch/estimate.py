@@ -14,11 +14,10 @@ from ..errors import LaunchError, NoCluster, RunError
 from ..plan import Plan, seconds_of
 from ..runs import Run
 from . import slurm
-from .script import clean_environment, slurm_words
+from .script import NO_CLUSTER, clean_environment, slurm_words
 
 TEST_TIMEOUT_S = 5  # sbatch --test-only answers in milliseconds, except where thousands of jobs wait
 RUNS_LOOKED_AT = 8  # the newest of the same name
-NO_CLUSTER = ("fetch_config", "fetch config", "unable to contact slurm controller")
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def start_of(text: str, cluster: Cluster, plan: Plan) -> Start:
         LaunchError: Slurm would refuse the job, or take it and never start it; its own words in one line.
         NoCluster: there is nobody to refuse it.
     """
-    with clean_environment():
+    with clean_environment(text):
         reply = slurm.ask(["sbatch", "--test-only"], text=text, timeout_s=TEST_TIMEOUT_S)
     said = f"{reply.err}\n{reply.out}"
     if reply.code != 0:
@@ -61,12 +60,24 @@ def start_of(text: str, cluster: Cluster, plan: Plan) -> Start:
             raise NoCluster(f"no Slurm cluster answers here: use --cluster local to run on this machine ({words})")
         if reply.unanswered:
             return Start(note=words)
+        if _nodes_are_away(words, cluster):  # the job may wait for them; sbatch itself refuses what is impossible
+            return Start(note="some nodes are down or drained now")
         raise LaunchError(f"Slurm would refuse the job: {words}")
     found = re.search(r"to start at (\S+)(?: using \d+ processors)?(?: on nodes (\S+))?(?: in partition (\S+))?", said)
     if found is None:
         return Start(note="Slurm gives no estimate")
     _check_time(found[3] or cluster.partition, cluster, plan)
     return Start(slurm.utc_of(found[1]), found[2], found[3])
+
+
+def _nodes_are_away(words: str, cluster: Cluster) -> bool:
+    """``--test-only`` counts the nodes that are up, and says of the others that they do not exist."""
+    if "node configuration is not available" not in words:
+        return False
+    where = [f"--partition={cluster.partition}"] if cluster.partition else []
+    away = ["sinfo", "--noheader", "--states=down,drain,fail,maint", "--format=%D", *where]
+    reply = slurm.ask(away, timeout_s=TEST_TIMEOUT_S)
+    return reply.code == 0 and any(int(count) for count in reply.out.split() if count.isdigit())
 
 
 def _check_time(partition: str | None, cluster: Cluster, plan: Plan) -> None:
@@ -104,9 +115,11 @@ def useful_seconds(cluster: Cluster, plan: Plan) -> int:
 
 def _measured(experiment: Experiment, plan: Plan, root: Path) -> tuple[str, float] | None:
     """Id and images/s of the newest run that did the same work on as many processes."""
-    name = re.compile(re.escape(experiment.name) + r"-\d{8}-\d{6}-[0-9a-f]{4}")
+    name = re.compile(re.escape(experiment.name) + r"(-s\d+)?(-f\d+)?-\d{8}-\d{6}-[0-9a-f]{4}")
     try:
-        folders = sorted((path for path in root.iterdir() if name.fullmatch(path.name)), reverse=True)
+        folders = sorted(
+            (path for path in root.iterdir() if name.fullmatch(path.name)), key=lambda path: path.name[-20:], reverse=True
+        )
     except OSError:
         return None
     for folder in folders[:RUNS_LOOKED_AT]:
@@ -137,4 +150,5 @@ def _same_work(run: Run, experiment: Experiment) -> bool:
         before = run.experiment()
     except RunError:  # of another version
         return False
-    return (before.model, before.data) == (experiment.model, experiment.data)
+    data = before.data.model_copy(update={"fold": experiment.data.fold})  # folds are of one size
+    return (before.model, data) == (experiment.model, experiment.data)

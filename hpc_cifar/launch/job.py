@@ -7,6 +7,7 @@ modules can still be read after a requeue.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from . import chain
 
 if TYPE_CHECKING:
+    from ..errors import LostRank
     from ..runs import Run
 
 FIRST_PORT, PORTS = 10_000, 20_000
@@ -28,7 +30,8 @@ MAX_TIMEOUTS = 1_000_000
 
 LOCAL_REQUEUE = 144
 """Exit code by which submitit's local jobs, and ours, ask to be started again."""
-MAX_HANGS = 3
+MAX_HANGS = 3  # at one step
+LAST_WORD_S = 3.0  # for a rank that failed to say why, after its peers have lost it
 
 
 class EarlyStop(BaseException):
@@ -74,6 +77,11 @@ class TrainJob:
             if env.global_rank == 0:
                 run.write_state(**{**run.state(), **result})
         except Exception as error:
+            from ..errors import LostRank
+
+            ignore_signals()
+            if isinstance(error, LostRank) and restart_after_loss(run, env, error):
+                raise SystemExit(0) from None
             record_failure(run, error, rank=env.global_rank, segment=segment())
             raise
         ignore_signals()
@@ -86,7 +94,8 @@ class TrainJob:
             return {"state": "cancelled"}
         if run.finished():  # Slurm may requeue a job that ended during its grace time, or this is a link that is not needed
             return run.result() or {}
-        if chain.is_link(run, env.job_id) and (word := chain.stays_ended(run, env.global_rank)):
+        # a link that Slurm itself restarts had taken the run up already
+        if restart_count() == 0 and chain.is_link(run, env.job_id) and (word := chain.stays_ended(run, env.global_rank)):
             return {"state": word}
         from .dependency import check_finished
 
@@ -198,6 +207,9 @@ def record_failure(run: Run, error: BaseException, *, rank: int, segment: str) -
         files.append_json_line(reports, row)
         if busy:
             return
+        if run.cancel_marker.exists():  # a rank that is ended with the job loses its peers
+            run.write_state(**{**run.state(), "state": "cancelled"})
+            return
         first = next((old for old in files.read_json_lines(reports) if old.get("segment") == segment), row)
         reason = first["reason"] if first["rank"] == rank else f"rank {first['rank']}: {first['reason']}"
         run.write_state(**{**run.state(), "state": "failed", "reason": reason})
@@ -215,6 +227,8 @@ def restart_hung(run: Run, env: Any, reason: str) -> int:
 
     row = {"time": runs.now(), "segment": segment(), "rank": env.global_rank, "reason": reason, "hang": True}
     files.append_json_line(run.path / "failures.jsonl", row)
+    if is_ending(run, env):
+        return 1
     if hangs_at(run.path, segment()) >= MAX_HANGS:
         reason = f"{reason}; this happened {MAX_HANGS} times at this step, so it is not restarted"
         run.write_state(**{**run.state(), "state": "failed", "reason": reason})
@@ -224,15 +238,71 @@ def restart_hung(run: Run, env: Any, reason: str) -> int:
         return LOCAL_REQUEUE
     if chain.hand_over(run, env.job_id, {"state": "requeued"}, reason):
         return 1
-    try:
-        done = subprocess.run(["scontrol", "requeue", env.raw_job_id], capture_output=True, text=True, timeout=30, check=False)
+    _requeue_as_slurm(run, env, reason)
+    return 1
+
+
+def is_ending(run: Run, env: Any) -> bool:
+    """Whether Slurm is ending the job already: cancelled, or preempted and about to be requeued by Slurm itself.
+
+    `scontrol requeue` would bring a cancelled job back.
+    """
+    if env.cluster != "slurm":
+        return False
+    word = _slurm_job_state(env.job_id)
+    if run.cancel_marker.exists() or word.startswith("CANCELLED"):
+        run.write_state(**{**run.state(), "state": "cancelled"})
+        return True
+    return word == "COMPLETING"
+
+
+def _requeue_as_slurm(run: Run, env: Any, reason: str) -> None:
+    """`scontrol requeue`; a problem with it ends the run."""
+    try:  # by the id of the element: the plain number of an array's elements may mean the whole array
+        done = subprocess.run(["scontrol", "requeue", env.job_id], capture_output=True, text=True, timeout=30, check=False)
         problem = done.stderr.strip() if done.returncode else ""
     except (OSError, subprocess.SubprocessError) as error:
         problem = one_line(error)
     if problem:
         reason = f"{reason}; it could not be requeued ({problem}): continue it with hpc-cifar resume {run.id}"
         run.write_state(**{**run.state(), "state": "failed", "reason": reason})
-    return 1
+
+
+def restart_after_loss(run: Run, env: Any, error: LostRank) -> bool:
+    """Have a job go back to the queue that lost a rank which said nothing; whether that was done, by this rank or another.
+
+    A node that dies takes its ranks with it at once, and Slurm notices after SlurmdTimeout (300 s): by then the ranks that are
+    left have failed, and the job with them. A rank that could say why it failed is no loss but a failure.
+    """
+    from .. import files, runs
+
+    if env.cluster != "slurm":
+        return False
+    here = segment()
+    deadline = time.monotonic() + LAST_WORD_S
+    while time.monotonic() < deadline:  # of the peer that was lost
+        time.sleep(0.5)
+        if any(row.get("segment") == here for row in files.read_json_lines(run.path / "failures.jsonl")):
+            return False
+    losses = run.path / "losses"
+    losses.mkdir(exist_ok=True)
+    step = run.state().get("step")
+    row = {"time": runs.now(), "rank": env.global_rank, "step": step, "reason": one_line(error)}
+    try:
+        with (losses / f"{here}.json").open("x", encoding="utf-8") as stream:
+            stream.write(json.dumps(row) + "\n")
+    except FileExistsError:  # another rank does it; this one stays until the job is ended, so that its exit code does not count
+        time.sleep(LAST_WORD_S + 60)
+        return True
+    before = [files.read_json(path) or {} for path in losses.glob("*.json")]
+    if is_ending(run, env) or [row.get("step") for row in before].count(step) > MAX_HANGS:
+        return False
+    reason = f"a rank was lost without a word: {one_line(error)}"
+    print(f"{reason}; the job goes back to the queue", flush=True)
+    run.write_state(**{**run.state(), "state": "requeued", "reason": reason})
+    if not chain.hand_over(run, env.job_id, {"state": "requeued"}, reason):
+        _requeue_as_slurm(run, env, reason)
+    return run.state().get("state") == "requeued"
 
 
 def wants_requeue(result: dict[str, Any], cluster: str) -> bool:
@@ -248,8 +318,6 @@ def _requeue(run: Run, env: Any, usr: signal.Signals, hand_over: Any, result: di
     """
     if env.global_rank != 0:
         raise SystemExit(0)  # without a result: this rank is not done, and rank 0 speaks for all
-    if env.cluster == "slurm" and chain.hand_over(run, env.job_id, result):
-        raise SystemExit(0)
     if env.cluster == "slurm":
         # scancel and preemption both send TERM; only the job's state tells them apart where no marker was left
         job_state = _slurm_job_state(env.job_id)
@@ -259,6 +327,10 @@ def _requeue(run: Run, env: Any, usr: signal.Signals, hand_over: Any, result: di
             run.write_state(**{**run.state(), "state": "cancelled", "reason": "cancelled with scancel"})
             result["state"] = "cancelled"
             return
+        if not job_state and chain.term_means_preemption(run):
+            result = {**result, "state": "requeued"}
+        if chain.hand_over(run, env.job_id, result):
+            raise SystemExit(0)
         if result["state"] == "stopped" and not job_state:
             return  # nobody can say whether this was a cancel; a preempted job is requeued by Slurm itself
     run.write_state(**{**run.state(), "state": "requeued"})

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,10 +17,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from .. import files, runs
 from ..config.cluster import DEFAULT_PREFLIGHT_S
-from ..data.staging import Staged, staged
-from ..errors import PreflightError
+from ..data.staging import COPY_WAIT_S, Staged, staged
+from ..errors import PreflightError, RunBusy
 from ..runs import Run
 from . import job, slurm
+from .script import clean_environment
 
 if TYPE_CHECKING:
     from ..train.meeting import Verdict
@@ -67,7 +67,8 @@ def ready(run: Run, env: Any, data_root: Path) -> Iterator[Node]:
             print(found.note, flush=True)
         timeout_s = _timeout_s()
         if env.cluster == "slurm" and timeout_s:
-            _check(run, env, found, dataset, timeout_s)
+            # this node may have been quick while another one still copies
+            _check(run, env, found, dataset, timeout_s + (COPY_WAIT_S if found.note else 0))
         yield Node(run, found)
 
 
@@ -112,6 +113,10 @@ def _act(run: Run, env: Any, verdict: Verdict) -> NoReturn:
     print(reason, flush=True)
     if verdict.leader not in (None, env.global_rank):
         raise SystemExit(0)
+    from ..train import lock
+
+    if lock.is_held(run.path):  # then the run's records are another job's
+        raise RunBusy(f"{reason}; besides, another job trains this run")
     segment, before = job.segment(), _records(run, env)
     record = {"time": runs.now(), "segment": segment, "rank": env.global_rank, "reason": reason, "nodes": sorted(verdict.bad)}
     try:
@@ -128,18 +133,18 @@ def _act(run: Run, env: Any, verdict: Verdict) -> NoReturn:
         run.write_state(**{**run.state(), "state": "cancelled"})
         raise SystemExit(0)
     run.write_state(**{**run.state(), "state": "requeued", "reason": reason})
-    requeue_without(env.job_id, sorted(verdict.bad), reason)
+    requeue_without(run, env.job_id, sorted(verdict.bad), reason)
     files.append_json_line(run.path / "failures.jsonl", {**record, "busy": False})
     raise SystemExit(0)
 
 
-def requeue_without(job_id: str, nodes: list[str], reason: str) -> None:
+def requeue_without(run: Run, job_id: str, nodes: list[str], reason: str) -> None:
     """Requeue a running job and exclude ``nodes``, beside those it excludes already, unless too few would be left.
 
     Raises:
         PreflightError: it could not be requeued.
     """
-    exclude = _exclusion(job_id, nodes) if nodes else ""
+    exclude = _exclusion(run, job_id, nodes) if nodes else ""
     code, said = _scontrol("requeue", job_id)
     if code != 0:
         raise PreflightError(f"{reason}; the job could not be requeued: {said}")
@@ -152,24 +157,30 @@ def requeue_without(job_id: str, nodes: list[str], reason: str) -> None:
     print(f"preflight: job {job_id} requeued, {done}", flush=True)
 
 
-def _exclusion(job_id: str, nodes: list[str]) -> str:
-    """The job's ExcNodeList with ``nodes``, or "" if it could never start then, or Slurm cannot be asked."""
+def _exclusion(run: Run, job_id: str, nodes: list[str]) -> str:
+    """The job's ExcNodeList with ``nodes``, or "" if it could not start then, as Slurm itself finds, or nobody can be asked."""
     code, text = _scontrol("--oneliner", "show", "job", job_id)
     fields = dict(word.split("=", 1) for word in text.split() if "=" in word)
-    if code != 0 or "NumNodes" not in fields:
+    if code != 0 or "JobId" not in fields:
         return ""
     exclude = list(dict.fromkeys([*_hostnames(fields.get("ExcNodeList")), *nodes]))
     if set(nodes) & set(_hostnames(fields.get("ReqNodeList"))):  # the profile's nodelist: it may run nowhere else
         return ""
-    listing = _command("sinfo", "--noheader", "--Node", f"--partition={fields.get('Partition', '')}", "--format=%N")
-    left = set(listing[1].split()) - set(exclude)
-    if listing[0] == 0 and len(left) < int(fields["NumNodes"].partition("-")[0]):
+    submitted = run.submitit / f"{job_id}_submission.sh"  # with the constraint, the GPUs and all else that a node must have
+    try:
+        text = submitted.read_text(encoding="utf-8")
+    except OSError:
         return ""
-    return ",".join(exclude)
+    with clean_environment(text):
+        code, _ = _command("sbatch", "--test-only", f"--exclude={','.join(exclude)}", str(submitted))
+    return ",".join(exclude) if code == 0 else ""
 
 
 def _hostnames(listed: str | None) -> list[str]:
-    return [] if listed in (None, "(null)") else _scontrol("show", "hostnames", str(listed))[1].split()
+    if listed in (None, "(null)"):
+        return []
+    code, text = _scontrol("show", "hostnames", str(listed))
+    return text.split() if code == 0 else []
 
 
 def _scontrol(*arguments: str) -> tuple[int, str]:
@@ -178,8 +189,5 @@ def _scontrol(*arguments: str) -> tuple[int, str]:
 
 def _command(*command: str) -> tuple[int, str]:
     """Exit code, and what was printed or, after a failure, said on one line."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=SCONTROL_S, check=False)
-    except (OSError, subprocess.SubprocessError) as error:
-        return 1, job.one_line(error)
-    return done.returncode, done.stdout if done.returncode == 0 else " ".join((done.stderr or done.stdout).split())[:300]
+    reply = slurm.ask(list(command), timeout_s=SCONTROL_S)
+    return (0, reply.out) if reply.code == 0 else (reply.code or 1, " ".join((reply.err or reply.out).split())[:300])

@@ -25,7 +25,10 @@ from . import container
 from .job import MAX_TIMEOUTS
 
 PLAIN_PATH = re.compile(r"[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff%\\'\"`$]+")
-KEPT_SLURM_VARIABLES = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT")
+KEPT_SLURM_VARIABLES = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT")
+DEFAULTS = ("ACCOUNT", "PARTITION", "QOS", "CONSTRAINT", "RESERVATION")
+"""Options for which a user may have set SBATCH_... variables as defaults; they count where the script says nothing."""
+NO_CLUSTER = ("fetch_config", "fetch config", "unable to contact slurm controller")
 
 
 class SlurmExecutor(submitit.SlurmExecutor):  # type: ignore[misc, unused-ignore]
@@ -95,7 +98,7 @@ def parameters(
     typed = f"{cluster.gpu_type}:{gpus}" if cluster.gpu_type else gpus
     # srun has not inherited --cpus-per-task since Slurm 22.05; and when a rank dies, its peers must not wait for it
     inside = container.srun_args(cluster.container, folders, cluster.variables())
-    srun = ["--kill-on-bad-exit=1", "--open-mode=append", *inside, *cluster.srun_args]
+    srun = ["--export=ALL", "--kill-on-bad-exit=1", "--open-mode=append", *inside, *cluster.srun_args]
     if placement.cpus_per_process:
         srun.insert(0, f"--cpus-per-task={placement.cpus_per_process}")
     extra: dict[str, Any] = {"requeue" if cluster.requeue else "no-requeue": True}
@@ -156,11 +159,13 @@ def executor(
 
 
 @contextlib.contextmanager
-def clean_environment() -> Iterator[None]:
-    """Hide what a surrounding Slurm job says about itself: sbatch would take it for options of the new job."""
+def clean_environment(text: str) -> Iterator[None]:
+    """Hide from sbatch what would overrule the script ``text``: a surrounding Slurm job's variables, and SBATCH_... ones."""
     kept = dict(os.environ)
+    wanted = {f"SBATCH_{name}" for name in DEFAULTS if f"#SBATCH --{name.lower()}=" not in text}
     for name in kept:
-        if name.startswith(("SLURM_", "SRUN_", "SUBMITIT_LOCAL_")) and name not in KEPT_SLURM_VARIABLES:
+        job = name.startswith(("SLURM_", "SRUN_", "SUBMITIT_LOCAL_")) and name not in KEPT_SLURM_VARIABLES
+        if job or (name.startswith("SBATCH_") and name not in wanted):
             del os.environ[name]
     try:
         yield
@@ -175,21 +180,22 @@ def submit(executor: SlurmExecutor, job: Any) -> str:
         LaunchError: Slurm refused; its own words in one line.
     """
     executor.folder.mkdir(parents=True, exist_ok=True)
-    with refusals():
+    with refusals(executor.script()):
         return str(executor.submit(job).job_id)
 
 
 @contextlib.contextmanager
-def refusals() -> Iterator[None]:
-    """Turn what goes wrong with sbatch within the block into a LaunchError of one line."""
+def refusals(text: str) -> Iterator[None]:
+    """Turn what goes wrong with sbatch within the block, which submits the script ``text``, into a LaunchError of one line."""
     printed = io.StringIO()  # submitit prints sbatch's words too; ours come once, in one line
     try:
-        with clean_environment(), contextlib.redirect_stderr(printed):
+        with clean_environment(text), contextlib.redirect_stderr(printed):
             yield
-    except (FailedJobError, FailedSubmissionError, OSError) as error:
+    except OSError as error:
+        raise LaunchError(f"the job's files cannot be written: {error}") from None
+    except (FailedJobError, FailedSubmissionError) as error:
         words = slurm_words(str(error))
-        lowered = words.lower()
-        if any(sign in lowered for sign in ("fetch_config", "fetch config", "unable to contact slurm controller")):
+        if any(sign in words.lower() for sign in NO_CLUSTER):
             raise LaunchError(
                 "no Slurm cluster answers here, though its programs are installed: use --cluster local to run on this machine, "
                 f"or --dry-run to see the script ({words})"

@@ -8,7 +8,7 @@ from .. import files
 from ..runs import Run, now
 from . import slurm
 from .control import RARELY_S, cancel, until_news
-from .status import Status, statuses
+from .status import Status, chain_of, statuses
 
 FIRST_S = 0.5
 
@@ -38,7 +38,7 @@ def cancel_all(runs: Sequence[Run]) -> Iterator[str]:
     for run in together:
         files.write_text(run.cancel_marker, now() + "\n", durable=False)  # first: whatever stops now must not requeue
     if together:
-        slurm.cancel([str(row["job_id"]) for run in together for row in run.jobs() if row.get("executor") == "slurm"])
+        slurm.cancel([str(row["job_id"]) for run in together for row in chain_of(run)])
     for run in runs:
         if run not in together:
             yield cancel(run)

@@ -14,6 +14,7 @@ from .script import slurm_words
 
 WAITING = frozenset("PENDING CONFIGURING REQUEUED REQUEUE_FED REQUEUE_HOLD SPECIAL_EXIT RESV_DEL_HOLD".split())  # noqa: SIM905
 ACTIVE = frozenset("RUNNING COMPLETING SUSPENDED STOPPED SIGNALING STAGE_OUT RESIZING".split())  # noqa: SIM905
+ENDED_ALREADY = ("already completing or completed", "Invalid job id")
 TIMEOUT_S = 30
 LOOK_TIMEOUT_S = 15  # for a question only; Slurm's own programs give up after 10 s where the site left that as it is
 NO_ANSWER = (
@@ -88,7 +89,7 @@ def ask(command: list[str], *, text: str | None = None, timeout_s: float = LOOK_
 
 def _environment() -> dict[str, str]:
     # the user's own SQUEUE_FORMAT, SLURM_TIME_FORMAT and the like change what these commands print
-    others = ("SQUEUE_", "SACCT_", "SINFO_", "SCONTROL_", "SLURM_TIME_FORMAT")
+    others = ("SQUEUE_", "SACCT_", "SINFO_", "SCONTROL_", "SCANCEL_", "SLURM_TIME_FORMAT")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(others)}
     return {**kept, "SLURM_BITSTR_LEN": "0"}  # else the elements of an array end in "..."
 
@@ -134,11 +135,12 @@ def query(job_ids: Iterable[str], ended: Collection[str] = ()) -> Answer:
         return Answer({}, True)
     found: dict[str, JobState] = {}
     # By user, not by id: squeue fails as a whole for a single id that it has forgotten.
-    listing = ask(["squeue", "--noheader", f"--user={os.getuid()}", "--states=all", "--format=%i|%T|%r|%S|%N"])
+    # --all: else jobs in hidden partitions are left out. In a federation it also lists those that another cluster took.
+    listing = ask(["squeue", "--all", "--noheader", f"--user={os.getuid()}", "--states=all", "--format=%i|%T|%r|%S|%N"])
     reachable = listing.code == 0
     for line in listing.out.splitlines() if reachable else ():
         job_id, state, reason, start, nodes, *_ = [*line.split("|"), "", "", "", ""]
-        if state:
+        if state and _word(state) != "REVOKED":
             seen = JobState(_word(state), _plain(reason), utc_of(start), _plain(nodes) or None)
             found |= {one: seen for one in expand_ids(job_id.strip()) if one in wanted}
     if missing := wanted - set(found) - set(ended):
@@ -151,7 +153,7 @@ def query(job_ids: Iterable[str], ended: Collection[str] = ()) -> Answer:
                 seen = JobState(_word(state), _plain(reason), utc_of(start), _hosts(nodes))
                 found |= {one: seen for one in expand_ids(job_id) if one in missing}
     if (wanted - set(found)) and not reachable and not listing.unanswered:
-        told = ask(["scontrol", "--oneliner", "show", "jobs"])
+        told = ask(["scontrol", "--all", "--oneliner", "show", "jobs"])
         reachable = told.code == 0
         for line in told.out.splitlines() if reachable else ():
             pairs = dict(re.findall(r"\b(\w+)=(\S+)", line))
@@ -175,13 +177,9 @@ def cancel(job_ids: list[str]) -> None:
     Raises:
         LaunchError: Slurm refused or is not there; that a job has ended already is no error.
     """
-    try:
-        done = subprocess.run(
-            ["scancel", *job_ids], capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S, check=False
-        )
-    except FileNotFoundError:
-        raise LaunchError("no scancel on this machine: cancel the run where it was submitted") from None
-    except subprocess.SubprocessError:
-        raise LaunchError(f"scancel did not answer within {TIMEOUT_S} s; the run is marked as cancelled, try again") from None
-    if done.returncode != 0 and "already completing or completed" not in done.stderr and "Invalid job id" not in done.stderr:
-        raise LaunchError(f"scancel failed: {slurm_words(done.stderr or done.stdout)}")
+    reply = ask(["scancel", *job_ids], timeout_s=TIMEOUT_S)
+    if reply.code is None:
+        raise LaunchError(f"{reply.err}; the run is marked as cancelled: try again, where it was submitted")
+    bad = [line for line in reply.err.splitlines() if line.strip() and not any(ok in line for ok in ENDED_ALREADY)]
+    if reply.code != 0 and bad:
+        raise LaunchError(f"scancel failed: {slurm_words(chr(10).join(bad))}")

@@ -27,7 +27,7 @@ class Status:
 
     ``estimated_start`` (UTC, ISO 8601) and ``nodes`` (Slurm's list) are Slurm's word on a job that waits, or runs;
     ``images_per_second`` is that of the last steps of a run that trains; ``gpu_hours_planned`` is the most that one job of the
-    run may use, ``gpu_hours_left`` what is left of it, both None without GPUs.
+    run may use, ``gpu_hours_left`` what is left of that to the present job, both None without GPUs.
     """
 
     run: str
@@ -58,7 +58,7 @@ class Status:
 
 def statuses(runs: Sequence[Run]) -> list[Status]:
     """The state of each run; Slurm is asked once for all of them."""
-    chains = {run.id: _chain(run) for run in runs}
+    chains = {run.id: chain_of(run) for run in runs}
     # a finished run needs no question, whatever Slurm makes of its job
     asked = {run.id for run in runs if _on_slurm(chains[run.id]) and not run.finished()}
     # one that says itself that it ended has only to be looked for in the queue, in case Slurm requeued it
@@ -79,7 +79,7 @@ def controller_of(run: Run, job: dict[str, Any]) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _chain(run: Run) -> list[dict[str, Any]]:
+def chain_of(run: Run) -> list[dict[str, Any]]:
     """The last submission: its job, and the follow-up jobs that wait behind it."""
     jobs = run.jobs()
     first = max((index for index, job in enumerate(jobs) if not job.get("follows")), default=0)
@@ -137,12 +137,13 @@ def _alive(run: Run, job: dict[str, Any], answer: slurm.Answer) -> bool | None:
     return min(_age_s(job.get("submitted")), _age_s(run.state().get("updated")), _file_age_s(run)) < START_GRACE_S
 
 
-def is_live(run: Run) -> bool:
-    """Whether a job of this run is queued or running, as far as can be seen from here."""
-    chain = _chain(run)
+def is_live(run: Run) -> bool | None:
+    """Whether a job of this run is queued or running, as far as can be seen from here; None if Slurm does not answer."""
+    chain = chain_of(run)
     if _on_slurm(chain):
         answer = slurm.query(_ids({run.id: chain}, {run.id}))
-        return any(_alive(run, job, answer) is not False for job in chain)
+        alive = [_alive(run, job, answer) for job in chain]
+        return True if True in alive else None if None in alive else False
     return _alive(run, chain[0], slurm.Answer({}, True)) is True
 
 
@@ -169,7 +170,7 @@ def _with_slurm(
     if word in ENDED:
         return word, reason
     if job.state == "CANCELLED" and job.reason == "DependencyNeverSatisfied":
-        names = ", ".join(_chain(run)[0].get("after", [])) or "a run"
+        names = ", ".join(chain_of(run)[0].get("after", [])) or "a run"
         return "cancelled", f"{names}, after which it was to start, did not finish"
     if job.state == "CANCELLED" or run.cancel_marker.exists():
         return "cancelled", None if run.cancel_marker.exists() else "cancelled with scancel"
@@ -229,8 +230,20 @@ def _row(
         nodes=known.nodes if known is not None and known.active and word == "running" else None,
         images_per_second=speed if word == "running" and speed else None,
         gpu_hours_planned=planned,
-        gpu_hours_left=max(0.0, round(planned - (used or 0.0), 6)) if planned and word not in ENDED else None,
+        gpu_hours_left=_hours_left(plan, used, known) if planned and word not in ENDED else None,
     )
+
+
+def _hours_left(plan: dict[str, Any], used: float | None, known: slurm.JobState | None) -> float:
+    """What the present job, or the next one where none runs, may still use: every job has the whole time limit for itself."""
+    planned = float(plan["gpu_hours"])
+    if known is None:
+        return max(0.0, round(planned - (used or 0.0), 6))
+    if not known.active:
+        return planned
+    place = plan.get("placement") or {}
+    gpus = int(place.get("nodes") or 0) * int(place.get("gpus_per_node") or 0)
+    return max(0.0, round(planned - gpus * max(0.0, _age_s(known.start)) / 3600, 6))
 
 
 def _planned_epochs(plan: dict[str, Any]) -> int | None:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +72,7 @@ def place(experiment: Experiment, cluster: Cluster) -> tuple[Placement, int, tup
     time_s, notes = seconds_of(resources.time), []
     if cluster.max_time is not None and time_s > seconds_of(cluster.max_time):
         time_s = seconds_of(cluster.max_time)
-        notes.append(f"{cluster.name} allows jobs of {cluster.max_time}: the run goes on after each as a requeued job")
+        notes.append(f"{cluster.name} allows jobs of {cluster.max_time}: the time limit was cut to that")
     if cluster.executor == "local":
         cpus = len(os.sched_getaffinity(0))
         placement, adapted = local.local_placement(resources, len(local.visible_gpus()), cpus)
@@ -163,17 +164,19 @@ def check_time(experiment: Experiment, cluster: Cluster, plan: Plan, length: est
         )
 
 
-def check_budget(plan: Plan, max_gpu_hours: float | None) -> None:
-    """Refuse a job that may use more than the user allows.
+def check_budget(plan: Plan, cluster: Cluster, max_gpu_hours: float | None) -> None:
+    """Refuse jobs that may use more than the user allows: one, and those that wait behind it to continue the run.
 
     Raises:
         UsageError: GPUs times time limit is more than ``max_gpu_hours``.
     """
-    if max_gpu_hours is not None and plan.gpu_hours > max_gpu_hours:
+    jobs = 1 + cluster.chain_links
+    if max_gpu_hours is not None and jobs * plan.gpu_hours > max_gpu_hours:
+        who = f"the {jobs} jobs of this run" if jobs > 1 else "one job of this run"
         raise UsageError(
-            f"--max-gpu-hours {max_gpu_hours:g}: one job of this run may use {plan.gpu_hours:.2f} GPU-hours "
-            f"({plan.placement.nodes * plan.placement.gpus_per_node} GPUs x {plan.time_s / 3600:.2f} h); "
-            "ask for fewer GPUs or less --time, or allow more"
+            f"--max-gpu-hours {max_gpu_hours:g}: {who} may use {jobs * plan.gpu_hours:.2f} GPU-hours "
+            f"({f'{jobs} jobs x ' * (jobs > 1)}{plan.placement.nodes * plan.placement.gpus_per_node} GPUs x "
+            f"{plan.time_s / 3600:.2f} h); ask for fewer GPUs or less --time, or allow more"
         )
 
 
@@ -206,7 +209,7 @@ def submit(
     if cluster.executor == "slurm" and not have_sbatch():
         raise LaunchError(NO_SBATCH)
     plan = plan_for(experiment, cluster, checked_train_images(experiment, data_root))
-    check_budget(plan, max_gpu_hours)
+    check_budget(plan, cluster, max_gpu_hours)
     waits = dependency.resolve(after, root, cluster.executor)
     run_id = runs.new_run_id(title or experiment.name)
     expected = tested(experiment, cluster, plan, root / run_id, data_root, waits)
@@ -248,9 +251,14 @@ def start(run: Run, cluster: Cluster, plan: Plan, *, data_root: Path, after: Seq
 def _add_links(run: Run, cluster: Cluster, plan: Plan, job: TrainJob, first: str) -> None:
     """Jobs that wait behind ``first`` and continue the run; a refusal costs only the links that are missing then."""
     previous = first
-    for _ in range(cluster.chain_links):
+    for number in range(cluster.chain_links):
         made = script.executor(run.experiment(), cluster, plan, run.path, data_root=Path(job.data_root), follows=previous)
-        link = script.submit(made, job)
+        try:
+            link = script.submit(made, job)
+        except LaunchError as error:  # the run itself is queued
+            words = f"{run.id}: job {first} is queued, but only {number} of the {cluster.chain_links} jobs that continue it"
+            print(f"hpc-cifar: warning: {words}: {error}", file=sys.stderr)
+            return
         record_job(run, "slurm", link, plan, cluster=cluster.name, follows=previous)
         previous = link
 

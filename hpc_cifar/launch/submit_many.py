@@ -10,10 +10,11 @@ from pathlib import Path
 from .. import files, runs
 from ..config.cluster import Cluster
 from ..config.expand import Element
-from ..errors import LaunchError, UsageError
+from ..errors import LaunchError, NoCluster, UsageError
 from ..runs import Run
 from . import array, dependency, estimate, local, provenance, script, submit
 from .array import Planned
+from .estimate import Length, Start
 from .submit import Submitted
 
 EACH_ITS_OWN = ("job_name", "comment", "setup")  # parameters that differ between runs with the same request
@@ -53,24 +54,24 @@ def groups_of(planned: Sequence[Planned], cluster: Cluster) -> list[list[Planned
         request = json.dumps({name: value for name, value in asked.items() if name not in EACH_ITS_OWN}, sort_keys=True)
         groups.setdefault(request, []).append(one)
     return [
-        group[first : first + array.LARGEST_ARRAY]
-        for group in groups.values()
-        for first in range(0, len(group), array.LARGEST_ARRAY)
+        group[first : first + array.largest()] for group in groups.values() for first in range(0, len(group), array.largest())
     ]
 
 
-def check_budget(planned: Sequence[Planned], max_gpu_hours: float | None) -> None:
+def check_budget(planned: Sequence[Planned], cluster: Cluster, max_gpu_hours: float | None) -> None:
     """Refuse elements that may together use more than the user allows.
 
     Raises:
         UsageError: the GPU-hours of one job of each element add up to more than ``max_gpu_hours``.
     """
-    total = sum(one.plan.gpu_hours for one in planned)
+    jobs = 1 + cluster.chain_links
+    total = jobs * sum(one.plan.gpu_hours for one in planned)
     if len(planned) == 1:
-        submit.check_budget(planned[0].plan, max_gpu_hours)
+        submit.check_budget(planned[0].plan, cluster, max_gpu_hours)
     elif max_gpu_hours is not None and total > max_gpu_hours:
+        each = f"{jobs} jobs" if jobs > 1 else "one job"
         raise UsageError(
-            f"--max-gpu-hours {max_gpu_hours:g}: one job of each of these {len(planned)} runs may use {total:.2f} GPU-hours "
+            f"--max-gpu-hours {max_gpu_hours:g}: {each} of each of these {len(planned)} runs may use {total:.2f} GPU-hours "
             "in all; ask for fewer runs, fewer GPUs or less --time, or allow more"
         )
 
@@ -80,10 +81,16 @@ def check_budget(planned: Sequence[Planned], max_gpu_hours: float | None) -> Non
 
 @dataclass(frozen=True)
 class ArrayPreview:
-    """What a submission would do with elements of the same request; ``script`` is None on this machine."""
+    """What a submission would do with elements of the same request; ``script`` is None on this machine.
+
+    ``start`` and ``length`` are those of the first element, ``refusal`` is what Slurm would say.
+    """
 
     group: list[Planned]
     script: str | None
+    start: Start | None = None
+    length: Length | None = None
+    refusal: str | None = None
 
 
 def preview(
@@ -96,16 +103,42 @@ def preview(
         return [ArrayPreview(planned, None)]
     shown = []
     for group in groups_of(planned, cluster):
-        if len(group) > 1:
-            text = array.executor(group, cluster, array.new_links(root), data_root, limit, waits).script()
-        else:
-            run = root / runs.new_run_id(group[0].element.title)
-            job_ids = submit.job_ids(waits)
-            text = script.executor(
-                group[0].experiment, cluster, group[0].plan, run, data_root=data_root, after=job_ids
-            ).script()
-        shown.append(ArrayPreview(group, text))
+        text = _script(group, cluster, root, data_root, limit, waits)
+        length = _length(group, cluster, root)
+        if not submit.have_sbatch():
+            shown.append(ArrayPreview(group, text, length=length))
+            continue
+        try:
+            shown.append(ArrayPreview(group, text, estimate.start_of(text, cluster, group[0].plan), length))
+        except NoCluster:
+            shown.append(ArrayPreview(group, text, Start(note="no Slurm cluster answers here"), length))
+        except LaunchError as error:
+            shown.append(ArrayPreview(group, text, length=length, refusal=str(error)))
     return shown
+
+
+def _script(
+    group: Sequence[Planned], cluster: Cluster, root: Path, data_root: Path, limit: int | None, waits: Sequence[Run]
+) -> str:
+    """What sbatch would get."""
+    if len(group) > 1:
+        return array.executor(group, cluster, array.new_links(root), data_root, limit, waits).script()
+    run = root / runs.new_run_id(group[0].element.title)
+    one = group[0]
+    return script.executor(one.experiment, cluster, one.plan, run, data_root=data_root, after=submit.job_ids(waits)).script()
+
+
+def _length(group: Sequence[Planned], cluster: Cluster, root: Path) -> Length | None:
+    """Of the first element; every kind of element is checked.
+
+    Raises:
+        UsageError: one of them would not reach its first checkpoint in the time limit.
+    """
+    kinds = {id(one.experiment.model): one for one in reversed(group)}  # elements of one file share their model
+    lengths = {key: estimate.length_of(one.experiment, cluster, one.plan, root) for key, one in kinds.items()}
+    for key, one in kinds.items():
+        submit.check_time(one.experiment, cluster, one.plan, lengths[key])
+    return lengths[id(group[0].experiment.model)]
 
 
 # ---- submit --------------------------------------------------------------------------------------------------------------
@@ -138,13 +171,15 @@ def submit_all(
     if cluster.executor == "slurm" and not submit.have_sbatch():
         raise LaunchError(submit.NO_SBATCH)
     planned = plan_all(elements, cluster, data_root)
-    check_budget(planned, max_gpu_hours)
+    check_budget(planned, cluster, max_gpu_hours)
     waits = dependency.resolve(after, root, cluster.executor) if after else []
+    expected: dict[int, tuple[Start, Length | None]] = {}
     if cluster.executor == "slurm":
         script.check_path(root, "folder of runs")
         for group in groups_of(planned, cluster):  # what Slurm would refuse is refused before anything is created
-            made_of = array.executor(group, cluster, array.new_links(root), data_root, limit, waits)
-            estimate.start_of(made_of.script(), cluster, group[0].plan)
+            length = _length(group, cluster, root)
+            start = estimate.start_of(_script(group, cluster, root, data_root, limit, waits), cluster, group[0].plan)
+            expected |= {id(one): (start, length) for one in group}
     made = _create(planned, root, command)
     waiting = list(made.values())
     with submit.recorded(waiting):
@@ -155,7 +190,7 @@ def submit_all(
         if cluster.executor == "local":
             handed_over = _start_local(planned, list(made.values()), cluster, data_root, limit or 1, waits)
         else:
-            handed_over = _start_slurm(planned, made, cluster, root, data_root, limit, waits)
+            handed_over = _start_slurm(planned, made, cluster, root, data_root, limit, waits, expected)
         for done in handed_over:
             for one in done:
                 waiting.remove(one.run)
@@ -182,6 +217,7 @@ def _start_slurm(
     data_root: Path,
     limit: int | None,
     waits: Sequence[Run],
+    expected: dict[int, tuple[Start, Length | None]],
 ) -> Iterator[list[Submitted]]:
     """An array for each distinct request; a request of one element is a plain job."""
     for group in groups_of(planned, cluster):
@@ -190,7 +226,9 @@ def _start_slurm(
             ids = [submit.start(members[0], cluster, group[0].plan, data_root=data_root, after=waits)]
         else:
             ids = array.start(group, members, cluster, root, data_root, limit, waits)
-        yield [Submitted(run, job_id, one.plan) for run, job_id, one in zip(members, ids, group, strict=True)]
+        yield [
+            Submitted(run, job_id, one.plan, *expected[id(one)]) for run, job_id, one in zip(members, ids, group, strict=True)
+        ]
 
 
 def _start_local(

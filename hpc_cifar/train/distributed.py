@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import inspect
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -183,16 +184,21 @@ class FlatSync:
         self._world.sum(self._flat)
 
 
+_OPTIONS = inspect.signature(nn.parallel.DistributedDataParallel.__init__).parameters
+_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _OPTIONS else "broadcast_buffers"  # its older name
+
+
 class DDPSync:
     """torch's DistributedDataParallel, summing instead of averaging, overlapping communication with the backward pass."""
 
     def __init__(self, module: nn.Module, world: World) -> None:
         on_gpu = world.device.type == "cuda"
+        buffers: dict[str, Any] = {_BUFFERS: False}  # BatchNorm statistics are averaged where they are used
         self._ddp = nn.parallel.DistributedDataParallel(
             module,
             device_ids=[world.device] if on_gpu else None,
-            broadcast_buffers=False,  # BatchNorm statistics are averaged where they are used
             gradient_as_bucket_view=True,
+            **buffers,
         )
         self._ddp.register_comm_hook(None, _sum_bucket)
         self.module: nn.Module = self._ddp

@@ -12,6 +12,18 @@ from ..errors import RunBusy, RunError
 from .distributed import World
 
 
+def is_held(folder: Path) -> bool:
+    """Whether a process trains the run in this folder right now, as far as the file system can tell."""
+    try:
+        with (folder / ".lock").open(encoding="utf-8") as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 class RunLock:
     """Held by rank 0 for as long as the process lives; the kernel frees it however the process ends.
 

@@ -279,6 +279,7 @@ class Trainer:
         self._check_weights()
         with self.watchdog.phase("save"):
             self._write_checkpoint(best)
+            self.world.barrier()  # else the others wait for rank 0 in a step, which is to be quicker than a checkpoint
         self.saved_step = position.step
 
     def _write_checkpoint(self, best: bool) -> None:
@@ -338,6 +339,7 @@ class Trainer:
         result |= {"selected": self.experiment.checkpoint.select, "ended": now()}
         if self.world.main and result["state"] != "requeued":
             files.write_json(self.run.result_file, result)
-        self.records.finish(result)
-        self.world.barrier()
+        with self.watchdog.phase("finish"):
+            self.records.finish(result)
+            self.world.barrier()
         return result

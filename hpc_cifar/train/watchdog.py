@@ -33,7 +33,7 @@ START_S = 900.0  # from the first heartbeat to the first step: loading, compilin
 SLOW_PHASE = 5.0  # evaluation and saving may take this many times the limit
 PATIENCE = 10.0  # a step may take this many times the slowest one so far
 ANSWER_S = 4.0  # for the other ranks to write their stacks
-REPORT_S = 30.0  # for the rank that noticed to report and to ask for the restart
+REPORT_S = 90.0  # for the rank that noticed to report and to ask for the restart: Slurm may be busy
 EXIT_CODE = 1
 
 OnHang = Callable[[str], int]

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,10 @@ class SlurmCluster:
         """`scontrol show job` as a dictionary."""
         fields = self.call("scontrol", "--oneliner", "show", "job", job_id).split()
         return dict(field.split("=", 1) for field in fields if "=" in field)
+
+    def hosts(self, job_id: str) -> list[str]:
+        """The nodes of a job."""
+        return self.call("scontrol", "show", "hostnames", self.job(job_id)["NodeList"]).split()
 
     def state(self, job_id: str) -> str:
         return self.job(job_id)["JobState"]
@@ -80,7 +84,7 @@ def why_not() -> str | None:
     return f"missing {', '.join(missing)} (Debian: slurm-wlm munge)" if missing else None
 
 
-EPOCHS = 30
+EPOCHS = 24
 JOB = f"""\
 name: small
 seed: 5
@@ -111,12 +115,12 @@ signal_delay_s: 30
 
 
 class Site:
-    """One user on the cluster: a job file, a profile, a folder for runs."""
+    """One user on the cluster: job files, profiles, a folder for runs."""
 
-    def __init__(self, cluster: SlurmCluster, folder: Path, data: Path) -> None:
+    def __init__(self, cluster: SlurmCluster, folder: Path, data: Path, runs: str = "runs") -> None:
         self.cluster = cluster
         self.folder = folder
-        self.runs = folder / "runs"
+        self.runs = folder / runs
         self.environment = {
             **os.environ,
             "SLURM_CONF": cluster.environment["SLURM_CONF"],
@@ -126,28 +130,41 @@ class Site:
         (folder / "job.yaml").write_text(JOB)
         (folder / "testbed.yaml").write_text(PROFILE)
 
-    def call(self, *arguments: str, code: int = 0) -> str:
+    def run(self, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "hpc_cifar", *arguments]
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=200, env=self.environment, cwd=self.folder, check=False
         )
         assert done.returncode == code, f"{arguments}: {done.returncode}\n{done.stdout}\n{done.stderr}\n{self.logs()}"
-        return done.stdout
+        return done
+
+    def call(self, *arguments: str, code: int = 0) -> str:
+        return self.run(*arguments, code=code).stdout
 
     def submit(self, *options: str) -> tuple[str, str]:
         """Run and job id."""
         return self.submit_many(*options)[-1]
 
-    def submit_many(self, *options: str) -> list[tuple[str, str]]:
+    def submit_many(
+        self, *options: str, jobs: Sequence[str] = ("job.yaml",), profile: str = "testbed"
+    ) -> list[tuple[str, str]]:
         """Run and job id of every element."""
-        printed = self.call("submit", "job.yaml", "--cluster", "./testbed.yaml", "--parsable", *options)
+        printed = self.call("submit", *jobs, "--cluster", f"./{profile}.yaml", "--parsable", *options)
         pairs = [line.split("\t") for line in printed.strip().splitlines()]
         return [(run, job) for run, job in pairs]
 
+    def statuses(self, *names: str) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = json.loads(self.call("status", *names, "--json"))
+        return rows
+
     def status(self, run: str) -> dict[str, Any]:
-        [row] = json.loads(self.call("status", run, "--json"))
-        assert isinstance(row, dict)
+        [row] = self.statuses(run)
         return row
+
+    def finished(self, *runs: str) -> list[dict[str, Any]]:
+        """Wait until they have; their results."""
+        self.call("wait", *runs)
+        return [self.result(run) for run in runs]
 
     def state(self, run: str) -> dict[str, Any]:
         try:
@@ -161,8 +178,11 @@ class Site:
         return found
 
     def epochs(self, run: str) -> list[int]:
+        return [row["epoch"] for row in self.rows(run, "epoch")]
+
+    def rows(self, run: str, kind: str) -> list[dict[str, Any]]:
         rows = map(json.loads, (self.runs / run / "metrics.jsonl").read_text().splitlines())
-        return [row["epoch"] for row in rows if row["kind"] == "epoch"]
+        return [row for row in rows if row["kind"] == kind]
 
     def until_epoch(self, run: str, epoch: int) -> None:
         """Until the run trains and has some epochs behind it."""

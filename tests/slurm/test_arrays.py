@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
 import sys
 import time
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import pytest
+from slurm_site import Site, SlurmCluster, assert_same
 
 from hpc_cifar.launch.slurm import expand_ids
 from hpc_cifar.launch.status import NEVER_STARTED
 
-if TYPE_CHECKING:
-    from conftest import SlurmCluster
-
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
-JOB = """\
+ELEMENT = """\
 name: {name}
 seed: 5
 epochs: {epochs}
@@ -35,89 +30,41 @@ resources: {{processes_per_node: 1, time: "00:10:00"}}
 PROFILE = "executor: slurm\npartition: low\ngpu_request: none\ncpus_per_process: 1\nsignal_delay_s: 30\n"
 
 
-class Site:
-    """One user on the cluster with some job files, a profile, and one whose jobs are held."""
+class ArraySite(Site):
+    """A user with some job files, and a second profile whose jobs are held."""
 
     def __init__(self, cluster: SlurmCluster, folder: Path, data: Path) -> None:
-        self.cluster, self.folder, self.runs = cluster, folder, folder / "my runs"
-        self.environment = {
-            **os.environ,
-            "SLURM_CONF": cluster.environment["SLURM_CONF"],
-            "HPC_CIFAR_DATA": str(data),
-            "HPC_CIFAR_RUNS": str(self.runs),
-        }
+        super().__init__(cluster, folder, data, runs="my runs")
         (folder / "testbed.yaml").write_text(PROFILE)
         (folder / "held.yaml").write_text(PROFILE + "sbatch_extra: {hold: true}\n")
         for name, epochs, lr in (("short", 2, 0.01), ("bad", 2, 1e30), ("long", 60, 0.01)):
-            (folder / f"{name}.yaml").write_text(JOB.format(name=name, epochs=epochs, lr=lr))
-
-    def run(self, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "hpc_cifar", *arguments]
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=200, env=self.environment, cwd=self.folder, check=False
-        )
-        assert done.returncode == code, f"{arguments}: {done.returncode}\n{done.stdout}\n{done.stderr}\n{self.logs()}"
-        return done
-
-    def call(self, *arguments: str, code: int = 0) -> str:
-        return self.run(*arguments, code=code).stdout
-
-    def submit(self, *arguments: str, profile: str = "testbed") -> list[tuple[str, str]]:
-        """Run and job id of each element."""
-        printed = self.call("submit", *arguments, "--cluster", f"./{profile}.yaml", "--parsable")
-        return [(line.split("\t")[0], line.split("\t")[1]) for line in printed.splitlines()]
-
-    def status(self, name: str) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = json.loads(self.call("status", name, "--json"))
-        return rows
+            (folder / f"{name}.yaml").write_text(ELEMENT.format(name=name, epochs=epochs, lr=lr))
 
     def queued(self) -> list[str]:
         """Every job that waits or runs."""
         return [job for line in self.cluster.call("squeue", "--noheader", "--format=%i").split() for job in expand_ids(line)]
 
-    def state(self, run: str) -> dict[str, Any]:
-        try:
-            found: dict[str, Any] = json.loads((self.runs / run / "state.json").read_text())
-        except (OSError, ValueError):
-            return {}
-        return found
-
-    def result(self, run: str) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((self.runs / run / "result.json").read_text())
-        return found
-
     def until_reason(self, name: str, reason: str) -> None:
         """Until every run of this name waits for ``reason``; Slurm finds a reason when it next schedules."""
 
         def waits() -> bool:
-            return {(row["state"], row["reason"]) for row in self.status(name)} == {("pending", reason)}
+            return {(row["state"], row["reason"]) for row in self.statuses(name)} == {("pending", reason)}
 
-        self.cluster.until(waits, 20, f"{name} waits for {reason}: {self.status(name)}")
-
-    def until_epoch(self, run: str, epoch: int) -> None:
-        self.cluster.until(
-            lambda: self.state(run).get("state") == "running" and (self.state(run).get("epoch") or 0) >= epoch,
-            90,
-            f"epoch {epoch} of {run}: {self.state(run)}\n{self.logs()}",
-        )
-
-    def logs(self) -> str:
-        texts = [f"-- {path.name}\n{path.read_text()[-1500:]}" for path in sorted(self.runs.glob("*/submitit/*_log.*"))]
-        return "\n".join(texts)
+        self.cluster.until(waits, 20, f"{name} waits for {reason}: {self.statuses(name)}")
 
 
 @pytest.fixture
-def site(slurm_cluster: SlurmCluster, tmp_path: Path, digits_data: Path) -> Site:
-    return Site(slurm_cluster, tmp_path, digits_data)
+def site(slurm_cluster: SlurmCluster, tmp_path: Path, digits_data: Path) -> ArraySite:
+    return ArraySite(slurm_cluster, tmp_path, digits_data)
 
 
-def seconds(site: Site, *arguments: str) -> float:
+def seconds(site: ArraySite, *arguments: str) -> float:
     began = time.perf_counter()
     site.call(*arguments)
     return time.perf_counter() - began
 
 
-def test_a_hundred_elements_are_one_sbatch_call_and_quick(site: Site) -> None:
+def test_a_hundred_elements_are_one_sbatch_call_and_quick(site: ArraySite) -> None:
     submit = ("submit", "short.yaml", "--seeds", "100", "--array-limit", "7", "--cluster", "./held.yaml")
     took = min(seconds(site, *submit) for _ in range(3))  # other processes share the machine
     assert took < 3, f"submit of 100 elements took {took:.2f} s"
@@ -128,7 +75,7 @@ def test_a_hundred_elements_are_one_sbatch_call_and_quick(site: Site) -> None:
 
     took = min(seconds(site, "status", array, "--json") for _ in range(5))
     assert took < 1, f"status of 100 runs took {took:.2f} s"
-    rows = site.status(array)
+    rows = site.statuses(array)
     assert [row["job_id"] for row in rows] == [f"{array}_{index}" for index in range(100)]
     assert {row["state"] for row in rows} == {"pending"}
     assert [row["run"].rsplit("-", 3)[0] for row in rows] == [f"short-s{seed}" for seed in range(5, 105)]
@@ -136,17 +83,17 @@ def test_a_hundred_elements_are_one_sbatch_call_and_quick(site: Site) -> None:
     run = rows[41]["run"]
     assert "cancelled while it was waiting" in site.call("cancel", run)
     assert sorted(site.queued()) == sorted({f"{array}_{index}" for index in range(100)} - {f"{array}_41"})
-    assert [row["run"] for row in site.status(array) if row["state"] == "cancelled"] == [run]
-    assert "name one of them, such as" in site.run("resume", array, code=2).stderr
+    assert [row["run"] for row in site.statuses(array) if row["state"] == "cancelled"] == [run]
+    assert "name one of them, such as" in site.run("logs", array, code=2).stderr
     site.cluster.call("scancel", f"{array}_42")  # by hand: Slurm forgets it at once
-    assert [row["reason"] for row in site.status(array) if row["state"] == "failed"] == [NEVER_STARTED]
+    assert [row["reason"] for row in site.statuses(array) if row["state"] == "failed"] == [NEVER_STARTED]
     site.call("cancel", array)
     assert site.queued() == []
-    assert Counter(row["state"] for row in site.status(array)) == {"cancelled": 99, "failed": 1}
+    assert Counter(row["state"] for row in site.statuses(array)) == {"cancelled": 99, "failed": 1}
 
 
-def test_run_directories_of_an_array_are_whole_and_share_one_copy_of_the_code(site: Site) -> None:
-    [(run, job), (other, _), (third, _)] = site.submit("short.yaml", "--kfold", "3", profile="held")
+def test_run_directories_of_an_array_are_whole_and_share_one_copy_of_the_code(site: ArraySite) -> None:
+    [(run, job), (other, _), (third, _)] = site.submit_many("--kfold", "3", jobs=("short.yaml",), profile="held")
     array = job.partition("_")[0]
     for name, index in ((run, 0), (other, 1)):
         folder = site.runs / name
@@ -172,7 +119,7 @@ def test_run_directories_of_an_array_are_whole_and_share_one_copy_of_the_code(si
     site.call("cancel", array)
 
 
-def test_dry_run_shows_a_script_for_each_request_and_submits_nothing(site: Site) -> None:
+def test_dry_run_shows_a_script_for_each_request_and_submits_nothing(site: ArraySite) -> None:
     wide = (site.folder / "short.yaml").read_text().replace("processes_per_node: 1", "processes_per_node: 1, gpus_per_node: 1")
     (site.folder / "wide.yaml").write_text(wide.replace("name: short", "name: wide"))
     (site.folder / "gpus.yaml").write_text(PROFILE.replace("gpu_request: none\n", ""))
@@ -190,13 +137,13 @@ def test_dry_run_shows_a_script_for_each_request_and_submits_nothing(site: Site)
     assert site.queued() == []
 
 
-def test_one_element_fails_one_is_requeued_one_is_cancelled_and_the_others_go_on(site: Site) -> None:
-    made = site.submit("bad.yaml", "short.yaml", "long.yaml", "long.yaml")
+def test_one_element_fails_one_is_requeued_one_is_cancelled_and_the_others_go_on(site: ArraySite) -> None:
+    made = site.submit_many(jobs=("bad.yaml", "short.yaml", "long.yaml", "long.yaml"))
     runs, jobs = [run for run, _ in made], [job for _, job in made]
     array = jobs[0].partition("_")[0]
     assert jobs == [f"{array}_{index}" for index in range(4)]
     bad, short, requeued, cancelled = runs
-    [(later, later_job)] = site.submit("short.yaml", "--after", short)
+    [(later, later_job)] = site.submit_many("--after", short, jobs=("short.yaml",))
     assert site.cluster.job(later_job)["Dependency"].startswith(f"afterok:{array}_1")
     site.until_reason(later, "Dependency")
 
@@ -207,16 +154,16 @@ def test_one_element_fails_one_is_requeued_one_is_cancelled_and_the_others_go_on
     # asked for the state of this number alone, Slurm tells of all elements, and first of the one that waits
     assert site.cluster.job(jobs[3])["JobId"] == array
     site.cluster.call("scancel", jobs[3])
-    assert {row["run"]: row["job_id"] for row in site.status(array)} == dict(made)
+    assert {row["run"]: row["job_id"] for row in site.statuses(array)} == dict(made)
     site.call("wait", cancelled, code=1)
-    assert site.status(cancelled)[0]["reason"] == "cancelled with scancel"
+    assert site.statuses(cancelled)[0]["reason"] == "cancelled with scancel"
     assert site.cluster.job(jobs[3])["Restarts"] == "0"
     site.call("resume", cancelled)
-    [row] = site.status(cancelled)
+    [row] = site.statuses(cancelled)
     assert "_" not in row["job_id"], "a plain job of its own"
 
     site.call("wait", array, later, code=1)
-    states = {row["run"]: row for row in site.status(array)}
+    states = {row["run"]: row for row in site.statuses(array)}
     assert [states[run]["state"] for run in runs] == ["failed", "finished", "finished", "finished"]
     assert "loss became" in states[bad]["reason"]
     assert states[requeued]["job_id"] == jobs[2]
@@ -226,8 +173,7 @@ def test_one_element_fails_one_is_requeued_one_is_cancelled_and_the_others_go_on
     assert all("resuming at step" in site.call("logs", run) for run in (requeued, cancelled))
     assert "resuming at step" not in site.call("logs", short)
 
-    same = ("state", "epochs", "steps", "test_loss", "test_accuracy")  # the same experiment, interrupted in two ways
-    assert [site.result(cancelled)[name] for name in same] == [site.result(requeued)[name] for name in same]
+    assert_same(site.result(cancelled), site.result(requeued))  # the same experiment, interrupted in two ways
     assert site.result(later)["ended"] > site.result(short)["ended"]
 
     # nothing to wait for, and nothing good to come
@@ -238,30 +184,30 @@ def test_one_element_fails_one_is_requeued_one_is_cancelled_and_the_others_go_on
     assert f"hpc-cifar resume {bad}" in refused
 
 
-def test_a_run_never_starts_when_the_one_before_it_ended_badly(site: Site) -> None:
-    [(first, first_job)] = site.submit("short.yaml", profile="held")
-    made = site.submit("short.yaml", "--seeds", "2", "--after", first)
+def test_a_run_never_starts_when_the_one_before_it_ended_badly(site: ArraySite) -> None:
+    [(first, first_job)] = site.submit_many(jobs=("short.yaml",), profile="held")
+    made = site.submit_many("--seeds", "2", "--after", first, jobs=("short.yaml",))
     array = made[0][1].partition("_")[0]
     site.until_reason(array, "Dependency")
     assert site.cluster.call("squeue", "--noheader", f"--jobs={array}", "--format=%E").startswith(f"afterok:{first_job}")
     site.call("cancel", first)
     site.cluster.until(lambda: site.queued() == [], 30, "Slurm gives up what cannot start any more")
-    for row in site.status(array):
+    for row in site.statuses(array):
         assert row["state"] == "cancelled"
         assert row["reason"] == f"{first}, after which it was to start, did not finish"
     assert not list(site.runs.glob("*/metrics.jsonl"))
 
 
-def test_a_run_that_only_ended_is_not_one_that_finished(site: Site) -> None:
+def test_a_run_that_only_ended_is_not_one_that_finished(site: ArraySite) -> None:
     """afterok is satisfied by exit code 0, and by any job that Slurm has forgotten."""
-    [(first, first_job)] = site.submit("short.yaml", profile="held")
-    [(second, _)] = site.submit("short.yaml", "--after", first)
+    [(first, first_job)] = site.submit_many(jobs=("short.yaml",), profile="held")
+    [(second, _)] = site.submit_many("--after", first, jobs=("short.yaml",))
     pickle = site.runs / first / "submitit" / f"{first_job}_submitted.pkl"
     job = f"from submitit.core.utils import DelayedSubmission as D; D(print, 'nothing').dump({str(pickle)!r})"
     subprocess.run([sys.executable, "-c", job], check=True)  # the first job ends well without having trained
     site.cluster.call("scontrol", "release", first_job)
     assert site.cluster.wait(first_job) == "COMPLETED"
     site.call("wait", second, code=1)
-    [row] = site.status(second)
+    [row] = site.statuses(second)
     assert row["state"] == "failed"
     assert f"{first}, after which this run was to start, has not finished" in row["reason"]

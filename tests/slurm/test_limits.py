@@ -3,52 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from slurm_site import EPOCHS, Site, SlurmCluster, assert_same
 
 from hpc_cifar import files
 
-LONG = 160  # epochs: 40 s of training on two idle cores, so that the signal, at most 30 s after the start, comes first
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
-
-
-def logged_steps(site: Site, run: str) -> list[int]:
-    return [row["step"] for row in files.read_json_lines(site.runs / run / "metrics.jsonl") if row["kind"] == "step"]
-
-
-def test_a_run_longer_than_its_time_limit_goes_on(slurm_cluster: SlurmCluster, tmp_path: Path, digits_data: Path) -> None:
-    """Slurm sends the signal up to a minute early, so with a limit of one minute it may come at any time."""
-    site = Site(slurm_cluster, tmp_path, digits_data)
-    run, job = site.submit("--time", "00:01:00", "--nodes", "1", "--set", f"epochs={LONG}")
-    site.call("wait", run)
-    assert slurm_cluster.wait(job) == "COMPLETED"  # Slurm says so a moment after the run does
-    restarts = site.result(run)["restarts"]
-    assert restarts >= 1 and slurm_cluster.job(job)["Restarts"] == str(restarts)
-    assert site.epochs(run) == list(range(1, LONG + 1))
-    steps = logged_steps(site, run)
-    assert steps == sorted(set(steps)) and site.result(run)["lost_steps"] == 0
-
-
-def test_a_hung_rank_is_recorded_and_the_run_restarts(slurm_cluster: SlurmCluster, tmp_path: Path, digits_data: Path) -> None:
-    site = Site(slurm_cluster, tmp_path, digits_data)
-    undisturbed = site.submit("--partition", "high")[0]
-    site.call("wait", undisturbed)
-    run, job = site.submit("--set", "resources.hang_timeout_s=3")
-    site.until_epoch(run, 3)
-    beat = json.loads((site.runs / run / "heartbeat" / "rank-1.json").read_text())
-    os.kill(beat["pid"], signal.SIGSTOP)
-    slurm_cluster.until(lambda: slurm_cluster.job(job)["Restarts"] == "1", 40, "the hung job is requeued")
-    site.call("wait", run)
-    assert site.epochs(run) == list(range(1, EPOCHS + 1))
-    assert_same(site.result(run), site.result(undisturbed))
-    (folder,) = (site.runs / run / "hangs").iterdir()
-    assert folder.name == f"{job}.0"
-    assert f"rank 1 on {beat['host']}" in json.loads((folder / "report.json").read_text())["reason"]
-    assert "distributed_c10d.py" in (folder / "rank-0.txt").read_text()
 
 
 CHAIN = """\
@@ -61,32 +27,85 @@ chain_links: 10
 """
 
 
+def jobs_of(site: Site, run: str) -> list[str]:
+    return [str(row["job_id"]) for row in files.read_json_lines(site.runs / run / "jobs.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def longer(
+    slurm_cluster_session: SlurmCluster,
+    undisturbed: dict[int, dict[str, Any]],
+    digits_data: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Site, dict[str, str], int]:
+    """Two runs that need more than their time limit of a minute, ``requeued`` and ``chained``; and their epochs.
+
+    The signal comes at most 30 s after the start, so they train for about twice that, however quick the machine is.
+    """
+    epochs = math.ceil(60 / (undisturbed[1]["seconds"] / EPOCHS))
+    limited = ("--time", "00:01:00", "--nodes", "1", "--set", f"epochs={epochs}")
+    site = Site(slurm_cluster_session, tmp_path_factory.mktemp("longer"), digits_data)
+    (site.folder / "chain.yaml").write_text(CHAIN)
+    [(requeued, _)] = site.submit_many(*limited)
+    [(chained, _)] = site.submit_many(*limited, profile="chain")
+    site.until_epoch(chained, 1)
+    assert site.status(chained)["job_id"] in jobs_of(site, chained)
+    site.call("wait", requeued, chained)
+    return site, {"requeued": requeued, "chained": chained}, epochs
+
+
+@pytest.mark.parametrize("how", ["requeued", "chained"])
+def test_a_run_longer_than_its_time_limit_goes_on(longer: tuple[Site, dict[str, str], int], how: str) -> None:
+    """Slurm sends the signal up to a minute early, so with a limit of one minute it may come at any time."""
+    site, runs, epochs = longer
+    result = site.result(runs[how])
+    assert result["state"] == "finished" and result["restarts"] >= 1 and result["lost_steps"] == 0
+    assert site.epochs(runs[how]) == list(range(1, epochs + 1))
+    steps = [row["step"] for row in site.rows(runs[how], "step")]
+    assert steps == sorted(set(steps))
+
+
+def test_a_requeued_run_has_one_job(longer: tuple[Site, dict[str, str], int]) -> None:
+    site, runs, _ = longer
+    [job] = jobs_of(site, runs["requeued"])
+    assert site.cluster.wait(job) == "COMPLETED"  # Slurm says so a moment after the run does
+    assert site.cluster.job(job)["Restarts"] == str(site.result(runs["requeued"])["restarts"])
+
+
+def test_links_submitted_beforehand_end_at_once_when_they_are_not_needed(longer: tuple[Site, dict[str, str], int]) -> None:
+    site, runs, _ = longer
+    ids = jobs_of(site, runs["chained"])
+    used = 1 + site.result(runs["chained"])["restarts"]
+    assert len(ids) == 11 and 2 <= used <= 11
+    for job in ids:
+        assert site.cluster.wait(job) == "COMPLETED"
+        assert site.cluster.job(job)["Restarts"] == "0"
+
+
+def test_a_hung_rank_is_recorded_and_the_run_restarts(
+    slurm_cluster: SlurmCluster, undisturbed: dict[int, dict[str, Any]], tmp_path: Path, digits_data: Path
+) -> None:
+    site = Site(slurm_cluster, tmp_path, digits_data)
+    run, job = site.submit("--set", "resources.hang_timeout_s=3")
+    site.until_epoch(run, 3)
+    beat = json.loads((site.runs / run / "heartbeat" / "rank-1.json").read_text())
+    os.kill(beat["pid"], signal.SIGSTOP)
+    slurm_cluster.until(lambda: slurm_cluster.job(job)["Restarts"] == "1", 40, "the hung job is requeued")
+    site.call("wait", run)
+    assert site.epochs(run) == list(range(1, EPOCHS + 1))
+    assert_same(site.result(run), undisturbed[2])
+    (folder,) = (site.runs / run / "hangs").iterdir()
+    assert folder.name == f"{job}.0"
+    assert f"rank 1 on {beat['host']}" in json.loads((folder / "report.json").read_text())["reason"]
+    assert "distributed_c10d.py" in (folder / "rank-0.txt").read_text()
+
+
 @pytest.fixture
 def chained(slurm_cluster: SlurmCluster, tmp_path: Path, digits_data: Path) -> Site:
     """A user of a site that forbids requeueing."""
     site = Site(slurm_cluster, tmp_path, digits_data)
     (tmp_path / "testbed.yaml").write_text(CHAIN)
     return site
-
-
-def jobs_of(site: Site, run: str) -> list[str]:
-    return [str(row["job_id"]) for row in files.read_json_lines(site.runs / run / "jobs.jsonl")]
-
-
-def test_links_submitted_beforehand_continue_a_run(chained: Site) -> None:
-    run, first = chained.submit("--time", "00:01:00", "--nodes", "1", "--set", f"epochs={LONG}")
-    ids = jobs_of(chained, run)
-    assert ids[0] == first and len(ids) == 11
-    chained.until_epoch(run, 1)
-    assert chained.status(run)["job_id"] in ids
-    chained.call("wait", run)
-    result = chained.result(run)
-    used = 1 + result["restarts"]
-    assert result["state"] == "finished" and 2 <= used <= 11 and result["lost_steps"] == 0
-    assert chained.epochs(run) == list(range(1, LONG + 1))
-    for job in ids:  # the ones that were not needed too, at once
-        assert chained.cluster.wait(job) == "COMPLETED"
-        assert chained.cluster.job(job)["Restarts"] == "0"
 
 
 @pytest.mark.parametrize("raw", [True, False])

@@ -7,67 +7,31 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
-
-if TYPE_CHECKING:
-    from slurm_site import SlurmCluster
+from slurm_site import PROFILE, Site, SlurmCluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
-JOB = """\
-name: small
-epochs: 1
-model: {family: sequential, layers: [flatten, {dense: {units: 10}}]}
-data: {dataset: digits, batch_size: 48}
-optimizer: {name: sgd, lr: 0.01}
-resources: {nodes: 2, processes_per_node: 1, time: "00:10:00"}
-"""
-PROFILE = """\
-executor: slurm
-partition: low
-gpu_request: none
-cpus_per_process: 1
-signal_delay_s: 30
-"""
 
-
-class Site:
-    """One user on the cluster, with a copy of the data that can be hidden from single nodes."""
+class NodesSite(Site):
+    """A user whose copy of the data can be hidden from single nodes."""
 
     def __init__(self, cluster: SlurmCluster, folder: Path, data: Path) -> None:
-        self.cluster, self.folder = cluster, folder
-        self.data, self.runs, self.scratch = folder / "data", folder / "runs", folder / "scratch"
+        self.data, self.scratch = folder / "data", folder / "scratch"
         shutil.copytree(data, self.data)
         self.scratch.mkdir()
         self.mounted: list[tuple[int, Path]] = []
-        self.environment = {
-            **os.environ,
-            "SLURM_CONF": cluster.environment["SLURM_CONF"],
-            "HPC_CIFAR_DATA": str(self.data),
-            "HPC_CIFAR_RUNS": str(self.runs),
-        }
+        super().__init__(cluster, folder, self.data)
 
-    def call(self, *arguments: str, code: int = 0) -> str:
-        command = [sys.executable, "-m", "hpc_cifar", *arguments]
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=120, env=self.environment, cwd=self.folder, check=False
-        )
-        assert done.returncode == code, f"{arguments}: {done.returncode}\n{done.stdout}\n{done.stderr}\n{self.logs()}"
-        return done.stdout
-
-    def submit(self, profile: str, *options: str) -> tuple[str, str]:
-        """Run and job id."""
-        (self.folder / "job.yaml").write_text(JOB)
+    def with_profile(self, profile: str, *options: str) -> tuple[str, str]:
+        """Submit one epoch with these lines added to the profile; run and job id."""
         (self.folder / "testbed.yaml").write_text(PROFILE + profile)
-        printed = self.call("submit", "job.yaml", "--cluster", "./testbed.yaml", "--parsable", *options)
-        run, job = printed.strip().splitlines()[-1].split("\t")
-        return run, job
+        return self.submit("--set", "epochs=1", *options)
 
     def slurmd(self, node: str) -> int:
         """The process whose namespaces are the node's."""
@@ -99,13 +63,6 @@ class Site:
         for pid, path in self.mounted:
             subprocess.run(["nsenter", f"--mount=/proc/{pid}/ns/mnt", "umount", "--lazy", str(path)], check=True)
 
-    def state(self, run: str) -> dict[str, Any]:
-        try:
-            found: dict[str, Any] = json.loads((self.runs / run / "state.json").read_text())
-        except (OSError, ValueError):
-            return {}
-        return found
-
     def failures(self, run: str) -> list[dict[str, Any]]:
         path = self.runs / run / "failures.jsonl"
         self.cluster.until(path.exists, 10, "the record of a failure")
@@ -113,10 +70,6 @@ class Site:
 
     def log(self, run: str, rank: int = 0) -> str:
         return "".join(path.read_text() for path in (self.runs / run / "submitit").glob(f"*_{rank}_log.out"))
-
-    def logs(self) -> str:
-        texts = [f"-- {path.name}\n{path.read_text()[-2500:]}" for path in sorted(self.runs.glob("*/submitit/*_log.*"))]
-        return "\n".join(texts)
 
     def requeued(self, job: str, excluding: set[str]) -> None:
         def excluded() -> set[str]:
@@ -127,16 +80,16 @@ class Site:
 
 
 @pytest.fixture
-def site(slurm_cluster: SlurmCluster, tmp_path: Path, digits_data: Path) -> Iterator[Site]:
-    made = Site(slurm_cluster, tmp_path, digits_data)
+def site(slurm_cluster: SlurmCluster, tmp_path: Path, digits_data: Path) -> Iterator[NodesSite]:
+    made = NodesSite(slurm_cluster, tmp_path, digits_data)
     yield made
     made.close()
 
 
-def test_good_nodes_train_from_a_copy_on_each(site: Site) -> None:
+def test_good_nodes_train_from_a_copy_on_each(site: NodesSite) -> None:
     for node in ("n1", "n2", "n3"):
         site.mount(node, site.scratch)  # a disk of its own
-    run, _ = site.submit(f"scratch: {site.scratch}\n")
+    run, _ = site.with_profile(f"scratch: {site.scratch}\n")
     site.call("wait", run)
     for rank in (0, 1):
         assert f"MiB of digits to {site.scratch}/hpc-cifar-0/" in site.log(run, rank)
@@ -144,8 +97,7 @@ def test_good_nodes_train_from_a_copy_on_each(site: Site) -> None:
     assert "good in" in line
     assert float(line.split()[-2]) < 10
     assert list(site.scratch.iterdir()) == []
-    rows = [json.loads(line) for line in (site.runs / run / "metrics.jsonl").read_text().splitlines()]
-    [event] = [row for row in rows if row.get("event") == "staged"]
+    [event] = [row for row in site.rows(run, "event") if row["event"] == "staged"]
     assert event["local"]
     assert event["mib"] > 0
     for node in ("n1", "n2", "n3"):
@@ -153,20 +105,20 @@ def test_good_nodes_train_from_a_copy_on_each(site: Site) -> None:
         assert subprocess.run(listing, capture_output=True, text=True, check=True).stdout == ""
 
 
-def test_a_full_scratch_costs_the_copy_and_not_the_run_and_preflight_can_be_left_out(site: Site) -> None:
+def test_a_full_scratch_costs_the_copy_and_not_the_run_and_preflight_can_be_left_out(site: NodesSite) -> None:
     site.mount("n1", site.scratch, "-o", "size=64k")
-    run, _ = site.submit(f"scratch: {site.scratch}\nnodelist: n1\npreflight: false\n", "--nodes", "1")
+    run, _ = site.with_profile(f"scratch: {site.scratch}\nnodelist: n1\npreflight: false\n", "--nodes", "1")
     site.call("wait", run)
     assert "preflight:" not in site.log(run)
     assert f"warning: digits is not staged to {site.scratch} (no room: " in site.log(run)
 
 
-def test_a_node_without_the_data_is_named_and_left(site: Site) -> None:
+def test_a_node_without_the_data_is_named_and_left(site: NodesSite) -> None:
     site.mount("n1", site.data)  # where rank 0 is, so that another rank has to act
-    run, job = site.submit("")
+    run, job = site.with_profile("")
     site.requeued(job, excluding={"n1"})
     site.call("wait", run)
-    assert json.loads((site.runs / run / "result.json").read_text())["state"] == "finished"
+    assert site.result(run)["state"] == "finished"
     [row] = site.failures(run)
     assert row["nodes"] == ["n1"]
     assert row["reason"].startswith(f"preflight failed: n1: data: {site.data}/digits: dataset 'digits' is not prepared")
@@ -177,18 +129,18 @@ def test_a_node_without_the_data_is_named_and_left(site: Site) -> None:
     assert not list((site.runs / run / "submitit").glob("*_preflight.json"))
 
 
-def test_the_profiles_own_exclusion_is_kept_and_rank_0_may_be_the_bad_one(site: Site) -> None:
+def test_the_profiles_own_exclusion_is_kept_and_rank_0_may_be_the_bad_one(site: NodesSite) -> None:
     site.mount("n1", site.data)
-    run, job = site.submit("exclude: n3\n", "--nodes", "1")
+    run, job = site.with_profile("exclude: n3\n", "--nodes", "1")
     site.requeued(job, excluding={"n1", "n3"})
     site.call("wait", run)
     assert site.cluster.job(job)["NodeList"] == "n2"
 
 
-def test_a_second_failure_ends_the_run(site: Site) -> None:
+def test_a_second_failure_ends_the_run(site: NodesSite) -> None:
     """With too few nodes for another choice, so that the job comes back to the bad one."""
     site.mount("n2", site.data)
-    run, job = site.submit("exclude: n3\n")
+    run, job = site.with_profile("exclude: n3\n")
     site.call("wait", run, code=1)
     first, second = site.failures(run)
     assert first["reason"].startswith("preflight failed: n2: data: ")
@@ -200,9 +152,9 @@ def test_a_second_failure_ends_the_run(site: Site) -> None:
     assert site.cluster.job(job)["Restarts"] == "1"
 
 
-def test_a_node_that_does_not_answer_is_named(site: Site) -> None:
+def test_a_node_that_does_not_answer_is_named(site: NodesSite) -> None:
     """Its processes are frozen before they reach the others."""
-    run, job = site.submit("preflight_timeout_s: 6\n")
+    run, job = site.with_profile("preflight_timeout_s: 6\n")
     stopped: list[int] = []
     deadline = time.monotonic() + 30
     while not stopped and time.monotonic() < deadline:

@@ -2,91 +2,66 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from slurm_site import EPOCHS, Site, SlurmCluster, assert_same
+from slurm_site import EPOCHS, PROFILE, Site, SlurmCluster, assert_same
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 
 @pytest.fixture
-def site(slurm_cluster: SlurmCluster, tmp_path: Path, digits_data: Path) -> Iterator[Site]:
-    yield Site(slurm_cluster, tmp_path, digits_data)
+def site(slurm_cluster: SlurmCluster, tmp_path: Path, digits_data: Path) -> Site:
+    return Site(slurm_cluster, tmp_path, digits_data)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(
-    slurm_cluster_session: SlurmCluster, digits_data: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Any]:
-    """The result of a run that nothing happened to."""
-    site = Site(slurm_cluster_session, tmp_path_factory.mktemp("undisturbed"), digits_data)
-    run, job = site.submit()
-    site.call("wait", run)
-    assert slurm_cluster_session.job(job)["NumNodes"] == "2"
-    assert site.status(run)["state"] == "finished"
-    assert site.epochs(run) == list(range(1, EPOCHS + 1))
-    return site.result(run)
+def test_two_nodes_finish(undisturbed: dict[int, dict[str, Any]]) -> None:
+    for result in undisturbed.values():
+        assert (result["state"], result["epochs"], result["restarts"]) == ("finished", EPOCHS, 0)
+        assert result["test_accuracy"] > 0.8
 
 
-def test_two_nodes_finish(slurm_cluster: SlurmCluster, undisturbed: dict[str, Any]) -> None:
-    assert undisturbed["state"] == "finished"
-    assert undisturbed["test_accuracy"] > 0.8
-    assert undisturbed["restarts"] == 0
-
-
-def test_a_preempted_run_resumes_to_the_same_result(site: Site, undisturbed: dict[str, Any]) -> None:
-    run, job = site.submit()
-    site.until_epoch(run, 3)
-    high = site.cluster.batch("--partition=high", "--nodes=3", "--exclusive", script="sleep 3")
-    assert site.cluster.wait(high) == "COMPLETED"
-    site.call("wait", run)
-    assert site.status(run)["restarts"] == 1
-    assert site.status(run)["job_id"] == job
-    assert site.epochs(run) == list(range(1, EPOCHS + 1)), "no epoch twice, none left out"
-    assert_same(site.result(run), undisturbed)
-
-
-def test_a_requeued_run_resumes_to_the_same_result(site: Site, undisturbed: dict[str, Any]) -> None:
-    run, job = site.submit()
-    site.until_epoch(run, 3)
-    site.cluster.call("scontrol", "requeue", job)
-    site.call("wait", run)
-    assert site.cluster.job(job)["Restarts"] == "1"
-    assert_same(site.result(run), undisturbed)
-
-
-def test_a_lost_node_costs_no_result(site: Site, undisturbed: dict[str, Any]) -> None:
-    run, job = site.submit("--set", f"resources.nodes={2}")
-    site.until_epoch(run, 3)
-    node = site.cluster.call("scontrol", "show", "hostnames", site.cluster.job(job)["NodeList"]).split()[-1]
+def test_a_lost_node_costs_no_result(site: Site, undisturbed: dict[int, dict[str, Any]]) -> None:
+    """A rank on another node can ask for the requeue; the job that was on that node alone comes back when Slurm notices."""
+    both, both_job = site.submit("--nodes", "2")
+    site.until_epoch(both, 1)
+    node = site.cluster.job(both_job)["BatchHost"]  # where rank 0 is, and so the meeting point
+    (site.folder / "there.yaml").write_text(PROFILE + f"nodelist: {node}\n")
+    [(alone, alone_job)] = site.submit_many("--nodes", "1", profile="there")
+    for run in (both, alone):
+        site.until_epoch(run, 3)
     site.cluster.testbed("crash", node)
     try:
-        site.cluster.until(lambda: site.cluster.job(job)["Restarts"] == "1", 90, "Slurm requeues the job of a lost node")
+        for job in (both_job, alone_job):
+            site.cluster.until(lambda job=job: site.cluster.job(job)["Restarts"] == "1", 90, "the job is requeued")  # type: ignore[misc]
+        assert {row["state"] for row in site.statuses()} <= {"pending", "requeued", "running"}
+        site.cluster.wait(both_job, {"RUNNING", "COMPLETED"}, 60)
+        assert node not in site.cluster.hosts(both_job)
     finally:
         site.cluster.testbed("boot", node)
-    site.call("wait", run)
-    assert_same(site.result(run), undisturbed)
+    for result, ranks in zip(site.finished(both, alone), (2, 1), strict=True):
+        assert_same(result, undisturbed[ranks])
 
 
-def test_a_cancelled_run_stays_cancelled_until_it_is_resumed(site: Site, undisturbed: dict[str, Any]) -> None:
-    run, job = site.submit()
-    site.until_epoch(run, 3)
-    site.call("cancel", run)
-    site.call("wait", run, code=1)
-    site.cluster.until(lambda: not site.cluster.call("squeue", "--noheader"), 60, "the job leaves the queue")
-    time.sleep(7)  # longer than a requeued job is held
-    assert site.cluster.call("squeue", "--noheader") == ""
-    assert site.status(run)["state"] == "cancelled"
-    assert not (site.runs / run / "result.json").exists() or site.result(run)["state"] != "finished"
-    assert site.cluster.job(job)["Restarts"] == "0"
+def test_a_requeued_run_and_one_that_was_cancelled_and_resumed(site: Site, undisturbed: dict[int, dict[str, Any]]) -> None:
+    requeued, requeued_job = site.submit()
+    cancelled, cancelled_job = site.submit()
+    for run in (requeued, cancelled):
+        site.until_epoch(run, 3)
+    site.cluster.call("scontrol", "requeue", requeued_job)
+    site.call("cancel", cancelled)
+    site.call("wait", cancelled, code=1)
+    assert site.cluster.wait(cancelled_job) == "CANCELLED"
+    assert site.status(cancelled)["state"] == "cancelled"
+    assert not (site.runs / cancelled / "result.json").exists() or site.result(cancelled)["state"] != "finished"
+    assert site.cluster.job(cancelled_job)["Restarts"] == "0"
 
-    site.call("resume", run)
-    site.call("wait", run)
-    assert_same(site.result(run), undisturbed)
+    site.call("resume", cancelled)
+    for result in site.finished(requeued, cancelled):
+        assert_same(result, undisturbed[2])
+    assert site.cluster.job(requeued_job)["Restarts"] == "1"
+    assert site.cluster.job(cancelled_job)["Restarts"] == "0"
 
 
 def test_a_run_cancelled_in_the_queue_never_starts(site: Site) -> None:
