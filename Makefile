@@ -43,8 +43,8 @@ format: env-dev ## rewrite the code as ruff wants it
 lock: ## regenerate the lock files (UPGRADE=1: newest versions)
 	@scripts/lock.sh
 
-slurm-up: env ## start a three-node Slurm cluster on this machine (root; prints how to use it)
-	@.venv/bin/python $(CLUSTER) up
+slurm-up: env ## start a three-node Slurm cluster on this machine (root; says how to use it); ARGS=--accounting
+	@.venv/bin/python $(CLUSTER) up $(ARGS)
 
 slurm-down: ## stop it
 	@.venv/bin/python $(CLUSTER) down

@@ -16,8 +16,8 @@ import pytest
 
 COMPONENTS = ("slurm", "ffcv", "dali", "wandb", "browser", "gpu", "archive")
 # a test that asks for one of these fixtures exercises the component, without a word about it in the test
-COMPONENT_OF_FIXTURE = {"slurm_cluster": "slurm", "browser": "browser", "cifar_archive": "archive", "cifar_data": "archive"}
-COMPONENT_OF_FIXTURE["accounting_cluster"] = "slurm"
+COMPONENT_OF_FIXTURE = {"browser": "browser", "cifar_archive": "archive", "cifar_data": "archive"}
+COMPONENT_OF_FIXTURE |= {"slurm_cluster_session": "slurm", "accounting_session": "slurm"}
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 _tests_of: dict[str, set[str]] = {}  # node id -> components

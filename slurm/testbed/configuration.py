@@ -117,6 +117,7 @@ PartitionName=low Nodes=n[1-{len(NODES)}] Default=YES PriorityTier=1 PreemptMode
 GraceTime={options.grace_time_s} State=UP
 PartitionName=low0 Nodes=n[1-{len(NODES)}] PriorityTier=1 PreemptMode=REQUEUE GraceTime=0 State=UP
 PartitionName=low6 Nodes=n[1-{len(NODES)}] PriorityTier=1 PreemptMode=REQUEUE GraceTime=6 State=UP
+PartitionName=mid Nodes=n[1-{len(NODES)}] PriorityTier=5 PreemptMode=REQUEUE GraceTime=6 State=UP
 PartitionName=high Nodes=n[1-{len(NODES)}] PriorityTier=10 PreemptMode=OFF State=UP
 """
 

@@ -51,6 +51,8 @@ preemptible: true
 signal_delay_s: 30
 """
 KINDS = {"one": (11, 1), "two": (12, 2)}  # name -> (seed, nodes)
+PARTITIONS = ("low", "low0", "low6", "mid")  # jobs in mid preempt those in the others, and make way for high as those do
+COMPARED = ("test_loss", "test_accuracy", "epochs", "steps")  # to the last digit
 
 
 @dataclass
@@ -153,7 +155,7 @@ class Soak:
         began, seconds = time.monotonic(), minutes * 60
         while (elapsed := time.monotonic() - began) < seconds:
             if len(jobs) < number and elapsed > seconds / 3 * len(jobs) / number:
-                jobs.append(self.submit(kinds[len(jobs) % len(kinds)], self.dice.choice(["low0", "low6", "low"])))
+                jobs.append(self.submit(kinds[len(jobs) % len(kinds)], self.dice.choice(PARTITIONS)))
                 continue
             self.heal()
             self.look(jobs)
@@ -173,8 +175,10 @@ def report(soak: Soak, jobs: list[Job], twins: dict[str, dict[str, Any]]) -> int
         trained, lost = trained + steps, lost + gone
         word = str(job.last["state"])
         if word == "finished":
-            same = result.get("test_loss") == twins[job.kind]["test_loss"]
-            verdict = "yes" if same else f"NO: {result.get('test_loss')} instead of {twins[job.kind]['test_loss']}"
+            twin = twins[job.kind]
+            different = [name for name in COMPARED if result.get(name) != twin[name]]
+            same = not different
+            verdict = "yes" if same else f"NO: {', '.join(f'{name} {result.get(name)} not {twin[name]}' for name in different)}"
         else:
             same = word == "cancelled" and job.asked_to_cancel
             verdict = "cancelled as asked" if same else f"NO: {job.last.get('reason')}"

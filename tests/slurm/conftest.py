@@ -14,7 +14,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from slurm_site import Site, SlurmCluster, call_testbed, why_not
+from slurm_site import EPOCHS, Site, SlurmCluster, call_testbed, why_not
 
 
 @contextlib.contextmanager
@@ -76,5 +76,8 @@ def undisturbed(
 ) -> dict[int, dict[str, Any]]:
     """Results of runs that nothing happened to, by number of ranks; each rank on a node of its own."""
     site = Site(slurm_cluster_session, tmp_path_factory.mktemp("undisturbed"), digits_data)
-    submitted = {ranks: site.submit("--partition", "high", "--nodes", str(ranks))[0] for ranks in (1, 2)}
+    submitted = {
+        ranks: site.submit("--partition", "high", "--nodes", str(ranks), "--set", f"epochs={epochs}")[0]
+        for ranks, epochs in EPOCHS.items()
+    }
     return dict(zip(submitted, site.finished(*submitted.values()), strict=True))

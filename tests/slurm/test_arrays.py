@@ -147,8 +147,8 @@ def test_one_element_fails_one_is_requeued_one_is_cancelled_and_the_others_go_on
     assert site.cluster.job(later_job)["Dependency"].startswith(f"afterok:{array}_1")
     site.until_reason(later, "Dependency")
 
-    site.until_epoch(requeued, 2)
-    site.until_epoch(cancelled, 2)
+    site.until_epoch(2, requeued)
+    site.until_epoch(2, cancelled)
     site.cluster.call("scontrol", "requeue", jobs[2])
     site.cluster.wait(jobs[2], {"PENDING"})
     # asked for the state of this number alone, Slurm tells of all elements, and first of the one that waits

@@ -109,3 +109,28 @@ def test_a_dirty_stop_is_cleaned_up_by_the_next_start(slurm_cluster: SlurmCluste
         assert testbed("down").returncode == 0
     assert list(Path(own).iterdir()) == []
     assert "n1" in slurm_cluster.testbed("status"), "the session's cluster is untouched"
+
+
+def test_the_lines_of_the_readme(slurm_cluster: SlurmCluster, repository: Path, tmp_path: Path) -> None:
+    """A cluster of one's own, a run on two of its nodes, and nothing left."""
+    readme = (repository / "README.md").read_text()
+    block = readme.partition("### A Slurm cluster to play with")[2].partition("```sh\n")[2].partition("```")[0]
+    lines = [line.partition(" # ")[0].strip() for line in block.splitlines() if not line.startswith("scontrol")]
+    verbs = {"make slurm-up": "python slurm/testbed/cluster.py up", "make slurm-down": "python slurm/testbed/cluster.py down"}
+    script = "\n".join(["set -eu", *(verbs.get(line, line) for line in lines)])
+    assert all(verb in script for verb in verbs.values()) and "hpc-cifar submit" in script
+    before = {path: path.stat().st_mtime_ns for path in Path("/etc").rglob("*") if path.is_file()}
+    site = {
+        "XDG_RUNTIME_DIR": str(tmp_path),
+        "HPC_CIFAR_DATA": str(tmp_path / "data"),
+        "HPC_CIFAR_RUNS": str(tmp_path / "runs"),
+    }
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, **site, "PATH": path, "PYTHONPATH": str(repository)}
+    done = subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, timeout=200, env=environment, cwd=repository, check=False
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    assert "test accuracy" in done.stdout and "finished" in done.stdout
+    assert list((tmp_path / "hpc-cifar-slurm").iterdir()) == []
+    assert before == {path: path.stat().st_mtime_ns for path in Path("/etc").rglob("*") if path.is_file()}

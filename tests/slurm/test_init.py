@@ -65,7 +65,7 @@ def test_another_partition_and_its_limit(slurm_cluster: SlurmCluster, tmp_path: 
     made = load_cluster(tmp_path / "slurm" / "high.yaml")
     assert (made.partition, made.max_time, made.preemptible) == ("high", "2-00:30:00", False)
     wrong = cli(tmp_path, "init", "--partition", "hihg", code=2).stderr
-    assert wrong == "hpc-cifar: error: --partition: no partition named 'hihg'; there are low, low0, low6, high\n"
+    assert wrong == "hpc-cifar: error: --partition: no partition named 'hihg'; there are low, low0, low6, mid, high\n"
 
 
 def test_accounts_where_the_site_keeps_them(accounting_cluster: SlurmCluster, tmp_path: Path) -> None:

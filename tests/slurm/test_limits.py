@@ -42,13 +42,13 @@ def longer(
 
     The signal comes at most 30 s after the start, so they train for about twice that, however quick the machine is.
     """
-    epochs = math.ceil(60 / (undisturbed[1]["seconds"] / EPOCHS))
+    epochs = math.ceil(60 / (undisturbed[1]["seconds"] / EPOCHS[1]))
     limited = ("--time", "00:01:00", "--nodes", "1", "--set", f"epochs={epochs}")
     site = Site(slurm_cluster_session, tmp_path_factory.mktemp("longer"), digits_data)
     (site.folder / "chain.yaml").write_text(CHAIN)
     [(requeued, _)] = site.submit_many(*limited)
     [(chained, _)] = site.submit_many(*limited, profile="chain")
-    site.until_epoch(chained, 1)
+    site.until_epoch(1, chained)
     assert site.status(chained)["job_id"] in jobs_of(site, chained)
     site.call("wait", requeued, chained)
     return site, {"requeued": requeued, "chained": chained}, epochs
@@ -87,12 +87,12 @@ def test_a_hung_rank_is_recorded_and_the_run_restarts(
 ) -> None:
     site = Site(slurm_cluster, tmp_path, digits_data)
     run, job = site.submit("--set", "resources.hang_timeout_s=3")
-    site.until_epoch(run, 3)
+    site.until_epoch(3, run)
     beat = json.loads((site.runs / run / "heartbeat" / "rank-1.json").read_text())
     os.kill(beat["pid"], signal.SIGSTOP)
     slurm_cluster.until(lambda: slurm_cluster.job(job)["Restarts"] == "1", 40, "the hung job is requeued")
     site.call("wait", run)
-    assert site.epochs(run) == list(range(1, EPOCHS + 1))
+    assert site.epochs(run) == list(range(1, EPOCHS[2] + 1))
     assert_same(site.result(run), undisturbed[2])
     (folder,) = (site.runs / run / "hangs").iterdir()
     assert folder.name == f"{job}.0"
@@ -111,7 +111,7 @@ def chained(slurm_cluster: SlurmCluster, tmp_path: Path, digits_data: Path) -> S
 @pytest.mark.parametrize("raw", [True, False])
 def test_a_cancelled_chain_stays_cancelled(chained: Site, raw: bool) -> None:
     run, first = chained.submit("--nodes", "1", "--set", "epochs=3000")
-    chained.until_epoch(run, 1)
+    chained.until_epoch(1, run)
     if raw:  # of the first job alone: the links come up, and must not take the run up
         chained.cluster.call("scancel", first)
     else:
