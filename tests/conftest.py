@@ -14,10 +14,10 @@ from pathlib import Path
 import browser as chromium
 import pytest
 
-COMPONENTS = ("slurm", "ffcv", "dali", "wandb", "browser", "gpu", "archive")
+COMPONENTS = ("slurm", "accounting", "ffcv", "dali", "wandb", "browser", "gpu", "archive")
 # a test that asks for one of these fixtures exercises the component, without a word about it in the test
 COMPONENT_OF_FIXTURE = {"browser": "browser", "cifar_archive": "archive", "cifar_data": "archive"}
-COMPONENT_OF_FIXTURE |= {"slurm_cluster_session": "slurm", "accounting_session": "slurm"}
+COMPONENT_OF_FIXTURE |= {"slurm_cluster_session": "slurm", "accounting_session": "accounting"}
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 _tests_of: dict[str, set[str]] = {}  # node id -> components
@@ -174,12 +174,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         counts = ", ".join(f"{number} {outcome}" for outcome, number in sorted(_seen[component].items()))
         if exercised(component):
             skipped = "; ".join(_reasons[component])
-            line = f"{component:8}  exercised      {counts}" + (f" ({skipped})" if skipped else "")
+            line = f"{component:10}  exercised      {counts}" + (f" ({skipped})" if skipped else "")
         else:
             reasons = "; ".join(_reasons[component]) or (
                 "not selected" if _collected[component] else "no such test was collected"
             )
-            line = f"{component:8}  not exercised  {counts + ': ' if counts else ''}{reasons}"
+            line = f"{component:10}  not exercised  {counts + ': ' if counts else ''}{reasons}"
         terminalreporter.write_line(line)
     for component in required():
         if not exercised(component):

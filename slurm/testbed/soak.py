@@ -197,7 +197,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=5.0, help="of chaos (%(default)s); waiting for the jobs comes after")
     parser.add_argument("--jobs", type=int, default=20)
-    parser.add_argument("--epochs", type=int, default=40, help="of each job, of 27 steps (%(default)s)")
+    parser.add_argument("--epochs", type=int, default=80, help="of each job, of 27 steps (%(default)s)")
     parser.add_argument("--seed", type=int, default=None, help="of the chaos; a random one is printed")
     parser.add_argument("--limit-minutes", type=float, default=15.0, help="for the jobs to end after the chaos (%(default)s)")
     options = parser.parse_args()
