@@ -10,8 +10,6 @@ that submitit and Slurm are given has ``%a`` in it, the number of the element, a
 
 from __future__ import annotations
 
-import functools
-import re
 import secrets
 import shlex
 import time
@@ -47,11 +45,10 @@ class Planned:
         return self.element.experiment
 
 
-@functools.cache
 def largest() -> int:
     """Elements of the largest array that this cluster takes: below its MaxArraySize, which is 1001 where nobody set it."""
-    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", slurm.ask(["scontrol", "show", "config"]).out, re.MULTILINE)
-    return min(LARGEST_ARRAY, max(1, int(found[1]))) if found else LARGEST_ARRAY
+    size = slurm.configuration().get("MaxArraySize", "")
+    return min(LARGEST_ARRAY, max(1, int(size))) if size.isdigit() else LARGEST_ARRAY
 
 
 class ArrayExecutor(script.SlurmExecutor):

@@ -18,7 +18,7 @@ from ..config.cluster import Cluster
 from ..errors import LaunchError, RunError
 from ..runs import Run, now
 from . import process, slurm
-from .status import ENDED, chain_of, controller_of, is_live, status
+from .status import ENDED, chain_of, controller_of, elsewhere, is_live, status
 
 CANCEL_GRACE_S = 75.0  # a little more than the controller gives the ranks
 READ_S = 0.25  # between looks into a run directory
@@ -104,6 +104,8 @@ def cancel(run: Run, grace_s: float = CANCEL_GRACE_S) -> str:
         host = job.get("host") or run.state().get("host")
         if host is not None and host != socket.gethostname():
             raise LaunchError(f"{run.id} runs on {host}: cancel it there")
+    elif cluster := elsewhere(chain_of(run)):
+        raise LaunchError(f"{run.id} is on cluster {cluster}: cancel it there")
     files.write_text(run.cancel_marker, now() + "\n")  # first: whatever stops now must not requeue
     if job.get("executor") == "slurm":
         slurm.cancel([str(row["job_id"]) for row in chain_of(run)])  # older jobs have ended, and their numbers may be others'
@@ -183,8 +185,8 @@ def resume(run: Run, *, data_root: Path, cluster: Cluster | None = None, max_gpu
         if seen.ended and is_live(run) is None:
             if cluster is None or cluster.executor == "slurm":
                 raise RunError(
-                    f"{run.id}: Slurm does not answer, so nobody can say whether job {seen.job_id} is still queued; try again, "
-                    "or, if you know that it is gone, resume with --cluster local"
+                    f"{run.id}: {_silent(run)}, so nobody can say whether job {seen.job_id} is still queued; try again"
+                    ", or, if you know that it is gone, resume with --cluster local"
                 )
         elif is_live(run) is not False or not seen.ended:
             where = f" as job {seen.job_id}" if seen.job_id else ""
@@ -201,6 +203,11 @@ def resume(run: Run, *, data_root: Path, cluster: Cluster | None = None, max_gpu
         run.cancel_marker.unlink(missing_ok=True)
         files.write_json(run.path / "plan.json", plan.as_dict())
         return Resumed(run, submit.start(run, chosen, plan, data_root=data_root))
+
+
+def _silent(run: Run) -> str:
+    cluster = elsewhere(chain_of(run))
+    return f"it was submitted on cluster {cluster}, which cannot be asked from here" if cluster else "Slurm does not answer"
 
 
 def last_cluster(run: Run) -> Cluster:

@@ -8,7 +8,7 @@ from .. import files
 from ..runs import Run, now
 from . import slurm
 from .control import RARELY_S, cancel, until_news
-from .status import Status, chain_of, statuses
+from .status import Status, chain_of, elsewhere, statuses
 
 FIRST_S = 0.5
 
@@ -54,4 +54,4 @@ def _states(runs: Sequence[Run]) -> Iterator[tuple[Run, Status]]:
 
 
 def _on_slurm(run: Run) -> bool:
-    return (run.jobs() or [{}])[-1].get("executor") == "slurm"
+    return (run.jobs() or [{}])[-1].get("executor") == "slurm" and not elsewhere(chain_of(run))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import os
 import re
 import subprocess
@@ -92,6 +93,13 @@ def _environment() -> dict[str, str]:
     others = ("SQUEUE_", "SACCT_", "SINFO_", "SCONTROL_", "SCANCEL_", "SLURM_TIME_FORMAT")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(others)}
     return {**kept, "SLURM_BITSTR_LEN": "0"}  # else the elements of an array end in "..."
+
+
+@functools.cache
+def configuration() -> dict[str, str]:
+    """``scontrol show config`` of the Slurm that answers here; empty where none does."""
+    lines = (line.partition("=") for line in ask(["scontrol", "show", "config"]).out.splitlines())
+    return {name.strip(): value.strip() for name, sign, value in lines if sign}
 
 
 def utc_of(stamp: str) -> str | None:

@@ -60,11 +60,28 @@ def statuses(runs: Sequence[Run]) -> list[Status]:
     """The state of each run; Slurm is asked once for all of them."""
     chains = {run.id: chain_of(run) for run in runs}
     # a finished run needs no question, whatever Slurm makes of its job
-    asked = {run.id for run in runs if _on_slurm(chains[run.id]) and not run.finished()}
+    away = {run.id: name for run in runs if (name := elsewhere(chains[run.id]))}
+    asked = {run.id for run in runs if _on_slurm(chains[run.id]) and run.id not in away and not run.finished()}
     # one that says itself that it ended has only to be looked for in the queue, in case Slurm requeued it
     ended = {run.id for run in runs if run.id in asked and run.state().get("state") in ENDED}
     answer = slurm.query(_ids(chains, asked), set(_ids(chains, ended)))
-    return [_status(run, _current(chains[run.id], answer), answer) for run in runs]
+    return [
+        _away(run, chains[run.id], away[run.id]) if run.id in away else _status(run, _current(chains[run.id], answer), answer)
+        for run in runs
+    ]
+
+
+def elsewhere(chain: list[dict[str, Any]]) -> str | None:
+    """The cluster of these jobs, if it is another one than this machine's, whose numbers mean other jobs."""
+    name = chain[0].get("slurm_cluster")
+    here = slurm.configuration().get("ClusterName") if name else None
+    return str(name) if here and name != here else None
+
+
+def _away(run: Run, chain: list[dict[str, Any]], cluster: str) -> Status:
+    seen = _status(run, chain[0], slurm.Answer({}, False))
+    reason = f"on cluster {cluster}, which cannot be asked from here; this is what the run last wrote"
+    return seen if seen.ended else dataclasses.replace(seen, reason=reason)
 
 
 def status(run: Run) -> Status:
@@ -140,6 +157,8 @@ def _alive(run: Run, job: dict[str, Any], answer: slurm.Answer) -> bool | None:
 def is_live(run: Run) -> bool | None:
     """Whether a job of this run is queued or running, as far as can be seen from here; None if Slurm does not answer."""
     chain = chain_of(run)
+    if elsewhere(chain):
+        return None
     if _on_slurm(chain):
         answer = slurm.query(_ids({run.id: chain}, {run.id}))
         alive = [_alive(run, job, answer) for job in chain]

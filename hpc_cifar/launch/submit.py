@@ -19,7 +19,7 @@ from ..config.shapes import check_fits
 from ..errors import DataError, HpcCifarError, LaunchError, NoCluster, UsageError
 from ..plan import Placement, Plan, make_plan, requested_placement, seconds_of
 from ..runs import Run
-from . import dependency, estimate, local, provenance, script, snapshot
+from . import dependency, estimate, local, provenance, script, slurm, snapshot
 from .job import TrainJob
 
 NO_SBATCH = "no sbatch on this machine: use --cluster local to run here, or --dry-run to see the script"
@@ -338,5 +338,7 @@ def start_local(
 def record_job(run: Run, executor: str, job_id: str, plan: Plan, after: Sequence[Run] = (), **more: Any) -> None:
     """Add a submission to the run's list."""
     gpus = plan.placement.nodes * plan.placement.gpus_per_node
+    if executor == "slurm" and (name := slurm.configuration().get("ClusterName")):
+        more["slurm_cluster"] = name  # several clusters may share one folder of runs, and number their jobs alike
     waits = {"after": [other.id for other in after]} if after else {}
     run.add_job(executor=executor, job_id=job_id, tasks=plan.placement.world_size, gpus=gpus, **waits, **more)

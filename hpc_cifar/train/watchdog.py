@@ -32,6 +32,7 @@ HEARTBEAT_S = 5.0
 START_S = 900.0  # from the first heartbeat to the first step: loading, compiling
 SLOW_PHASE = 5.0  # evaluation and saving may take this many times the limit
 PATIENCE = 10.0  # a step may take this many times the slowest one so far
+ASLEEP_S = 5.0  # between two polls: the whole process was stopped, as by Slurm's suspend, and that is no hang
 ANSWER_S = 4.0  # for the other ranks to write their stacks
 REPORT_S = 90.0  # for the rank that noticed to report and to ask for the restart: Slurm may be busy
 EXIT_CODE = 1
@@ -102,10 +103,13 @@ class Watchdog:
         return max(self._timeout_s, PATIENCE * self._longest_s) * (1.0 if self._phase == "train" else SLOW_PHASE)
 
     def _watch(self) -> None:
-        written = 0.0
+        written, looked = 0.0, time.monotonic()
         alarm = self._alarm_folder / "alarm.json"
         while not self._stop.wait(POLL_S):
             clock = time.monotonic()
+            if clock - looked > ASLEEP_S:
+                self._moved += clock - looked
+            looked = clock
             if clock - written > HEARTBEAT_S:
                 written = clock
                 with contextlib.suppress(OSError):  # a full disk is the training loop's to report

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -15,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import hpc_cifar
-from hpc_cifar import files
+from hpc_cifar import files, runs
+from hpc_cifar.config.experiment import Experiment
 from hpc_cifar.launch import process
 from hpc_cifar.launch.local import process_file
 from hpc_cifar.runs import Run
@@ -112,3 +114,32 @@ class Site:
         for path in self.runs.glob("*/submitit/*_process.json"):
             for pid in process.survivors(files.read_json(path) or {}):
                 process.send(pid, signal.SIGKILL)
+
+
+# ---- stand-ins for Slurm's programs
+
+EXPERIMENT = Experiment.model_validate(
+    {
+        "name": "deep",
+        "epochs": 3,
+        "model": {"family": "sequential", "layers": ["flatten", {"dense": {"units": 10}}]},
+        "data": {"batch_size": 64},
+        "optimizer": {"name": "sgd", "lr": 0.1},
+        "resources": {"nodes": 2, "gpus_per_node": 4, "time": "00:20:30", "memory_gib_per_node": 1.5, "cpus_per_process": 3},
+    }
+)
+
+
+def command(folder: Path, name: str, body: str) -> None:
+    folder.mkdir(exist_ok=True)
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+def run_with(root: Path, job_id: str = "7", state: dict[str, Any] | None = None) -> runs.Run:
+    run = runs.create(root, runs.new_run_id("deep"), EXPERIMENT, {"batch_size": 64}, {})
+    run.add_job(executor="slurm", job_id=job_id)
+    if state is not None:
+        run.write_state(**state)
+    return run

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import shlex
-import stat
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from launch_site import Site
+from launch_site import EXPERIMENT, Site, command, run_with
 
 from hpc_cifar import runs
 from hpc_cifar.config.cluster import Cluster
@@ -18,16 +17,6 @@ from hpc_cifar.config.experiment import Experiment
 from hpc_cifar.errors import LaunchError, UsageError
 from hpc_cifar.launch import script, slurm, status, submit
 
-EXPERIMENT = Experiment.model_validate(
-    {
-        "name": "deep",
-        "epochs": 3,
-        "model": {"family": "sequential", "layers": ["flatten", {"dense": {"units": 10}}]},
-        "data": {"batch_size": 64},
-        "optimizer": {"name": "sgd", "lr": 0.1},
-        "resources": {"nodes": 2, "gpus_per_node": 4, "time": "00:20:30", "memory_gib_per_node": 1.5, "cpus_per_process": 3},
-    }
-)
 SITE = {
     "name": "big",
     "partition": "gpu",
@@ -163,13 +152,6 @@ def test_dry_run_on_a_machine_without_slurm(site: Site, tmp_path: Path) -> None:
     assert wrong.stderr.startswith("hpc-cifar: error: --time: ")
 
 
-def command(folder: Path, name: str, body: str) -> None:
-    folder.mkdir(exist_ok=True)
-    path = folder / name
-    path.write_text(f"#!/bin/sh\n{body}\n")
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)
-
-
 def test_a_refusal_is_one_line_and_the_run_says_so(site: Site) -> None:
     words = "sbatch: error: invalid partition specified: x\nsbatch: error: Batch job submission failed: Invalid partition"
     tested = "sbatch: Job 1 to start at 2030-01-01T00:00:00 using 2 processors on nodes n1 in partition x"
@@ -203,27 +185,6 @@ def test_what_sbatch_gets_is_what_the_dry_run_shows(site: Site) -> None:
     assert "SLURM_CONF=/etc/s.conf" in environment
     assert not [line for line in environment if line.startswith("SLURM_JOB_ID=")]
     assert (site.runs / run_id / "submitit" / "77_submitted.pkl").is_file()
-
-
-@pytest.fixture
-def slurm_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Make squeue, sacct and scontrol answer; None means that the command fails."""
-
-    def say(squeue: str | None = "", sacct: str | None = None, scontrol: str | None = None) -> None:
-        for name, text in (("squeue", squeue), ("sacct", sacct), ("scontrol", scontrol)):
-            calls = f"echo {name} >> {tmp_path}/calls; "
-            command(tmp_path / "bin", name, calls + ("exit 1" if text is None else f"printf '%s\\n' {shlex.quote(text)}"))
-        monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
-
-    return say
-
-
-def run_with(root: Path, job_id: str = "7", state: dict[str, Any] | None = None) -> runs.Run:
-    run = runs.create(root, runs.new_run_id("deep"), EXPERIMENT, {"batch_size": 64}, {})
-    run.add_job(executor="slurm", job_id=job_id)
-    if state is not None:
-        run.write_state(**state)
-    return run
 
 
 RUNNING = {"state": "running", "step": 5}
@@ -285,36 +246,6 @@ def test_cancel_marks_first(tmp_path: Path, slurm_says: Any) -> None:
         control.cancel(other)
 
 
-def test_one_forgotten_job_hides_no_other_problem_of_scancel(tmp_path: Path, slurm_says: Any) -> None:
-    slurm_says("7|RUNNING|None")
-    lines = ["Kill job error on job id 6: Invalid job id specified", "Kill job error on job id 7: Access denied"]
-    command(tmp_path / "bin", "scancel", f"printf 'scancel: error: %s\\n' {shlex.join(lines)} >&2; exit 1")
-    with pytest.raises(LaunchError, match="scancel failed: Kill job error on job id 7: Access denied"):
-        slurm.cancel(["6", "7"])
-    command(tmp_path / "bin", "scancel", f"echo 'scancel: error: {lines[0]}' >&2; exit 1")
-    slurm.cancel(["6"])
-
-
-def test_cancel_names_the_jobs_of_the_last_submission_only(tmp_path: Path, slurm_says: Any) -> None:
-    """Numbers of long ago may be other jobs' by now, or another cluster's."""
-    from hpc_cifar.launch import control, several
-
-    slurm_says("8|RUNNING|None\n18|RUNNING|None")
-    command(tmp_path / "bin", "scancel", f'echo "$@" >> {tmp_path}/cancelled')
-    one, two = (run_with(tmp_path / "runs", old, {"state": "running"}) for old in ("7", "17"))
-    for run, first in ((one, "8"), (two, "18")):
-        run.add_job(executor="slurm", job_id=first)
-        run.add_job(executor="slurm", job_id=f"{first}9", follows=first)
-    control.cancel(one)
-    list(several.cancel_all([one, two]))
-    assert (tmp_path / "cancelled").read_text() == "8 89\n8 89 18 189\n"
-
-
-def test_a_job_that_another_cluster_of_the_federation_took_is_not_here(tmp_path: Path, slurm_says: Any) -> None:
-    slurm_says("7|REVOKED|None", "7|RUNNING|None")
-    assert slurm.query(["7"]).jobs["7"].state == "RUNNING"
-
-
 def sbatch_environment(site: Site, text: str, **variables: str) -> set[str]:
     """Names of the SBATCH_ variables that reach sbatch."""
     command(site.folder / "bin", "sbatch", "env | grep -o ^SBATCH_[A-Z_]*; true")
@@ -331,92 +262,3 @@ def test_variables_of_the_user_do_not_overrule_the_script(site: Site) -> None:
     text = text_of({"name": "x", "partition": "gpu"})
     assert sbatch_environment(site, text, **variables) == {"SBATCH_ACCOUNT"}, "a default that the profile leaves open"
     assert sbatch_environment(site, text_of(SITE), **variables) == set()
-
-
-def test_a_refused_link_costs_only_the_links_behind_it(site: Site) -> None:
-    count = f"n=$(($(cat {site.folder}/n 2>/dev/null || echo 0) + 1)); echo $n > {site.folder}/n"
-    tested = 'if [ "$1" = --test-only ]; then echo "sbatch: Job 1 to start at 2030-01-01T00:00:00" >&2; exit; fi'
-    limit = "if [ $n = 3 ]; then echo 'sbatch: error: QOSMaxSubmitJobPerUserLimit' >&2; exit 1; fi"
-    command(site.folder / "bin", "sbatch", f"{tested}\n{count}\n{limit}\necho Submitted batch job $n")
-    command(site.folder / "bin", "squeue", "echo '1|PENDING|Priority'; echo '2|PENDING|Dependency'")
-    site.environment["PATH"] = f"{site.folder / 'bin'}:/usr/bin:/bin"
-    (site.work / "chain.yaml").write_text("executor: slurm\nrequeue: false\nchain_links: 5\n")
-    arguments = ("submit", site.job(), "--cluster", "./chain.yaml")
-    done = site.cli(*arguments, "--parsable")
-    run, job = done.stdout.split()
-    assert job == "1"
-    assert "is queued, but only 1 of the 5 jobs that continue it: sbatch refused the job: QOSMaxSubmit" in done.stderr
-    assert site.status(runs.Run(site.runs / run))["state"] == "pending"
-    shown = site.cli(*arguments, "--dry-run").stdout
-    assert "a run that needs more goes on in up to 5 more, which wait behind it from the start" in shown
-    over = site.cli(*arguments, "--gpus-per-node", "2", "--max-gpu-hours", "1", "--dry-run", code=2).stderr
-    assert "the 6 jobs of this run may use 2.00 GPU-hours (6 jobs x 2 GPUs x 0.17 h)" in over
-
-
-class Rank0:
-    cluster, global_rank, job_id, raw_job_id = "slurm", 0, "9_4", "9"
-
-
-def test_a_hung_element_requeues_itself_and_a_cancelled_one_nothing(
-    tmp_path: Path, slurm_says: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from hpc_cifar.launch import job
-
-    def hang(state: str) -> tuple[str, str]:
-        slurm_says(state)
-        command(tmp_path / "bin", "scontrol", f'echo "$@" >> {tmp_path}/asked')
-        run = run_with(tmp_path / "runs", "9_4", {"state": "running", "step": 5})
-        (tmp_path / "asked").unlink(missing_ok=True)
-        assert job.restart_hung(run, Rank0(), "hung after step 5") == 1
-        asked = tmp_path / "asked"
-        return str(run.state()["state"]), asked.read_text() if asked.exists() else ""
-
-    monkeypatch.setenv("SLURM_JOB_ID", "9")
-    assert hang("RUNNING") == ("requeued", "requeue 9_4\n"), "never the plain number, which is the whole array"
-    assert hang("COMPLETING") == ("running", "")
-    assert hang("CANCELLED") == ("cancelled", "")
-
-
-def test_a_job_that_lost_a_silent_rank_goes_back_to_the_queue(
-    tmp_path: Path, slurm_says: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from hpc_cifar.errors import LostRank
-    from hpc_cifar.launch import job
-
-    monkeypatch.setenv("SLURM_JOB_ID", "9")
-    monkeypatch.setattr(job, "LAST_WORD_S", 0.1)
-    slurm_says("RUNNING")
-    command(tmp_path / "bin", "scontrol", f'echo "$@" >> {tmp_path}/asked')
-    run = run_with(tmp_path / "runs", "9_4", {"state": "running", "step": 5})
-    for restart in range(job.MAX_HANGS + 1):  # again and again at one step: it is no accident
-        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
-        assert job.restart_after_loss(run, Rank0(), LostRank("connection closed by peer")) is (restart < job.MAX_HANGS)
-    assert (tmp_path / "asked").read_text() == "requeue 9_4\n" * job.MAX_HANGS
-    talking = run_with(tmp_path / "runs", "9_4", {"state": "running", "step": 5})
-    job.record_failure(talking, ValueError("mine"), rank=1, segment=job.segment())
-    assert not job.restart_after_loss(talking, Rank0(), LostRank("connection closed by peer")), "it could say why"
-    assert talking.state()["reason"] == "ValueError: mine"
-
-
-def test_hours_left_are_those_of_the_present_job(tmp_path: Path, slurm_says: Any) -> None:
-    import time
-
-    plan = {"batch_size": 64, "gpu_hours": 8.0, "placement": {"nodes": 2, "gpus_per_node": 4}}
-    run = runs.create(tmp_path / "runs", runs.new_run_id("deep"), EXPERIMENT, plan, {})
-    run.add_job(executor="slurm", job_id="7")
-    run.write_state(state="running", step=5, gpu_hours=20.0)  # of the jobs before it too
-    begun = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() - 1800))
-    slurm_says(f"7|RUNNING|None|{begun}|n1")
-    assert status.status(run).gpu_hours_left == pytest.approx(4.0, abs=0.05)
-    slurm_says("7|PENDING|BeginTime|N/A|")
-    assert (status.status(run).gpu_hours, status.status(run).gpu_hours_left) == (20.0, 8.0)
-
-
-def test_a_slurm_that_does_not_answer_is_not_a_job_that_is_queued(site: Site) -> None:
-    command(site.folder / "bin", "squeue", "echo 'squeue: error: Unable to contact slurm controller' >&2; exit 1")
-    site.environment["PATH"] = f"{site.folder / 'bin'}:/usr/bin:/bin"
-    run = runs.create(site.runs, runs.new_run_id("tiny"), EXPERIMENT, {}, {})
-    run.add_job(executor="slurm", job_id="7")
-    run.write_state(state="failed", reason="why")
-    refused = site.cli("resume", run.id, code=1).stderr
-    assert "Slurm does not answer, so nobody can say whether job 7 is still queued" in refused

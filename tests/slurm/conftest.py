@@ -14,18 +14,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from slurm_site import EPOCHS, Site, SlurmCluster, call_testbed, why_not
-
-
-@contextlib.contextmanager
-def running_cluster(folder: Path, *options: str) -> Iterator[SlurmCluster]:
-    if reason := why_not():
-        pytest.skip(reason)
-    try:
-        call_testbed("up", "--dir", str(folder / "c"), *options)
-        yield SlurmCluster(folder / "c", folder)
-    finally:
-        call_testbed("down", "--dir", str(folder / "c"))
+from slurm_site import EPOCHS, Site, SlurmCluster, running_cluster
 
 
 @contextlib.contextmanager
@@ -74,10 +63,15 @@ def accounting_cluster(
 def undisturbed(
     slurm_cluster_session: SlurmCluster, digits_data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[int, dict[str, Any]]:
-    """Results of runs that nothing happened to, by number of ranks; each rank on a node of its own."""
+    """Results of runs that nothing happened to, by number of ranks; each rank on a node of its own. ``epoch_s`` is added."""
     site = Site(slurm_cluster_session, tmp_path_factory.mktemp("undisturbed"), digits_data)
     submitted = {
         ranks: site.submit("--partition", "high", "--nodes", str(ranks), "--set", f"epochs={epochs}")[0]
         for ranks, epochs in EPOCHS.items()
     }
-    return dict(zip(submitted, site.finished(*submitted.values()), strict=True))
+    site.call("wait", *submitted.values())
+    times = {ranks: [row["time"] for row in site.rows(run, "epoch")] for ranks, run in submitted.items()}
+    return {
+        ranks: site.result(run) | {"epoch_s": (times[ranks][-1] - times[ranks][0]) / (EPOCHS[ranks] - 1)}
+        for ranks, run in submitted.items()
+    }

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 TESTBED = Path(__file__).resolve().parents[2] / "slurm" / "testbed" / "cluster.py"
 FINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
@@ -22,6 +25,7 @@ class SlurmCluster:
     def __init__(self, folder: Path, work: Path) -> None:
         self.folder = folder
         self.work = work  # for scripts and logs
+        self.mounted: list[tuple[str, str]] = []  # node, path
         self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
 
     def call(self, *command: str, timeout_s: float = 60) -> str:
@@ -55,6 +59,27 @@ class SlurmCluster:
             assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}\n{self.call('squeue', '--long')}"
             time.sleep(0.1)
 
+    def slurmd(self, node: str) -> int:
+        """The process whose namespaces are the node's."""
+        pid: int = json.loads((self.folder / "daemons.json").read_text())[node][0]
+        return pid
+
+    def mount(self, node: str, *arguments: str) -> None:
+        """`mount` as the node sees it, and no other."""
+        subprocess.run(["nsenter", f"--mount=/proc/{self.slurmd(node)}/ns/mnt", "mount", *arguments], check=True)
+        self.mounted.append((node, arguments[-1]))
+
+    def hide(self, node: str, *programs: str) -> None:
+        """Make programs missing on a node: what lies over them cannot be executed."""
+        for program in programs:
+            self.mount(node, "--bind", "/dev/null", str(shutil.which(program)))
+
+    def show_again(self) -> None:
+        """Undo every mount."""
+        while self.mounted:
+            node, path = self.mounted.pop()
+            subprocess.run(["nsenter", f"--mount=/proc/{self.slurmd(node)}/ns/mnt", "umount", "--lazy", path], check=True)
+
     def testbed(self, *arguments: str) -> str:
         return call_testbed(*arguments, "--dir", str(self.folder))
 
@@ -84,7 +109,19 @@ def why_not() -> str | None:
     return f"missing {', '.join(missing)} (Debian: slurm-wlm munge)" if missing else None
 
 
-EPOCHS = {1: 32, 2: 28}  # by number of ranks: one rank alone is quicker
+@contextlib.contextmanager
+def running_cluster(folder: Path, *options: str) -> Iterator[SlurmCluster]:
+    """A cluster of its own in ``folder``; the test is skipped where none can be."""
+    if reason := why_not():
+        pytest.skip(reason)
+    try:
+        call_testbed("up", "--dir", str(folder / "c"), *options)
+        yield SlurmCluster(folder / "c", folder)
+    finally:
+        call_testbed("down", "--dir", str(folder / "c"))
+
+
+EPOCHS = {1: 24, 2: 20}  # by number of ranks: one rank alone is quicker
 JOB = f"""\
 name: small
 seed: 5

@@ -42,7 +42,7 @@ def longer(
 
     The signal comes at most 30 s after the start, so they train for about twice that, however quick the machine is.
     """
-    epochs = math.ceil(60 / (undisturbed[1]["seconds"] / EPOCHS[1]))
+    epochs = math.ceil(60 / undisturbed[1]["epoch_s"])
     limited = ("--time", "00:01:00", "--nodes", "1", "--set", f"epochs={epochs}")
     site = Site(slurm_cluster_session, tmp_path_factory.mktemp("longer"), digits_data)
     (site.folder / "chain.yaml").write_text(CHAIN)
@@ -98,6 +98,7 @@ def test_a_hung_rank_is_recorded_and_the_run_restarts(
     assert folder.name == f"{job}.0"
     assert f"rank 1 on {beat['host']}" in json.loads((folder / "report.json").read_text())["reason"]
     assert "distributed_c10d.py" in (folder / "rank-0.txt").read_text()
+    assert "watchdog" in (folder / "rank-1.txt").read_text()  # on another node: it was let go, and told too
 
 
 @pytest.fixture
@@ -106,6 +107,32 @@ def chained(slurm_cluster: SlurmCluster, tmp_path: Path, digits_data: Path) -> S
     site = Site(slurm_cluster, tmp_path, digits_data)
     (tmp_path / "testbed.yaml").write_text(CHAIN)
     return site
+
+
+def test_a_chain_goes_on_where_nodes_have_no_slurm_programs(chained: Site) -> None:
+    """As often as needed; each link is told to stop as a time limit or a preemption would tell it."""
+    profile = (chained.folder / "testbed.yaml").read_text().replace("requeue: false", "requeue: true")
+    (chained.folder / "testbed.yaml").write_text(profile.replace("chain_links: 10", "chain_links: 3"))
+    for node in ("n1", "n2", "n3"):
+        chained.cluster.hide(node, "scontrol", "squeue", "sbatch", "scancel")
+    try:
+        run, _ = chained.submit("--nodes", "1", "--set", "epochs=3000")
+        used = jobs_of(chained, run)
+        for number, job in enumerate(used):
+            chained.cluster.until(lambda: chained.status(run)["job_id"] == job, 30, f"the run goes on as {job}")  # noqa: B023
+            chained.until_epoch(chained.epochs(run)[-1] + 1 if number else 1, run)
+            chained.cluster.call("scancel", "--signal=USR2", job)
+            chained.cluster.wait(job)
+        chained.call("wait", run, code=1)
+    finally:
+        chained.cluster.show_again()
+    assert (
+        "could not be requeued" in chained.status(run)["reason"] and f"hpc-cifar resume {run}" in chained.status(run)["reason"]
+    )
+    steps = [row["step"] for row in chained.rows(run, "step")]
+    assert steps == sorted(set(steps)) and chained.state(run)["lost_steps"] == 0
+    started = [row for row in chained.rows(run, "event") if row["event"] == "started"]
+    assert len(started) == len(used) == 4
 
 
 @pytest.mark.parametrize("raw", [True, False])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import time
 from collections.abc import Iterable, Iterator
@@ -10,21 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import running_cluster
-from slurm_site import EPOCHS, Site, SlurmCluster, assert_same
+from slurm_site import EPOCHS, Site, SlurmCluster, assert_same, running_cluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400), pytest.mark.component("slurm")]
 
-CELLS = list(
-    itertools.product(
-        ("low0", "low6"),
-        (
-            ("--nodes", "2"),
-            ("--nodes", "1", "--set", "resources.processes_per_node=2"),
-            ("--nodes", "1", "--seeds", "2", "--set", f"epochs={EPOCHS[1]}"),
-        ),
-    )
-)
+KINDS = {
+    "two nodes": ("--nodes", "2"),
+    "two tasks": ("--nodes", "1", "--set", "resources.processes_per_node=2"),
+    "elements": ("--nodes", "1", "--seeds", "2", "--set", f"epochs={EPOCHS[1]}"),
+}
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["user_signal", "no_user_signal"])
@@ -55,31 +48,28 @@ def watch(site: Site, runs: Iterable[str], seconds: float) -> dict[str, list[str
     return seen
 
 
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_cell_resumes_and_ends_like_the_undisturbed(
-    cluster: SlurmCluster, undisturbed: dict[int, dict[str, Any]], tmp_path: Path, digits_data: Path
+    cluster: SlurmCluster, undisturbed: dict[int, dict[str, Any]], tmp_path: Path, digits_data: Path, kind: str
 ) -> None:
+    """Jobs of one kind at a time: they are about equally quick, so that none has ended when all are preempted."""
     site = Site(cluster, tmp_path, digits_data)
-    blocker = cluster.batch("--partition=high", "--nodes=3", "--exclusive", script="sleep 300")
-    cluster.wait(blocker, {"RUNNING"})  # so that all cells start together
-    cells: dict[tuple[str, str], tuple[str, tuple[str, ...]]] = {}
-    for partition, options in CELLS:
-        for made in site.submit_many("--partition", partition, *options):
-            cells[made] = (partition, options)
-    cluster.call("scancel", blocker)
-    # Now a cell without a grace time has a checkpoint to resume from. Two ranks of one node share what the kernel gives to
-    # their session, so that theirs is the slowest cell; the quickest must not have finished by then.
-    site.until_epoch(1, *(run for run, _ in cells))
-    # one more, whose processes have just begun: the signals come before Python can listen to them
-    beginning = site.submit("--partition", "low6", "--nodes", "1", "--set", f"epochs={EPOCHS[1]}")
-    cluster.wait(beginning[1], {"RUNNING"})
+    cells: dict[tuple[str, str], str] = {}
+    for partition in ("low0", "low6"):  # GraceTime 0 and 6 s
+        cells |= dict.fromkeys(site.submit_many("--partition", partition, *KINDS[kind]), partition)
+    site.until_epoch(1, *(run for run, _ in cells))  # there is a checkpoint, which those without a grace time need
+    beginning = None
+    if kind == "two tasks":  # one more, whose processes have just begun: the signals come before Python can listen to them
+        beginning = site.submit("--partition", "low6", "--nodes", "1", "--set", f"epochs={EPOCHS[1]}")
+        cluster.wait(beginning[1], {"RUNNING"})
+        cells[beginning] = "low6"
     high = cluster.batch("--partition=high", "--nodes=3", "--exclusive", script="sleep 1")
-    cells[beginning] = ("low6", ("--nodes", "1"))
     seen = watch(site, (run for run, _ in cells), 240)
     assert cluster.wait(high) == "COMPLETED"
     job_ids = {row["run"]: row["job_id"] for row in site.statuses()}
-    for (run, job), (partition, options) in cells.items():
-        cell = f"{partition}, {' '.join(options)}: {seen[run]}"
-        ranks = 1 if "--seeds" in options or (run, job) == beginning else 2
+    for (run, job), partition in cells.items():
+        cell = f"{partition}, {job}: {seen[run]}"
+        ranks = 1 if kind == "elements" or (run, job) == beginning else 2
         epochs = list(range(1, EPOCHS[ranks] + 1))
         assert {"failed", "cancelled", "stopped"}.isdisjoint(seen[run]), cell
         assert seen[run].index("finished") == len(seen[run]) - 1, cell  # never reported done before it was

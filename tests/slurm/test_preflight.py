@@ -25,7 +25,6 @@ class NodesSite(Site):
         self.data, self.scratch = folder / "data", folder / "scratch"
         shutil.copytree(data, self.data)
         self.scratch.mkdir()
-        self.mounted: list[tuple[int, Path]] = []
         super().__init__(cluster, folder, self.data)
 
     def with_profile(self, profile: str, *options: str) -> tuple[str, str]:
@@ -33,14 +32,9 @@ class NodesSite(Site):
         (self.folder / "testbed.yaml").write_text(PROFILE + profile)
         return self.submit("--set", "epochs=1", *options)
 
-    def slurmd(self, node: str) -> int:
-        """The process whose namespaces are the node's."""
-        pid: int = json.loads((self.cluster.folder / "daemons.json").read_text())[node][0]
-        return pid
-
     def processes(self, node: str) -> list[int]:
         """Ranks of ours on a node."""
-        namespace = Path(f"/proc/{self.slurmd(node)}/ns/mnt").readlink()
+        namespace = Path(f"/proc/{self.cluster.slurmd(node)}/ns/mnt").readlink()
         found = []
         for entry in Path("/proc").iterdir():
             try:
@@ -51,17 +45,9 @@ class NodesSite(Site):
                 continue
         return found
 
-    def mount(self, node: str, path: Path, *options: str) -> None:
+    def cover(self, node: str, path: Path, *options: str) -> None:
         """Put an empty file system over ``path`` on one node."""
-        pid = self.slurmd(node)
-        subprocess.run(
-            ["nsenter", f"--mount=/proc/{pid}/ns/mnt", "mount", "-t", "tmpfs", *options, "over", str(path)], check=True
-        )
-        self.mounted.append((pid, path))
-
-    def close(self) -> None:
-        for pid, path in self.mounted:
-            subprocess.run(["nsenter", f"--mount=/proc/{pid}/ns/mnt", "umount", "--lazy", str(path)], check=True)
+        self.cluster.mount(node, "-t", "tmpfs", *options, "over", str(path))
 
     def failures(self, run: str) -> list[dict[str, Any]]:
         path = self.runs / run / "failures.jsonl"
@@ -83,12 +69,12 @@ class NodesSite(Site):
 def site(slurm_cluster: SlurmCluster, tmp_path: Path, digits_data: Path) -> Iterator[NodesSite]:
     made = NodesSite(slurm_cluster, tmp_path, digits_data)
     yield made
-    made.close()
+    slurm_cluster.show_again()
 
 
 def test_good_nodes_train_from_a_copy_on_each(site: NodesSite) -> None:
     for node in ("n1", "n2", "n3"):
-        site.mount(node, site.scratch)  # a disk of its own
+        site.cover(node, site.scratch)  # a disk of its own
     run, _ = site.with_profile(f"scratch: {site.scratch}\n")
     site.call("wait", run)
     for rank in (0, 1):
@@ -101,12 +87,12 @@ def test_good_nodes_train_from_a_copy_on_each(site: NodesSite) -> None:
     assert event["local"]
     assert event["mib"] > 0
     for node in ("n1", "n2", "n3"):
-        listing = ["nsenter", f"--mount=/proc/{site.slurmd(node)}/ns/mnt", "ls", "-A", str(site.scratch)]
+        listing = ["nsenter", f"--mount=/proc/{site.cluster.slurmd(node)}/ns/mnt", "ls", "-A", str(site.scratch)]
         assert subprocess.run(listing, capture_output=True, text=True, check=True).stdout == ""
 
 
 def test_a_full_scratch_costs_the_copy_and_not_the_run_and_preflight_can_be_left_out(site: NodesSite) -> None:
-    site.mount("n1", site.scratch, "-o", "size=64k")
+    site.cover("n1", site.scratch, "-o", "size=64k")
     run, _ = site.with_profile(f"scratch: {site.scratch}\nnodelist: n1\npreflight: false\n", "--nodes", "1")
     site.call("wait", run)
     assert "preflight:" not in site.log(run)
@@ -114,7 +100,7 @@ def test_a_full_scratch_costs_the_copy_and_not_the_run_and_preflight_can_be_left
 
 
 def test_a_node_without_the_data_is_named_and_left(site: NodesSite) -> None:
-    site.mount("n1", site.data)  # where rank 0 is, so that another rank has to act
+    site.cover("n1", site.data)  # where rank 0 is, so that another rank has to act
     run, job = site.with_profile("")
     site.requeued(job, excluding={"n1"})
     site.call("wait", run)
@@ -130,7 +116,7 @@ def test_a_node_without_the_data_is_named_and_left(site: NodesSite) -> None:
 
 
 def test_the_profiles_own_exclusion_is_kept_and_rank_0_may_be_the_bad_one(site: NodesSite) -> None:
-    site.mount("n1", site.data)
+    site.cover("n1", site.data)
     run, job = site.with_profile("exclude: n3\n", "--nodes", "1")
     site.requeued(job, excluding={"n1", "n3"})
     site.call("wait", run)
@@ -139,7 +125,7 @@ def test_the_profiles_own_exclusion_is_kept_and_rank_0_may_be_the_bad_one(site: 
 
 def test_a_second_failure_ends_the_run(site: NodesSite) -> None:
     """With too few nodes for another choice, so that the job comes back to the bad one."""
-    site.mount("n2", site.data)
+    site.cover("n2", site.data)
     run, job = site.with_profile("exclude: n3\n")
     site.call("wait", run, code=1)
     first, second = site.failures(run)

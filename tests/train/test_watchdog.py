@@ -18,7 +18,7 @@ import torch
 from hpc_cifar import files
 from hpc_cifar.runs import Run, all_runs
 from hpc_cifar.train.distributed import World
-from hpc_cifar.train.watchdog import Watchdog, hangs_at
+from hpc_cifar.train.watchdog import ASLEEP_S, Watchdog, hangs_at
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"), None)
 
@@ -80,6 +80,23 @@ def test_a_stopped_rank_is_named_and_everyone_leaves(tmp_path: Path, digits_data
         assert "distributed_c10d.py" in stacks, stacks  # waiting in a collective
     assert "watchdog" in (folder / "rank-1.txt").read_text()  # it was let go, and told too
     assert "state: T (stopped)" in (folder / "rank-1-process.txt").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_suspended_run_goes_on_as_if_nothing_had_been(tmp_path: Path, digits_data: Path) -> None:
+    """Slurm suspends every process of a job at once."""
+    run = ranks.new_run(tmp_path, slow_job())
+    [process] = ranks.start(run, digits_data, 1)
+    ranks.wait_for_step(run, 30, [process])
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(ASLEEP_S + 2)  # longer than the limit of 3 s, and than two polls can be apart otherwise
+    process.send_signal(signal.SIGCONT)
+    before = run.state()["step"]
+    ranks.wait_for_step(run, before + 200, [process])
+    assert not (run.path / "hangs").exists()
+    process.send_signal(signal.SIGTERM)
+    ranks.finish([process])
 
 
 @pytest.mark.slow
