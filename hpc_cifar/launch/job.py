@@ -52,17 +52,23 @@ class TrainJob:
     def __call__(self) -> dict[str, Any]:
         import submitit
 
+        env = submitit.JobEnvironment()
+        usr: signal.Signals = env._usr_sig()
+        hand_over = signal.getsignal(usr)  # submitit's own handler, before the training loop installs its flag
+        # first of all: submitit's handler knows neither chains nor cancels. During the imports a signal is only noted.
+        noted: list[int] = []
+        for number in (usr, signal.SIGTERM):
+            signal.signal(number, lambda received, _: noted.append(received))
         from ..runs import Run
         from . import requeue
 
         run = Run(Path(self.run))
-        env = submitit.JobEnvironment()
-        usr: signal.Signals = env._usr_sig()
-        hand_over = signal.getsignal(usr)  # submitit's own handler, before the training loop installs its flag
         set_environment(env)
-        for number in (usr, signal.SIGTERM):
-            signal.signal(number, _stop_early)
         try:
+            for number in (usr, signal.SIGTERM):
+                signal.signal(number, _stop_early)
+            if noted:
+                raise EarlyStop(usr if usr in noted else noted[0])
             result = self._train(run, env)
         except EarlyStop as early:
             if run.cancel_marker.exists():

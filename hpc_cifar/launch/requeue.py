@@ -65,7 +65,7 @@ def is_ending(run: Run, env: Any) -> bool:
     """
     if env.cluster != "slurm":
         return False
-    word = _slurm_job_state(env.job_id)
+    word, _ = _slurm_job_state(env.job_id)
     if run.cancel_marker.exists() or word.startswith("CANCELLED"):
         run.write_state(**{**run.state(), "state": "cancelled"})
         return True
@@ -134,7 +134,9 @@ def requeue(run: Run, env: Any, usr: signal.Signals, hand_over: Any, result: dic
         raise SystemExit(0)  # without a result: this rank is not done, and rank 0 speaks for all
     if env.cluster == "slurm":
         # scancel and preemption both send TERM; only the job's state tells them apart where no marker was left
-        job_state = _slurm_job_state(env.job_id)
+        job_state, why = _slurm_job_state(env.job_id)
+        if why == "TimeLimit":  # the signal before it was lost, as when it came before Python could hear it
+            result = {**result, "state": "requeued"}
         if job_state.startswith("CANCELLED") or (job_state == "COMPLETING" and result["state"] == "stopped"):
             # while its ranks still run, Slurm calls a job that was cancelled COMPLETING; a preempted one that is to come
             # back is requeued by Slurm itself
@@ -159,7 +161,7 @@ def requeue(run: Run, env: Any, usr: signal.Signals, hand_over: Any, result: dic
             hand_over(usr, None)
         except Exception as error:
             problem = error
-            if env.cluster == "slurm" and _slurm_job_state(env.job_id) in ("PENDING", "REQUEUED", "PREEMPTED"):
+            if env.cluster == "slurm" and _slurm_job_state(env.job_id)[0] in ("PENDING", "REQUEUED", "PREEMPTED"):
                 raise SystemExit(0) from None  # Slurm requeues it by itself
             time.sleep(1)
     text = "" if problem is None else one_line(problem)
@@ -168,16 +170,17 @@ def requeue(run: Run, env: Any, usr: signal.Signals, hand_over: Any, result: dic
     raise SystemExit(1)
 
 
-def _slurm_job_state(job_id: str) -> str:
-    """Slurm's word for the state of a job, or "" where it cannot be asked.
+def _slurm_job_state(job_id: str) -> tuple[str, str]:
+    """Slurm's words for the state of a job and for the reason of that, or "" where it cannot be asked.
 
     ``job_id`` is ``123_4`` for an element of an array: the plain number of one of the elements means the whole array.
     """
     try:
         done = subprocess.run(
-            ["squeue", "--noheader", "--states=all", "--format=%T", "--jobs", job_id],
+            ["squeue", "--noheader", "--states=all", "--format=%T %r", "--jobs", job_id],
             capture_output=True, text=True, timeout=20, check=False,
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout.split()[0] if done.stdout.split() else ""
+        return "", ""
+    state, _, reason = (done.stdout.strip().splitlines() or [""])[0].strip().partition(" ")
+    return state, reason.strip()

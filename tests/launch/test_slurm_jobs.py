@@ -68,6 +68,72 @@ class Rank0:
     cluster, global_rank, num_tasks, job_id, raw_job_id = "slurm", 0, 1, "9_4", "9"
 
 
+def test_a_time_limit_is_no_cancel(tmp_path: Path, slurm_says: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both end a job by TERM, and Slurm calls both COMPLETING while they do."""
+    import signal
+
+    from hpc_cifar.launch import requeue
+
+    def submitits_handler(*_: Any) -> None:
+        raise SystemExit("requeued")
+
+    run = run_with(tmp_path / "runs", "9_4", {"state": "stopped"})
+    monkeypatch.setattr(Rank0, "paths", Paths(tmp_path), raising=False)
+    arguments = (signal.SIGUSR2, submitits_handler, {"state": "stopped", "reason": "terminated"})
+    slurm_says("COMPLETING TimeLimit")
+    with pytest.raises(SystemExit, match="requeued"):
+        requeue.requeue(run, Rank0(), *arguments)
+    assert run.state()["state"] == "requeued"
+    slurm_says("COMPLETING None")
+    requeue.requeue(run, Rank0(), *arguments)
+    assert run.state()["state"] == "cancelled"
+
+
+def test_a_signal_during_the_first_imports_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """submitit listens before we do, and would requeue a job that must not be, or fail it where that is forbidden."""
+    import os
+    import signal
+    import sys
+
+    import submitit
+
+    from hpc_cifar.launch import requeue
+    from hpc_cifar.launch.job import TrainJob
+
+    class Finder:
+        def find_spec(self, name: str, *_: Any) -> None:
+            if name == "hpc_cifar.runs":
+                os.kill(os.getpid(), signal.SIGUSR2)
+
+    class Environment(Rank0):
+        num_nodes, local_rank = 1, 0
+
+        @staticmethod
+        def _usr_sig() -> signal.Signals:
+            return signal.SIGUSR2
+
+    seen: list[Any] = []
+    run = run_with(tmp_path / "runs", "9_4", {"state": "pending"})
+    monkeypatch.setattr(submitit, "JobEnvironment", Environment)
+    monkeypatch.setattr(requeue, "requeue", lambda run, env, usr, hand_over, result: seen.append((hand_over, result)))
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+    monkeypatch.delitem(sys.modules, "hpc_cifar.runs")
+    monkeypatch.delattr("hpc_cifar.runs")
+    submitits = lambda *_: seen.append("submitit")  # noqa: E731
+    before = {number: signal.signal(number, submitits) for number in (signal.SIGUSR2, signal.SIGTERM)}
+    try:
+        TrainJob(run.path, tmp_path)()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert seen == [(submitits, {"state": "requeued"})]
+
+
+class Paths:
+    def __init__(self, folder: Path) -> None:
+        self.submitted_pickle = folder / "9_submitted.pkl"
+
+
 def test_a_hung_element_requeues_itself_and_a_cancelled_one_nothing(
     tmp_path: Path, slurm_says: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -83,7 +83,8 @@ def test_every_cell_resumes_and_ends_like_the_undisturbed(
         result = site.result(run)
         if (run, job) != beginning and not job.endswith("_1"):  # the second element has another seed
             assert_same(result, undisturbed[ranks])
-        assert result["restarts"] == 1, cell
+        # a run that was preempted before its training began has trained in one stretch
+        assert result["restarts"] == 1 or ((run, job) == beginning and result["restarts"] == 0), cell
         logged = re.findall(r"^epoch (\d+)/", site.call("logs", run), re.MULTILINE)
         assert list(dict.fromkeys(logged)) == [str(epoch) for epoch in epochs], f"{cell}: one log, in order"
         if (run, job) == beginning:
