@@ -11,7 +11,7 @@ import typer
 if TYPE_CHECKING:
     from ..config.experiment import Experiment
 
-STORED_TRAIN_IMAGES = {"cifar10": 50_000, "cifar10-jpeg": 50_000}
+STORED_TRAIN_IMAGES = {"cifar10": 50_000, "cifar10-jpeg": 50_000, "cifar100": 50_000}
 """What ``validate`` can count steps from before anything is prepared."""
 
 

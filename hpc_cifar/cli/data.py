@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..data.store import Store
+
 
 def prepare(
-    dataset: Annotated[str, typer.Argument(help="cifar10, digits, or a name for your own class folders.")] = "cifar10",
+    dataset: Annotated[
+        str, typer.Argument(help="cifar10, cifar100, digits, or a name for your own class folders.")
+    ] = "cifar10",
     archive: Annotated[
         Path | None,
         typer.Option(help="Official tar.gz, tar of images, or a folder of either layout.", envvar=None, show_default=False),
@@ -23,6 +30,14 @@ def prepare(
     fallback: Annotated[
         bool, typer.Option("--or-digits", help="Prepare digits where there is neither an archive nor a network.")
     ] = False,
+    beton: Annotated[
+        bool | None,
+        typer.Option("--beton/--no-beton", help="Write FFCV's train.beton; by default where FFCV is.", show_default=False),
+    ] = None,
+    preview: Annotated[
+        Path | None,
+        typer.Option(help="Also write a PNG with augmented images from each pipeline.", show_default=False),
+    ] = None,
     print_dataset: Annotated[
         bool, typer.Option("--print-dataset", help="Print only the name of what was prepared; all else goes to stderr.")
     ] = False,
@@ -41,7 +56,7 @@ def prepare(
     folder = root.expanduser().absolute() if root else files.data_root()
     try:
         made = preparing.prepare(
-            dataset, archive=archive, root=folder, force=force, download=download, wait=wait, console=console
+            dataset, archive=archive, root=folder, force=force, download=download, wait=wait, write_beton=beton, console=console
         )
     except downloads.Unreachable as error:
         if not fallback:
@@ -53,6 +68,23 @@ def prepare(
             highlight=False,
             soft_wrap=True,
         )
-        made = preparing.prepare("digits", archive=None, root=folder, force=force, wait=wait, console=console)
+        made = preparing.prepare(
+            "digits", archive=None, root=folder, force=force, wait=wait, write_beton=beton, console=console
+        )
+    if preview:
+        _preview(made, preview.expanduser().absolute(), console)
     if print_dataset:
         typer.echo(made.dataset)
+
+
+def _preview(made: Store, path: Path, console: Console) -> None:
+    from ..data import preview
+    from ..errors import UsageError
+
+    try:
+        names, missing = preview.write(made.train, path)
+    except OSError as error:
+        raise UsageError(f"--preview {path}: {error.strerror or error}") from None
+    for name, why in missing.items():
+        console.print(f"preview: without {name}: {why}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"preview: {path} ({', '.join(names)})", markup=False, highlight=False, soft_wrap=True)

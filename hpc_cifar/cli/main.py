@@ -15,7 +15,7 @@ import typer
 
 from .. import __version__
 from ..errors import HpcCifarError
-from . import configure, control, data, init, submit, train
+from . import bench, configure, control, data, init, submit, train
 
 HELP = """Train CIFAR-10-sized experiments on a Slurm cluster or on this machine.
 
@@ -76,6 +76,7 @@ app.command()(control.logs)
 app.command()(control.wait)
 app.command()(control.cancel)
 app.command()(control.resume)
+app.add_typer(bench.app, name="bench")
 
 
 def _error(text: str) -> None:
@@ -116,6 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _command(arguments: list[str]) -> str:
     names = {command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands}
+    names |= {group.name or "" for group in app.registered_groups}
     return f"{arguments[0]} " if arguments and arguments[0] in names else ""
 
 

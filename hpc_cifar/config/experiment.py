@@ -16,6 +16,8 @@ from .layers import Layer
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
+RawValue = Annotated[Whole, Field(ge=0, le=255)]
+
 _dataset = matching(r"[a-z0-9][a-z0-9_-]{0,31}", "1 to 32 lower-case letters, digits, '_' or '-' (a prepared dataset)")
 
 
@@ -38,22 +40,53 @@ ModelConfig = SequentialModel
 
 
 class Augment(Model):
-    """Pad, crop, flip and cut out; every draw is a function of (seed, epoch, sample index)."""
+    """Pad, crop, flip, cut out, rotate and shift; every draw is a function of (seed, epoch, sample index).
 
-    crop_padding: Annotated[Whole, Field(ge=0, le=64)] = 0
-    padding_mode: Literal["zero", "reflect"] = "zero"
+    ``padding_value`` is the raw pixel value, 0 to 255, one for all channels or one each, of ``padding_mode: constant``.
+    ``flip: alternating`` mirrors every image in every other epoch. The rotation is up to so many degrees either way, the shift
+    up to that fraction of the size, both ways and both directions; they interpolate, on the device, after all else, and
+    ``warp_fill`` is what comes into view: the nearest pixel, a reflection, or black.
+    """
+
+    crop_padding: Annotated[Whole, Field(ge=0, le=256)] = 0
+    padding_mode: Literal["zero", "reflect", "constant"] = "zero"
+    padding_value: RawValue | Annotated[tuple[RawValue, ...], Field(min_length=1, max_length=4)] = 0
     flip: Literal["none", "random", "alternating"] = "none"
-    cutout: Annotated[Whole, Field(ge=0, le=64)] = 0
+    cutout: Annotated[Whole, Field(ge=0, le=256)] = 0
+    rotation_degrees: Annotated[Real, Field(ge=0, le=180)] = 0.0
+    shift_fraction: Annotated[Real, Field(ge=0, le=1)] = 0.0
+    warp_fill: Literal["nearest", "reflect", "black"] = "nearest"
+
+    @model_validator(mode="after")
+    def _value_of_constant_padding(self) -> Augment:
+        if self.padding_value != 0 and self.padding_mode != "constant":
+            raise ValueError(f"padding_value goes with padding_mode: constant, not with {self.padding_mode}")
+        return self
+
+    @property
+    def warps(self) -> bool:
+        """Whether images are rotated or shifted."""
+        return self.rotation_degrees > 0 or self.shift_fraction > 0
+
+    def padding_values(self, channels: int) -> tuple[int, ...]:
+        """The raw value of each channel of a border; ValueError if there are other than that many."""
+        value = self.padding_value if isinstance(self.padding_value, tuple) else (self.padding_value,) * channels
+        if len(value) != channels:
+            raise ValueError(f"data.augment.padding_value: {len(value)} values for images of {channels} channels")
+        return value
 
 
 class Data(Model):
     """Which images, in which batches. ``batch_size`` is global: all ranks together. ``validation`` is the share of the training
     images held out, or ``test`` to repeat a source that validated on the test images. With ``folds: K``, one of the K parts of
     a stratified split of the training images is held out instead of that share: the one with the number ``fold``, from 0.
+
+    All pipelines deliver the same pixels; ``auto`` takes the fastest that can run. ``workers`` are threads of this process, as
+    many as it has processors unless a number says fewer; for ``reference`` they are processes, two unless a number says else.
     """
 
     dataset: Annotated[str, AfterValidator(_dataset)] = "cifar10"
-    pipeline: Literal["auto", "resident", "reference"] = "auto"
+    pipeline: Literal["auto", "resident", "ffcv", "dali", "reference"] = "auto"
     batch_size: Annotated[Count, Field(le=1_000_000)]
     micro_batch_size: Count | None = None
     validation: Literal["test"] | Annotated[Real, Field(gt=0, lt=1)] = 0.1
@@ -62,7 +95,7 @@ class Data(Model):
     fold: Annotated[Whole, Field(ge=0)] | None = None
     augment: Augment = Augment()
     normalize: Literal["mean_std", "zero_one"] = "mean_std"
-    workers: Annotated[Whole, Field(ge=0, le=256)] = 2
+    workers: Literal["auto"] | Annotated[Whole, Field(ge=0, le=256)] = "auto"
 
     @model_validator(mode="after")
     def _one_of_the_folds(self) -> Data:
@@ -284,8 +317,10 @@ class Experiment(Model):
 
     @model_validator(mode="after")
     def _augmentation_fits_an_image(self) -> Experiment:
-        # every dataset so far has images of 32 x 32; numpy's reflection needs a border narrower than the image
+        # numpy's reflection needs a border narrower than the image; the size of other datasets is known when they are opened
         augment = self.data.augment
+        if self.data.dataset not in ("cifar10", "cifar100", "digits"):
+            return self
         if augment.padding_mode == "reflect" and augment.crop_padding > 31:
             raise ValueError(
                 f"data.augment.crop_padding: {augment.crop_padding} should be at most 31 with padding_mode: reflect"

@@ -23,7 +23,7 @@ from .source import MAX_DEPTH, Node, parse, read_text
 
 SET = "--set"
 
-CLASSES = {"cifar10": 10, "cifar10-jpeg": 10, "cifar10-lossless-subset": 10, "digits": 10}
+CLASSES = {"cifar10": 10, "cifar10-jpeg": 10, "cifar10-lossless-subset": 10, "cifar100": 100, "digits": 10}
 """Classes of the datasets that ``prepare`` knows by name; another dataset's are only known once it is prepared."""
 
 AnyModel = TypeVar("AnyModel", bound=BaseModel)

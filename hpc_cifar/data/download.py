@@ -1,4 +1,4 @@
-"""Download the official CIFAR-10 archive: resumable, verified, and quick to say that there is no network."""
+"""Download the official CIFAR-10 or CIFAR-100 archive: resumable, verified, and quick to say that there is no network."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from ..files import fsync_folder
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 MD5 = "c58f30108f718f92721af3b95e74349a"
+HUNDRED_URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
+HUNDRED_MD5 = "eb9058c3a382ffc7106e4002c42a8d85"
 TIMEOUT_S = 6.0  # of a connection and of a silent server; a machine without network must not wait longer
 ATTEMPTS = 5  # in a row without a new byte
 _BLOCK = 2**18

@@ -20,7 +20,7 @@ from ..config.experiment import Augment
 Ints = npt.NDArray[np.int64]
 
 # Streams keep draws of different purpose independent. Their numbers are part of the result of a run: never renumber them.
-ORDER, CROP, FLIP, CUTOUT, SPLIT = range(1, 6)
+ORDER, CROP, FLIP, CUTOUT, SPLIT, ROTATE, SHIFT = range(1, 8)
 
 _MASK = 0xFFFF_FFFF_FFFF_FFFF
 _WEYL = 0x9E37_79B9_7F4A_7C15
@@ -62,8 +62,8 @@ def _below(field: npt.NDArray[np.uint64], bound: int) -> Ints:
     return ((field * np.uint64(bound)) >> np.uint64(32)).view(np.int64)
 
 
-def _two_below(value: npt.NDArray[np.uint64], bound: int) -> tuple[Ints, Ints]:
-    return _below(value >> np.uint64(32), bound), _below(value & np.uint64(0xFFFF_FFFF), bound)
+def _two_below(value: npt.NDArray[np.uint64], first: int, second: int) -> tuple[Ints, Ints]:
+    return _below(value >> np.uint64(32), first), _below(value & np.uint64(0xFFFF_FFFF), second)
 
 
 def order(seed: int, epoch: int, indices: npt.ArrayLike, stream: int = ORDER) -> Ints:
@@ -79,7 +79,7 @@ class Draws:
     Attributes:
         dy, dx: int64 (n,) top left corner of the crop in the padded image, 0..2*crop_padding; crop_padding is no shift.
         flip: bool (n,) mirror left and right.
-        cut_y, cut_x: int64 (n,) centre of the cut-out square in the finished image, 0..size-1; the square covers
+        cut_y, cut_x: int64 (n,) centre of the cut-out square in the finished image, from 0; the square covers
             ``centre - cutout // 2`` and the ``cutout - 1`` pixels after it, as far as they lie in the image.
     """
 
@@ -93,22 +93,57 @@ class Draws:
         return Draws(self.dy[part], self.dx[part], self.flip[part], self.cut_y[part], self.cut_x[part])
 
 
-def augmentation(seed: int, epoch: int, indices: npt.ArrayLike, augment: Augment, size: int) -> Draws:
+def augmentation(
+    seed: int, epoch: int, indices: npt.ArrayLike, augment: Augment, height: int, width: int | None = None
+) -> Draws:
     """Draws of the samples ``indices`` in ``epoch``.
 
     Args:
-        size: height and width of the finished image in pixels.
+        height, width: of the finished image in pixels; the width is the height if left out.
     """
     samples = np.asarray(indices, dtype=np.int64)
     nothing = np.zeros(samples.shape, dtype=np.int64)
     dy = dx = cut_y = cut_x = nothing
     flip = np.zeros(samples.shape, dtype=np.bool_)
     if augment.crop_padding:
-        dy, dx = _two_below(hashes(seed, epoch, CROP, samples), 2 * augment.crop_padding + 1)
+        places = 2 * augment.crop_padding + 1
+        dy, dx = _two_below(hashes(seed, epoch, CROP, samples), places, places)
     if augment.flip == "random":
         flip = (hashes(seed, epoch, FLIP, samples) >> np.uint64(63)).astype(np.bool_)
     elif augment.flip == "alternating":  # each image alternates; the epoch is left out of the hash, so only its parity counts
         flip = ((hashes(seed, 0, FLIP, samples) >> np.uint64(63)) ^ np.uint64(epoch & 1)).astype(np.bool_)
     if augment.cutout:
-        cut_y, cut_x = _two_below(hashes(seed, epoch, CUTOUT, samples), size)
+        cut_y, cut_x = _two_below(hashes(seed, epoch, CUTOUT, samples), height, width or height)
     return Draws(dy, dx, flip, cut_y, cut_x)
+
+
+Reals = npt.NDArray[np.float32]
+
+
+@dataclasses.dataclass(frozen=True)
+class Warps:
+    """How each of n samples is rotated about its centre, and shifted after that.
+
+    Attributes:
+        angle: float32 (n,) radians, counter-clockwise.
+        down, across: float32 (n,) fractions of the height and of the width.
+    """
+
+    angle: Reals
+    down: Reals
+    across: Reals
+
+
+def warp(seed: int, epoch: int, indices: npt.ArrayLike, augment: Augment) -> Warps:
+    """Rotations and shifts of the samples ``indices`` in ``epoch``, uniform from minus to plus what ``augment`` says."""
+    samples = np.asarray(indices, dtype=np.int64)
+    turn = (hashes(seed, epoch, ROTATE, samples) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    both = hashes(seed, epoch, SHIFT, samples)
+    down, across = (
+        (half.astype(np.float64) + 0.5) * 2.0**-32 for half in (both >> np.uint64(32), both & np.uint64(0xFFFF_FFFF))
+    )
+    scales = (np.deg2rad(augment.rotation_degrees), augment.shift_fraction, augment.shift_fraction)
+    angle, down, across = (
+        ((2 * share - 1) * scale).astype(np.float32) for share, scale in zip((turn, down, across), scales, strict=True)
+    )
+    return Warps(angle, down, across)

@@ -1,4 +1,4 @@
-"""The fused loop of the resident pipeline on a CPU: gather, pad, crop, flip, cut out and normalise in one pass.
+"""The fused loop of the pipelines on a CPU: gather, pad, crop, flip, cut out and normalise in one pass.
 
 One pass over one image at a time stays in the first-level cache; the chain of torch operations that does the same writes the
 batch to memory five times.
@@ -7,6 +7,7 @@ batch to memory five times.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import stat
@@ -39,24 +40,26 @@ def _fill(
     cut_x: npt.NDArray[np.int64],
     padding: int,
     reflect: bool,
+    border: npt.NDArray[np.uint8],
     cutout: int,
-    table: npt.NDArray[np.float32],
+    table: npt.NDArray[Any],
     channels_first: bool,
     first: int,
     last: int,
-    out: npt.NDArray[np.float32],
+    out: npt.NDArray[Any],
 ) -> None:
     """Write samples ``first`` to ``last - 1`` of a batch.
 
     Args:
         images: uint8 (N * height * width * channels,).
         chosen, dy, dx, flip, cut_y, cut_x: (n,), see ``draws.Draws``.
-        table: float32 (channels * 256,), the normalised value of each raw pixel value.
+        border: uint8 (channels,), the raw value of what lies outside the image, unless it is reflected.
+        table: (channels * 256,), the normalised value of each raw pixel value; float32, or the bits of a 16-bit float.
         channels_first: lay out a sample as (C,H,W), else as (H,W,C).
-        out: float32 (n * height * width * channels,).
+        out: (n * height * width * channels,), of the type of ``table``.
     """
     # Flat arrays and unsigned indices: a slice costs a count of references, a signed index a test for counting from the end.
-    # What must be black is overwritten afterwards, so that the inner loop has no branch.
+    # What shows no pixel of the image is overwritten afterwards, so that the inner loop has no branch.
     size = height * width * channels
     source = np.empty(width, np.uint64)  # where in its row the pixel lies that each column shows
     pixel_step = np.uint64(1 if channels_first else channels)
@@ -83,17 +86,18 @@ def _fill(
                 offset = (channel * height + row) * width if channels_first else row * width * channels + channel
                 target = np.uint64(sample * size + offset)
                 lookup = np.uint64(channel * 256)
+                outside = table[lookup + border[channel]]
                 if not inside:
                     for column in range(columns):
-                        out[target + column * pixel_step] = table[lookup]
+                        out[target + column * pixel_step] = outside
                     continue
                 line = np.uint64((chosen[sample] * height + y) * width * channels + channel)
                 for column in range(columns):
                     out[target + column * pixel_step] = table[lookup + images[line + source[column]]]
                 for column in range(np.uint64(begin)):
-                    out[target + column * pixel_step] = table[lookup]
+                    out[target + column * pixel_step] = outside
                 for column in range(np.uint64(end), columns):
-                    out[target + column * pixel_step] = table[lookup]
+                    out[target + column * pixel_step] = outside
         if cutout > 0:
             top, left = cut_y[sample] - cutout // 2, cut_x[sample] - cutout // 2
             for row in range(max(top, 0), min(top + cutout, height)):
@@ -143,22 +147,23 @@ def _at_a_fixed_path(function: Any) -> Kernel | None:
     return None
 
 
-def _compile() -> Kernel:
-    """Compile, or load from the cache, for read-only images; the interpreter lock is released while the kernel runs."""
+@functools.cache
+def fill_of(item: str) -> Kernel:
+    """The loop for tables and batches of ``item``, "float32" or "uint16"; compiled, or loaded from the cache.
+
+    It takes read-only images, and releases the interpreter lock while it runs.
+    """
 
     def array(kind: Any) -> Any:
         return numba.types.Array(kind, 1, "C", readonly=True)
 
     integer, boolean = numba.types.int64, numba.types.boolean
-    whole = array(integer)
-    out = numba.types.Array(numba.types.float32, 1, "C")
+    number: Any = {"float32": numba.types.float32, "uint16": numba.types.uint16}[item]
+    whole, raw = array(integer), array(numba.types.uint8)
     signature = numba.types.void(
-        array(numba.types.uint8), integer, integer, integer, whole, whole, whole, array(boolean), whole, whole,
-        integer, boolean, integer, array(numba.types.float32), boolean, integer, integer, out,
+        raw, integer, integer, integer, whole, whole, whole, array(boolean), whole, whole, integer, boolean, raw,
+        integer, array(number), boolean, integer, integer, numba.types.Array(number, 1, "C"),
     )  # fmt: skip
     cached = _at_a_fixed_path(_fill)
     kernel: Kernel = numba.njit(signature, cache=cached is not None, nogil=True, boundscheck=False)(cached or _fill)
     return kernel
-
-
-fill: Kernel = _compile()

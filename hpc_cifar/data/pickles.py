@@ -1,4 +1,4 @@
-"""Read the official CIFAR-10 batches: Python 2 pickles, opened without letting a pickle run anything.
+"""Read the official CIFAR-10 and CIFAR-100 batches: Python 2 pickles, opened without letting a pickle run anything.
 
 The unpickler knows five names, and each stands for a harmless object of ours: no class or function of numpy or any other
 module can be reached, whatever the file asks for.
@@ -101,8 +101,14 @@ def load(data: bytes, where: str) -> dict[str, Any]:
     return {key.decode("latin1") if isinstance(key, bytes) else str(key): item for key, item in value.items()}
 
 
-def batch(data: bytes, where: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+def batch(
+    data: bytes, where: str, field: str = "labels", classes: int = len(CLASSES)
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
     """Images (n,32,32,3) and labels (n,) of one batch file.
+
+    Args:
+        field: ``labels``, or ``fine_labels`` of CIFAR-100.
+        classes: how many there are.
 
     Raises:
         DataError: see :func:`load`; or the fields are not those of a CIFAR-10 batch.
@@ -111,24 +117,24 @@ def batch(data: bytes, where: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[n
     pixels = fields.get("data")
     if not isinstance(pixels, _Array) or pixels.value.ndim != 2 or pixels.value.shape[1] != 3072:
         raise DataError(f"{where}: field 'data' is no array of 3,072 bytes an image")
-    labels = fields.get("labels")
+    labels = fields.get(field)
     if isinstance(labels, _Array):
         labels = labels.value.tolist()
     if not isinstance(labels, list):
-        hint = "; this is CIFAR-100" if "fine_labels" in fields else ""
-        raise DataError(f"{where}: has no list 'labels'{hint}")
+        hint = "; this is CIFAR-100" if "fine_labels" in fields else "; this is CIFAR-10" if "labels" in fields else ""
+        raise DataError(f"{where}: has no list {field!r}{hint}")
     if len(labels) != len(pixels.value):
         raise DataError(f"{where}: has {len(pixels.value):,} images but {len(labels):,} labels")
     for position, label in enumerate(labels):
-        if type(label) is not int or not 0 <= label < len(CLASSES):
-            raise DataError(f"{where}: label {label!r} of image {position} is no class from 0 to {len(CLASSES) - 1}")
+        if type(label) is not int or not 0 <= label < classes:
+            raise DataError(f"{where}: label {label!r} of image {position} is no class from 0 to {classes - 1}")
     images = pixels.value.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return np.ascontiguousarray(images), np.array(labels, dtype=np.int64)
 
 
-def label_names(data: bytes, where: str) -> tuple[str, ...]:
-    """Class names in ``batches.meta``."""
-    names = load(data, where).get("label_names")
+def label_names(data: bytes, where: str, field: str = "label_names") -> tuple[str, ...]:
+    """Class names in ``batches.meta``, or in the ``meta`` of CIFAR-100."""
+    names = load(data, where).get(field)
     if not isinstance(names, list) or not all(isinstance(name, bytes | str) for name in names):
-        raise DataError(f"{where}: has no list 'label_names'")
+        raise DataError(f"{where}: has no list {field!r}")
     return tuple(name.decode("latin1") if isinstance(name, bytes) else name for name in names)

@@ -2,33 +2,39 @@
 
 All pipelines deliver the same pixels, since order and draws come from :mod:`hpc_cifar.data.draws`:
 
-1. pad by ``crop_padding``: with raw pixel value 0 (black), or by reflection without repeating the edge (numpy's "reflect");
-2. crop to the original size; 3. mirror; 4. cut out: a square of raw pixel value 0, after crop and flip;
-5. normalise: x / 255, then minus mean, divided by std. So padding and cut-out are -mean/std in the batch, as with torchvision.
+1. pad by ``crop_padding``: with raw pixel value 0 (black) or another one, or by reflection without repeating the edge
+   (numpy's "reflect"); 2. crop to the original size; 3. mirror; 4. cut out: a square of raw pixel value 0;
+5. normalise: x / 255, then minus mean, divided by std. So padding and cut-out are -mean/std in the batch, as with torchvision;
+6. rotate and shift, on the device (:mod:`hpc_cifar.data.warp`).
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import dataclasses
-from collections.abc import Iterator
+import weakref
+from collections.abc import Generator, Iterator
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..config.experiment import Data
+from ..config.experiment import Augment, Data
 from ..errors import UsageError
 from ..plan import shard
 from . import draws
+from .choice import Choice, choose
 from .store import Arrays
+from .warp import Warp
 
 Positions = list[tuple[int, int, int]]  # number of the batch, images in the global batch, images of this rank
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """One rank's shard of a global batch; it may be empty."""
+    """One rank's shard of a global batch; it may be empty. Its memory is its own: it stays what it is."""
 
     images: torch.Tensor  # (n,C,H,W) in the dtype and memory format asked for
     labels: torch.Tensor  # int64 (n,)
@@ -36,7 +42,9 @@ class Batch:
     global_size: int  # images of the global batch over all ranks; in an evaluation, of the whole evaluation
 
 
-class Pipeline(Protocol):
+class Source(Protocol):
+    """What each kind of pipeline implements."""
+
     name: str
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:
@@ -44,7 +52,7 @@ class Pipeline(Protocol):
         ...
 
     def close(self) -> None:
-        """End workers and free memory; iterators that are still open end as well."""
+        """Free threads, processes and memory. No iterator is open any more."""
         ...
 
 
@@ -57,6 +65,82 @@ class Output:
     channels_last: bool
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+
+class Pipeline:
+    """The training batches of one rank, and how many of them were taken.
+
+    Attributes:
+        name: of the source: resident, ffcv, dali or reference.
+        choice: why it was chosen.
+    """
+
+    def __init__(self, source: Source, choice: Choice, epochs: Epochs, warp: Warp | None) -> None:
+        self.name, self.choice = source.name, choice
+        self._source: Source | None = source
+        self._epochs, self._warp = epochs, warp
+        self._position = (0, 0)
+        self._loaded: tuple[int, int] | None = None
+        self._open: Generator[Batch, None, None] | None = None
+        _pipelines.add(self)
+
+    def batches(self, epoch: int, first: int | None = None) -> Iterator[Batch]:
+        """This rank's shard of each global batch of ``epoch``, as many on every rank. Ends an iterator that is still open.
+
+        Args:
+            first: number of the batch to begin with; None means 0, or what ``load_state_dict`` said if it was of this epoch.
+
+        Raises:
+            RuntimeError: the pipeline is closed.
+            DataError: a worker died, or the data cannot be read.
+        """
+        if self._source is None:
+            raise RuntimeError("the pipeline is closed")
+        if first is None:
+            first = self._loaded[1] if self._loaded and self._loaded[0] == epoch else 0
+        self._loaded = None
+        self._end()
+        self._open = self._iterate(self._source, epoch, first)
+        return self._open
+
+    def _end(self) -> None:
+        if self._open is not None:
+            self._open.close()
+            self._open = None
+
+    def _iterate(self, source: Source, epoch: int, first: int) -> Generator[Batch, None, None]:
+        warps = self._epochs.warps_of(epoch, first) if self._warp else None
+        with contextlib.closing(source.batches(epoch, first)) as batches:  # type: ignore[type-var]
+            for batch in batches:
+                if self._warp and warps:
+                    batch = dataclasses.replace(batch, images=self._warp(batch.images, next(warps)))
+                self._position = (epoch, batch.number + 1)
+                yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The epoch and how many of its batches were taken; the same on every rank, and for every kind of pipeline."""
+        return {"epoch": self._position[0], "batches": self._position[1]}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Have the next iterator go on after ``state``, which may come from another kind of pipeline or number of ranks."""
+        self._position = self._loaded = (state["epoch"], state["batches"])
+
+    def close(self) -> None:
+        """End workers and free memory; iterators that are still open end as well."""
+        self._end()
+        if self._source is not None:
+            self._source.close()
+            self._source = None
+
+
+_pipelines: weakref.WeakSet[Pipeline] = weakref.WeakSet()
+
+
+@atexit.register  # after torch's own, so it runs before, while torch still ends its workers
+def _close_all() -> None:
+    """A pipeline that nobody closed: at its exit Python waits for the workers, for ever since they ignore its TERM."""
+    for pipeline in list(_pipelines):
+        pipeline.close()
 
 
 def build(
@@ -80,25 +164,51 @@ def build(
         mean, std: (C,) in units of the full pixel range; not used with ``normalize: zero_one``.
 
     Raises:
-        UsageError: reflection needs a padding smaller than the image.
+        UsageError: the augmentation does not fit the images, or the pipeline asked for cannot run here.
+        DataError: what the pipeline reads is missing or damaged.
     """
-    size = min(arrays.images.shape[1:3])
-    if config.augment.padding_mode == "reflect" and config.augment.crop_padding >= size:
-        raise UsageError(
-            f"data.augment.crop_padding: {config.augment.crop_padding} with padding_mode reflect on images of {size} pixels; "
-            f"use {size - 1} at most, or padding_mode zero"
-        )
-    plan = Epochs(config, np.asarray(indices, dtype=np.int64), seed, rank, world_size, size)
+    height, width, channels = arrays.images.shape[1:]
+    check_augment(config.augment, height, width, channels)
+    plan = Epochs(config, np.asarray(indices, dtype=np.int64), seed, rank, world_size, height, width)
     output = _output(config, device, dtype, channels_last, mean, std)
-    match config.pipeline:
-        case "auto" | "resident":
+    choice = choose(config.pipeline, output.device, arrays)
+    source: Source
+    match choice.name:
+        case "resident":
             from .resident import Resident
 
-            return Resident(plan, arrays, output)
-        case "reference":
+            source = Resident(plan, arrays, output)
+        case "ffcv":
+            from .ffcv import Ffcv
+
+            source = Ffcv(plan, arrays, output)
+        case "dali":
+            from .dali import Dali
+
+            source = Dali(plan, arrays, output)
+        case _:
             from .reference import Reference
 
-            return Reference(plan, arrays, output, config.workers)
+            source = Reference(plan, arrays, output)
+    warp = None
+    if config.augment.warps:
+        black = (0 - torch.tensor(output.mean)) / torch.tensor(output.std)
+        warp = Warp(config.augment, black, output.device)
+    return Pipeline(source, choice, plan, warp)
+
+
+def check_augment(augment: Augment, height: int, width: int, channels: int) -> None:
+    """UsageError if an augmentation cannot be done to images of this size."""
+    size = min(height, width)
+    if augment.padding_mode == "reflect" and augment.crop_padding >= size:
+        raise UsageError(
+            f"data.augment.crop_padding: {augment.crop_padding} with padding_mode reflect on images of {size} pixels; "
+            f"use {size - 1} at most, or padding_mode zero"
+        )
+    try:
+        augment.padding_values(channels)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def evaluation_batches(
@@ -122,15 +232,17 @@ def evaluation_batches(
 
     The ``global_size`` of each batch is the number of all indices: sums over all batches and ranks divided by it are means.
     """
+    from .fused import threads_for
     from .resident import Normaliser
 
     samples = np.asarray(indices, dtype=np.int64)
     begin, end = shard(len(samples), world_size, rank)
     plain = config.model_copy(update={"augment": type(config.augment)()})
-    normaliser = Normaliser(plain.augment, arrays, _output(config, device, dtype, channels_last, mean, std), resident=False)
+    output = _output(config, device, dtype, channels_last, mean, std)
+    normaliser = Normaliser(plain.augment, arrays, output, resident=False, threads=threads_for(config.workers))
     for number, first in enumerate(range(begin, end, batch_size)):
         chosen = samples[first : min(first + batch_size, end)]
-        images, labels = normaliser(chosen, draws.augmentation(0, 0, chosen, plain.augment, 1))
+        images, labels = normaliser(chosen, draws.augmentation(0, 0, chosen, plain.augment, 1, 1))
         yield Batch(images, labels, number, len(samples))
 
 
@@ -152,10 +264,11 @@ class Epochs:
     seed: int
     rank: int
     world_size: int
-    size: int  # height and width of an image
+    height: int
+    width: int
 
-    def of(self, epoch: int, first: int) -> tuple[npt.NDArray[np.int64], draws.Draws, Positions]:
-        """Samples and draws of this rank from batch ``first`` on, one after the other, and how they fall into batches."""
+    def samples_of(self, epoch: int, first: int) -> tuple[npt.NDArray[np.int64], Positions]:
+        """Samples of this rank from batch ``first`` on, one after the other, and how they fall into batches."""
         order = draws.order(self.seed, epoch, self.indices)
         batch = self.config.batch_size
         parts, positions = [order[:0]], []
@@ -166,5 +279,20 @@ class Epochs:
             begin, end = shard(count, self.world_size, self.rank)
             parts.append(order[start + begin : start + end])
             positions.append((number, count, end - begin))
-        samples = np.concatenate(parts)
-        return samples, draws.augmentation(self.seed, epoch, samples, self.config.augment, self.size), positions
+        return np.concatenate(parts), positions
+
+    def draws_of(self, epoch: int, samples: npt.NDArray[np.int64]) -> draws.Draws:
+        """What is done to ``samples`` in ``epoch``."""
+        return draws.augmentation(self.seed, epoch, samples, self.config.augment, self.height, self.width)
+
+    def of(self, epoch: int, first: int) -> tuple[npt.NDArray[np.int64], draws.Draws, Positions]:
+        """Samples, draws and positions in batches, from batch ``first`` on."""
+        samples, positions = self.samples_of(epoch, first)
+        return samples, self.draws_of(epoch, samples), positions
+
+    def warps_of(self, epoch: int, first: int) -> Iterator[draws.Warps]:
+        """The rotations and shifts of each batch from ``first`` on."""
+        samples, positions = self.samples_of(epoch, first)
+        for count in (count for _, _, count in positions):
+            yield draws.warp(self.seed, epoch, samples[:count], self.config.augment)
+            samples = samples[count:]

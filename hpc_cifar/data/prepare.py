@@ -20,8 +20,8 @@ from rich.console import Console
 from .. import files
 from ..errors import DataError, HpcCifarError, UsageError
 from . import archive as archives
+from . import beton, choice, sources, store
 from . import download as downloads
-from . import sources, store
 from .store import Store
 
 # errno of a full disk, an exhausted quota, and a file larger than the process may write
@@ -36,9 +36,10 @@ def prepare(
     force: bool = False,
     download: bool = True,
     wait: bool = False,
+    write_beton: bool | None = None,
     console: Console,
-    url: str = downloads.URL,
-    md5: str = downloads.MD5,
+    url: str = "",
+    md5: str = "",
 ) -> Store:
     """Make sure that ``<root>/<dataset>`` is a good store and return it, every byte verified.
 
@@ -46,13 +47,14 @@ def prepare(
     there, else the download. A store that was made from the same source is kept; a damaged one is built anew.
 
     Args:
-        dataset: ``cifar10``, ``digits``, or another name for class folders of your own.
+        dataset: ``cifar10``, ``cifar100``, ``digits``, or another name for class folders of your own.
         root: folder of all datasets, see :func:`hpc_cifar.files.data_root`.
         force: build anew, and replace a store that was made from another source.
         download: whether the network may be used.
         wait: wait for another process that prepares the same dataset, instead of an error.
+        write_beton: also write FFCV's file; None means wherever FFCV is installed.
         console: where progress and facts are printed.
-        url, md5: of the official archive.
+        url, md5: of the official archive, if another than that of the dataset's authors.
 
     Raises:
         DataError: the source is missing or bad, the disk is full, or another process is preparing the dataset. No half store
@@ -69,7 +71,8 @@ def prepare(
         root.mkdir(parents=True, exist_ok=True)
         with _only_one(root, dataset, wait):
             _sweep(root, dataset)
-            return _prepare(dataset, source, root, force, download, console, url, md5)
+            made = _prepare(dataset, source, root, force, download, console, url, md5)
+            return _with_beton(made, write_beton, console)
     except HpcCifarError:
         raise
     except OSError as error:
@@ -116,6 +119,39 @@ def _prepare(
     return _report(Store.open(root, dataset, verify=True), console)
 
 
+def _with_beton(made: Store, wanted: bool | None, console: Console) -> Store:
+    """The store with FFCV's file beside it, verified, written or left out."""
+    if wanted is False:
+        return made
+    if why := choice.problem("ffcv"):
+        if wanted:
+            raise UsageError(f"--beton: {why}")
+        return made
+    if made.image_shape[0] != 3:
+        if wanted:
+            raise UsageError(f"--beton: FFCV holds RGB images; these have {made.image_shape[0]} channel(s)")
+        return made
+    path = made.train.beton
+    try:
+        if path is not None:
+            beton.verify(path, len(made.train.labels), "")
+    except DataError as error:
+        _say(console, f"{str(error).partition('; run:')[0]}; writing it anew")
+        path = None
+    if path is None:
+        try:
+            path = beton.write(made.path, made.train.images, made.train.labels, made.digest)
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            raise DataError(
+                f"{made.path / beton.NAME}: the disk is full: it needs {made.train.images.nbytes // 2**20 + 16:,} MiB beside "
+                "the store, which is good; make room, or leave it out by --no-beton"
+            ) from None
+    _say(console, f"ffcv: {path} ({path.stat().st_size / 2**20:.0f} MiB)")
+    return Store.open(made.path.parent, made.dataset)
+
+
 def _existing(root: Path, dataset: str) -> tuple[Store | None, str | None]:
     """The store if it is good; else what is wrong with it, if it is there at all."""
     if not (root / dataset).exists():
@@ -127,10 +163,18 @@ def _existing(root: Path, dataset: str) -> tuple[Store | None, str | None]:
 
 
 def _downloaded(dataset: str, root: Path, download: bool, console: Console, url: str, md5: str) -> Path:
-    if dataset != "cifar10":
-        raise UsageError(f"dataset {dataset!r}: only cifar10 and digits need no archive; give class folders by --archive PATH")
+    official = {
+        "cifar10": (downloads.URL, downloads.MD5), "cifar100": (downloads.HUNDRED_URL, downloads.HUNDRED_MD5),
+    }  # fmt: skip
+    if dataset not in official:
+        raise UsageError(
+            f"dataset {dataset!r}: only cifar10, cifar100 and digits need no archive; give class folders by --archive PATH"
+        )
     if not download:
-        raise downloads.Unreachable("cifar10: no archive and no download; give a copy by --archive PATH or HPC_CIFAR_ARCHIVE")
+        how = "--archive PATH or HPC_CIFAR_ARCHIVE" if dataset == "cifar10" else "--archive PATH"
+        raise downloads.Unreachable(f"{dataset}: no archive and no download; give a copy by {how}")
+    if not url:
+        url, md5 = official[dataset]
     folder = root / "downloads"
     try:
         return downloads.download(folder, console, url=url, md5=md5)

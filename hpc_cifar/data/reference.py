@@ -6,11 +6,8 @@ but the draws.
 
 from __future__ import annotations
 
-import atexit
-import inspect
 import signal
-import weakref
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -20,10 +17,12 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from ..config.experiment import Augment
+from ..errors import DataError, first_line
 from .pipeline import Batch, Epochs, Output
 from .store import Arrays
 
 transforms: Any = v2.functional
+WORKERS = 2  # processes, unless the job file says how many
 Key = tuple[int, int, int, bool, int, int]  # sample, dy, dx, flip, cut_y, cut_x
 
 
@@ -42,8 +41,10 @@ class _Augmented(Dataset[tuple[torch.Tensor, int]]):
         height, width = image.shape[1:]
         augment = self._augment
         if augment.crop_padding:
-            mode = "constant" if augment.padding_mode == "zero" else "reflect"
-            image = transforms.crop(transforms.pad(image, [augment.crop_padding], padding_mode=mode), dy, dx, height, width)
+            how: dict[str, Any] = {"padding_mode": "reflect"}
+            if augment.padding_mode != "reflect":
+                how = {"fill": [float(value) for value in augment.padding_values(len(image))]}
+            image = transforms.crop(transforms.pad(image, [augment.crop_padding], **how), dy, dx, height, width)
         if flip:
             image = transforms.horizontal_flip(image)
         if augment.cutout:
@@ -63,30 +64,23 @@ def _collate(samples: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, tor
 
 
 class Reference:
-    """See :class:`hpc_cifar.data.pipeline.Pipeline`."""
+    """See :class:`hpc_cifar.data.pipeline.Source`."""
 
     name = "reference"
 
-    def __init__(self, epochs: Epochs, arrays: Arrays, output: Output, workers: int) -> None:
+    def __init__(self, epochs: Epochs, arrays: Arrays, output: Output) -> None:
         self._epochs = epochs
         self._output = output
-        self._workers = workers
+        workers = epochs.config.workers
+        self._workers = WORKERS if isinstance(workers, str) else workers
         self._dataset = _Augmented(arrays, epochs.config.augment, output)
         self._nothing = torch.empty(0, arrays.images.shape[3], *arrays.images.shape[1:3])
-        self._open: list[Generator[Batch, None, None]] = []
-        _pipelines.add(self)
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-        iterator = self._iterate(epoch, first)
-        self._open = [other for other in self._open if inspect.getgeneratorstate(other) != inspect.GEN_CLOSED]
-        self._open.append(iterator)
-        return iterator
-
-    def _iterate(self, epoch: int, first: int) -> Generator[Batch, None, None]:
         samples, drawn, positions = self._epochs.of(epoch, first)
         columns: list[Any] = [samples, drawn.dy, drawn.dx, drawn.flip, drawn.cut_y, drawn.cut_x]
         keys: list[Key] = list(zip(*(column.tolist() for column in columns), strict=True))
-        ends = np.cumsum([count for _, _, count in positions]).tolist()
+        ends = np.cumsum([count for _, _, count in positions], dtype=int).tolist()
         shards = [keys[end - count : end] for end, (_, _, count) in zip(ends, positions, strict=True)]
         cuda = self._output.device.type == "cuda"
         loader: DataLoader[Any] = DataLoader(
@@ -94,28 +88,23 @@ class Reference:
             worker_init_fn=_ignore_signals,
         )  # fmt: skip
         memory = torch.channels_last if self._output.channels_last else torch.contiguous_format
-        for (number, global_size, _), loaded in zip(positions, loader, strict=True):
-            images, labels = loaded or (self._nothing, torch.empty(0, dtype=torch.int64))
+        loading = iter(loader)
+        for number, global_size, _ in positions:
+            try:
+                images, labels = next(loading) or (self._nothing, torch.empty(0, dtype=torch.int64))
+            except (RuntimeError, OSError) as error:  # a worker was killed, or /dev/shm has no room for what it sends
+                raise DataError(
+                    f"data.pipeline: reference: its workers failed ({first_line(error)}); data.workers: 0 needs neither "
+                    "processes nor room in /dev/shm"
+                ) from error
             images = images.to(self._output.device, self._output.dtype, non_blocking=True).contiguous(memory_format=memory)
             yield Batch(images, labels.to(self._output.device, non_blocking=True), number, global_size)
 
     def close(self) -> None:
-        """Ends the worker processes with the iterators that own them."""
-        while self._open:
-            self._open.pop().close()
+        """Its worker processes ended with the iterators."""
 
 
 def _ignore_signals(_: int) -> None:
     """Slurm signals every process of a step; a worker that died of it would take the checkpoint on stopping with it."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-
-
-_pipelines: weakref.WeakSet[Reference] = weakref.WeakSet()
-
-
-@atexit.register  # after torch's own, so it runs before, while torch still ends its workers
-def _close_all() -> None:
-    """A pipeline that nobody closed: at its exit Python waits for the workers, for ever since they ignore its TERM."""
-    for pipeline in list(_pipelines):
-        pipeline.close()

@@ -50,6 +50,8 @@ SUBSET_MD5 = dict(
         strict=True,
     )
 )
+HUNDRED = ("train", "test", "meta")  # CIFAR-100
+HUNDRED_MD5 = {"train": "16019d7e3df5f24257cddd939b257f8d", "test": "f0ef6b0ae62326f3e7ffdfab6717acfc"}
 JPEG_CONTENT = (
     "f10d4c9e536a564f17fa5e8d68ba087d1235e60cd1f21700e11ff43f0647bbb0"  # ContentDigest of the known JPEG files, packed or not
 )
@@ -75,6 +77,8 @@ class Dataset:
 def _kind(name: str) -> str | None:
     if _BATCH_NAME.fullmatch(PurePosixPath(name).name):
         return "batches"
+    if PurePosixPath(name).name in HUNDRED and len(PurePosixPath(name).parts) <= 2:
+        return "hundred"
     return "images" if images.place(name) else None
 
 
@@ -88,10 +92,11 @@ def read(source: Path, dataset: str) -> Dataset:
     for name, data in found:
         kind = _kind(name)
         if kind:
-            reader = _read_batches if kind == "batches" else _read_images
+            reader = {"batches": _read_batches, "hundred": _read_hundred, "images": _read_images}[kind]
             return reader(source, itertools.chain([(name, data)], found), dataset)
     raise DataError(
-        f"{source}: holds neither the official batches (data_batch_1, ...) nor images as train|test/<class>/*.jpg or *.png"
+        f"{source}: holds neither the official batches (data_batch_1, ... or CIFAR-100's train, test, meta) nor images as "
+        "train|test/<class>/*.jpg or *.png"
     )
 
 
@@ -122,6 +127,33 @@ def _read_batches(source: Path, found: Iterator[tuple[str, bytes]], dataset: str
     result = Dataset(train_images, train_labels, *parts["test_batch"], pickles.CLASSES, "", True, digest.hexdigest())
     known = _known_batches(source, contents, [len(labels) for _, labels in parts.values()])
     return _checked(source, dataclasses.replace(result, label=known or "custom CIFAR-10 batches", verified=bool(known)))
+
+
+def _read_hundred(source: Path, found: Iterator[tuple[str, bytes]], dataset: str) -> Dataset:
+    """CIFAR-100 with its 100 fine classes."""
+    if dataset != "cifar100":
+        raise UsageError(f"{source}: holds CIFAR-100; prepare it as cifar100, not as {dataset!r}")
+    contents = {PurePosixPath(path).name: data for path, data in found if _kind(path) == "hundred"}
+    if missing := [name for name in HUNDRED if name not in contents]:
+        raise DataError(f"{source}: {', '.join(missing)}: missing; CIFAR-100 has {', '.join(HUNDRED)}")
+    digest = archive.ContentDigest()
+    for name in HUNDRED:
+        digest.add(name, contents[name])
+    classes = pickles.label_names(contents["meta"], f"{source}: meta", "fine_label_names")
+    if len(set(classes)) != len(classes) or not classes:
+        raise DataError(f"{source}: meta: class names should be there, each once")
+    train, test = (pickles.batch(contents[n], f"{source}: {n}", "fine_labels", len(classes)) for n in HUNDRED[:2])
+    known = False
+    if (len(train[1]), len(test[1])) == (50_000, 10_000):
+        for name, right in HUNDRED_MD5.items():
+            md5 = hashlib.md5(contents[name], usedforsecurity=False).hexdigest()
+            if md5 != right:
+                raise DataError(
+                    f"{source}: {name}: altered: as many images as CIFAR-100 but md5 {md5}, not {right}; get a fresh copy"
+                )
+        known = True
+    label = "CIFAR-100" if known else "custom CIFAR-100 batches"
+    return _checked(source, Dataset(*train, *test, classes, label, known, digest.hexdigest()))
 
 
 def _known_batches(source: Path, contents: dict[str, bytes], counts: list[int]) -> str | None:

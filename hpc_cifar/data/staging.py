@@ -3,6 +3,7 @@
 <scratch>/hpc-cifar-<uid>/lock                  held while a copy is made or removed; goes with the last copy
 <scratch>/hpc-cifar-<uid>/<digest>/users        everyone who uses the copy holds a shared lock on it
 <scratch>/hpc-cifar-<uid>/<digest>/<dataset>/   the copy; it gets this name when it is whole and verified
+<scratch>/hpc-cifar-<uid>/<digest>-ffcv/         the same with FFCV's file
 <scratch>/hpc-cifar-<uid>/<digest>/.partial/    one that is being made, or that a killed process left
 
 The kernel frees the locks of a process however it ends, so a killed user neither keeps a copy for ever nor takes it from the
@@ -22,6 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import DataError
+from . import beton
 from .store import MANIFEST, PARTS, SPLITS, Store
 
 COPY_WAIT_S = 300.0  # for another process that copies; after it the shared store serves
@@ -47,13 +49,16 @@ class Staged:
 
 
 @contextlib.contextmanager
-def staged(data_root: Path, dataset: str, scratch: str, *, wait_s: float = COPY_WAIT_S) -> Iterator[Staged]:
+def staged(
+    data_root: Path, dataset: str, scratch: str, *, with_beton: bool = False, wait_s: float = COPY_WAIT_S
+) -> Iterator[Staged]:
     """Train from a copy of ``<data_root>/<dataset>`` on this node while the context lasts, or from ``data_root`` itself.
 
     Every process of the node calls it; the first one copies, the others wait for it, the last one to leave removes the copy.
 
     Args:
         scratch: a folder of this node; variables such as ``$TMPDIR`` are expanded here. "" means no staging.
+        with_beton: copy FFCV's file too.
         wait_s: how long to wait for another process's copy.
     """
     if not scratch:
@@ -61,7 +66,7 @@ def staged(data_root: Path, dataset: str, scratch: str, *, wait_s: float = COPY_
         return
     use: _Use | None = None
     try:
-        use = _Use(Store.open(data_root, dataset), _own_folder(scratch))
+        use = _Use(Store.open(data_root, dataset), _own_folder(scratch), with_beton)
         result = use.begin(wait_s)
     except (NotStaged, DataError, OSError) as error:
         why = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
@@ -92,10 +97,12 @@ def _own_folder(scratch: str) -> Path:
 class _Use:
     """This process's use of one copy."""
 
-    def __init__(self, source: Store, base: Path) -> None:
+    def __init__(self, source: Store, base: Path, with_beton: bool) -> None:
         self.source, self.base = source, base
-        self.folder = base / source.digest[:16]
+        self.beton = source.train.beton if with_beton else None
+        self.folder = base / (source.digest[:16] + ("-ffcv" if self.beton else ""))
         self.bytes = sum(int(entry["bytes"]) for entry in source.manifest["files"].values())
+        self.bytes += self.beton.stat().st_size if self.beton else 0
         self.users: int | None = None  # file descriptor, locked as long as the copy is used
 
     def begin(self, wait_s: float) -> Staged:
@@ -163,7 +170,8 @@ class _Use:
             raise NotStaged(f"no room: it needs {needed / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free")
         target = partial / self.source.dataset
         target.mkdir(parents=True)
-        for name in (*(f"{split}-{part}.npy" for split in SPLITS for part in PARTS), MANIFEST):
+        more = (beton.NAME, beton.FACTS) if self.beton else ()  # its digest is checked by the pipeline that reads it
+        for name in (*(f"{split}-{part}.npy" for split in SPLITS for part in PARTS), *more, MANIFEST):
             _copy_file(self.source.path / name, target / name)
         if Store.open(partial, self.source.dataset, verify=True).digest != self.source.digest:
             raise NotStaged("the store was exchanged while it was copied")

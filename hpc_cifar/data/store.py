@@ -5,6 +5,7 @@
 <root>/<dataset>/train-labels.npy      int64 (N,)
 <root>/<dataset>/train-moments.npy     int64 (N,2,C), sum and sum of squares of each image and channel
 <root>/<dataset>/test-*.npy            the same for the test set
+<root>/<dataset>/train.beton           FFCV's file of the training images, where FFCV is installed; and train.beton.json
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import numpy.typing as npt
 
 from .. import __version__, files
 from ..errors import DataError, UsageError
+from . import beton
 from .sources import Dataset
 from .split import mean_std
 
@@ -41,6 +43,7 @@ class Arrays:
     images: npt.NDArray[np.uint8]  # (N,H,W,C)
     labels: npt.NDArray[np.int64]  # (N,)
     moments: npt.NDArray[np.int64]  # (N,2,C)
+    beton: Path | None = None  # FFCV's file of the same images, if there is one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,13 +98,13 @@ class Store:
             raise DataError(f"{folder}: dataset {dataset!r} is not prepared; run: {prepare_command(root, dataset)}")
         try:
             manifest = _read_manifest(folder / MANIFEST)
-            splits = [_open_split(folder, split, manifest, verify) for split in SPLITS]
+            train, test = (_open_split(folder, split, manifest, verify) for split in SPLITS)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             why = f"no {error}" if isinstance(error, KeyError) else str(error)
             raise DataError(
                 f"{folder}: the store is damaged ({why}); run: {prepare_command(root, dataset, force=True)}"
             ) from None
-        return cls(folder, manifest, *splits)
+        return cls(folder, manifest, dataclasses.replace(train, beton=beton.find(folder, manifest["digest"])), test)
 
 
 def prepare_command(root: Path, dataset: str, *, force: bool = False) -> str:
@@ -109,7 +112,7 @@ def prepare_command(root: Path, dataset: str, *, force: bool = False) -> str:
     words = ["hpc-cifar", "prepare", dataset]
     if root.absolute() != files.data_root():
         words += ["--root", str(root)]
-    if dataset not in ("cifar10", "digits"):
+    if dataset not in ("cifar10", "cifar100", "digits"):
         words += ["--archive", "PATH"]
     return shlex.join([*words, *(["--force"] if force else [])])
 

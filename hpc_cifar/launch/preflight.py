@@ -61,8 +61,9 @@ def ready(run: Run, env: Any, data_root: Path) -> Iterator[Node]:
         PreflightError: on one rank, if the nodes cannot train and the job must not be requeued for it.
         SystemExit: 0, if the job goes elsewhere, or another rank raises the error.
     """
-    dataset = run.experiment().data.dataset
-    with staged(data_root, dataset, os.environ.get("HPC_CIFAR_SCRATCH", "")) as found:
+    data = run.experiment().data
+    dataset, scratch = data.dataset, os.environ.get("HPC_CIFAR_SCRATCH", "")
+    with staged(data_root, dataset, scratch, with_beton=data.pipeline == "ffcv") as found:
         if found.note:
             print(found.note, flush=True)
         timeout_s = _timeout_s()

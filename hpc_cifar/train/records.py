@@ -72,6 +72,11 @@ class Records:
         self.event("started", world_size=world.size, device=str(world.device), lost_steps=self._lost_steps)
         self.state("running")
 
+    def pipeline(self, name: str, why: str) -> None:
+        """Which pipeline feeds the training, and why that one."""
+        self.progress.say(f"pipeline: {name} ({why})")
+        self.event("pipeline", pipeline=name, why=why)
+
     def window(self, epoch: int, step: int, losses: list[float], accuracy: float, rate: float, seconds: float) -> None:
         """A ``step`` row over the last ``len(losses)`` steps, which took ``seconds``."""
         self.rate = len(losses) * self._plan.batch_size / max(seconds, 1e-9)

@@ -129,6 +129,7 @@ class Trainer:
             seed=self.experiment.seed,
             **self._data_arguments(),
         )
+        self.records.pipeline(pipeline.name, pipeline.choice.why)
         reason = ""
         try:
             session.network.train()

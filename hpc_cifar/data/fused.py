@@ -1,0 +1,105 @@
+"""The fused pass over uint8 images on a CPU, spread over threads: what `resident` and `ffcv` deliver there."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ..config.experiment import Augment
+from .draws import Draws
+from .pipeline import Output
+
+_LEAST_PER_THREAD = 128  # images of 32 x 32; fewer are done sooner than a thread wakes up
+
+
+def lookup_table(output: Output) -> torch.Tensor:
+    """float32 (C,256): the normalised value of each raw value, in the steps of torchvision, so equal to the last bit."""
+    raw = torch.arange(256, dtype=torch.float32) * (1 / 255)
+    mean, std = (torch.tensor(values, dtype=torch.float32)[:, None] for values in (output.mean, output.std))
+    return (raw - mean) / std
+
+
+def threads_for(workers: int | str) -> int:
+    """How many threads of this process may work: its processors, or fewer if ``workers`` is a smaller number."""
+    allowed = len(os.sched_getaffinity(0))
+    return allowed if isinstance(workers, str) else max(1, min(workers, allowed))
+
+
+class Fused:
+    """Makes batches of samples that lie in memory.
+
+    Args:
+        shape: (height, width, channels) of every image.
+        threads: that work on one batch.
+    """
+
+    def __init__(self, augment: Augment, output: Output, shape: tuple[int, int, int], threads: int) -> None:
+        from .kernels import fill_of
+
+        self._augment, self._shape = augment, shape
+        self._dtype, self._channels_last = output.dtype, output.channels_last
+        self._border = np.array(augment.padding_values(shape[2]), np.uint8)
+        table = lookup_table(output)
+        # 16-bit floats are looked up as they are; float64 is float32 made wider, so that pipelines agree in every type
+        self._made = torch.float32 if output.dtype == torch.float64 else output.dtype
+        self._item = "float32" if self._made == torch.float32 else "uint16"
+        self._table = _bits(table.to(self._made)).reshape(-1)
+        self._fill = fill_of(self._item)
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(threads - 1, "augment") if threads > 1 else None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what ``into`` is given; the batches that are returned have the type of ``output``."""
+        return self._made
+
+    @property
+    def batch_shape(self) -> tuple[int, int, int]:
+        """Of one image as it lies in memory: (H,W,C) or (C,H,W)."""
+        height, width, channels = self._shape
+        return (height, width, channels) if self._channels_last else (channels, height, width)
+
+    def __call__(
+        self,
+        images: npt.NDArray[np.uint8],
+        chosen: npt.NDArray[np.int64],
+        drawn: Draws,
+        into: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The batch of the images ``chosen``: (n,C,H,W).
+
+        Args:
+            images: uint8 (N * H * W * C,).
+            chosen: int64 (n,).
+            into: where it is written, (n, *batch_shape) in ``dtype``; else new memory.
+        """
+        height, width, channels = self._shape
+        count, augment = len(chosen), self._augment
+        batch = torch.empty((count, *self.batch_shape), dtype=self._made) if into is None else into
+        flat = _bits(batch).reshape(-1)
+
+        def work(first: int, last: int) -> None:
+            self._fill(
+                images, height, width, channels, chosen, drawn.dy, drawn.dx, drawn.flip, drawn.cut_y, drawn.cut_x,
+                augment.crop_padding, augment.padding_mode == "reflect", self._border, augment.cutout, self._table,
+                not self._channels_last, first, last, flat,
+            )  # fmt: skip
+
+        least = max(1, _LEAST_PER_THREAD * 1024 // (height * width))
+        threads = max(1, min(self._threads, count // least))
+        edges = [count * part // threads for part in range(threads + 1)]
+        others = [self._pool.submit(work, *edges[part : part + 2]) for part in range(1, threads)] if self._pool else []
+        work(0, edges[1])
+        for other in others:
+            other.result()
+        batch = batch.to(self._dtype)
+        return batch.permute(0, 3, 1, 2) if self._channels_last else batch
+
+
+def _bits(tensor: torch.Tensor) -> npt.NDArray[np.float32] | npt.NDArray[np.uint16]:
+    """float32 as it is, 16-bit floats as whole numbers, since numpy and numba have no bf16; the same memory."""
+    return tensor.numpy() if tensor.dtype == torch.float32 else tensor.view(torch.int16).numpy().view(np.uint16)
