@@ -88,9 +88,10 @@ class Reference:
             worker_init_fn=_ignore_signals,
         )  # fmt: skip
         memory = torch.channels_last if self._output.channels_last else torch.contiguous_format
-        loading = iter(loader)
+        loading: Iterator[Any] | None = None
         for number, global_size, _ in positions:
             try:
+                loading = loading or iter(loader)
                 images, labels = next(loading) or (self._nothing, torch.empty(0, dtype=torch.int64))
             except (RuntimeError, OSError) as error:  # a worker was killed, or /dev/shm has no room for what it sends
                 raise DataError(

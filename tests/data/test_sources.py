@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import random
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from data import makers
+from PIL import Image
 
 from hpc_cifar.data import pickles, sources
 from hpc_cifar.errors import DataError, UsageError
@@ -157,6 +159,61 @@ def test_wrong_image_folders(tmp_path: Path) -> None:
             with pytest.raises(DataError) as error:
                 sources.read(source, "cifar10")
             assert message in one_line(error) and str(source) in str(error.value)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "I;16", "RGBA", "P", "1"])
+def test_images_that_are_not_rgb_are_named(tmp_path: Path, mode: str) -> None:
+    """In a dataset of one's own, too."""
+    files = makers.image_files(each=1, classes=("a", "b"), kind="PNG")
+    stream = io.BytesIO()
+    image = Image.new("I;16", (32, 32), 70) if mode == "I;16" else Image.new("RGB", (32, 32)).convert(mode)
+    image.save(stream, "PNG")
+    files["train/b/0000.png"] = stream.getvalue()
+    with pytest.raises(DataError) as error:
+        sources.read(makers.write_folder(tmp_path / "x", files), "mine")
+    assert f"train/b/0000.png: is 32 x 32 pixels in mode {mode}; should be" in one_line(error)
+
+
+def hundred_files(count: int = 60, **changes: Any) -> dict[str, bytes]:
+    names = [f"class {number}".encode() for number in range(20)]
+    made = {}
+    for number, name in enumerate(("train", "test")):
+        pixels = np.random.default_rng(number).integers(0, 256, (count, 3072), dtype=np.uint8)
+        labels = [row % 20 for row in range(count)]
+        fields = {b"data": pixels, b"fine_labels": labels, b"coarse_labels": [label // 5 for label in labels]}
+        made[name] = pickle.dumps(fields | {key.encode(): value for key, value in changes.items()}, protocol=2)
+    made["meta"] = pickle.dumps({b"fine_label_names": names, b"coarse_label_names": names[:4]}, protocol=2)
+    return {f"cifar-100-python/{name}": data for name, data in made.items()}
+
+
+def test_the_layout_of_cifar_100(tmp_path: Path) -> None:
+    files = hundred_files()
+    for source in (makers.write_tar(tmp_path / "a.tar.gz", files), makers.write_folder(tmp_path / "a", files)):
+        data = sources.read(source, "cifar100")
+        assert (data.label, data.verified, len(data.classes)) == ("custom CIFAR-100 batches", False, 20)
+        assert data.train_images.shape == (60, 32, 32, 3) and data.test_labels.tolist() == [row % 20 for row in range(60)]
+        with pytest.raises(UsageError, match="holds CIFAR-100; prepare it as cifar100"):
+            sources.read(source, "cifar10")
+
+
+def test_wrong_files_of_cifar_100(tmp_path: Path) -> None:
+    files = hundred_files()
+    cases = {
+        "test: missing": {name: data for name, data in files.items() if not name.endswith("/test")},
+        "train: has no list 'fine_labels'; this is CIFAR-10": files | {"cifar-100-python/train": makers.batch_bytes(1)},
+        "is no class from 0 to 19": hundred_files(fine_labels=[77] * 60),
+        "train: altered: as many images as CIFAR-100": {},
+    }
+    pixels = pickle.dumps({b"data": np.zeros((50_000, 3072), np.uint8), b"fine_labels": [0] * 50_000}, protocol=2)
+    small = pickle.dumps({b"data": np.zeros((10_000, 3072), np.uint8), b"fine_labels": [0] * 10_000}, protocol=2)
+    cases["train: altered: as many images as CIFAR-100"] = files | {
+        "cifar-100-python/train": pixels,
+        "cifar-100-python/test": small,
+    }
+    for number, (message, case) in enumerate(cases.items()):
+        with pytest.raises(DataError) as error:
+            sources.read(makers.write_folder(tmp_path / str(number), case), "cifar100")
+        assert message in one_line(error)
 
 
 def test_members_that_point_elsewhere(tmp_path: Path) -> None:

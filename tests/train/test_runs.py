@@ -262,3 +262,10 @@ def test_finished_run_is_not_trained_again(tmp_path: Path, digits_data: Path) ->
     before = run.metrics_file.read_bytes()
     assert ranks.complete(run, digits_data, 1) == first
     assert run.metrics_file.read_bytes() == before
+
+
+def test_a_run_says_which_pipeline_feeds_it_and_why(tmp_path: Path, digits_data: Path) -> None:
+    run = ranks.new_run(tmp_path, ranks.experiment(epochs=1))
+    ranks.complete(run, digits_data, 1)
+    [event] = [row for row in files.read_json_lines(run.metrics_file) if row.get("event") == "pipeline"]
+    assert event["pipeline"] == "resident" and "memory-mapped" in event["why"]
