@@ -117,10 +117,10 @@ def run(store: Store, images: int, batch_size: int, rounds: int, say: Callable[[
 def table(rates: Rates, beside: str) -> list[str]:
     """Lines for people: the median, the lowest and the highest rate, and the ratio to the median of ``beside``."""
     base = statistics.median(rates[beside])
-    lines = [f"{'pipeline':28}{'images/s':>13}{'lowest':>13}{'highest':>13}{'x ' + beside:>22}"]
+    lines = [f"{'pipeline':28}{'images/s':>13}{'lowest':>13}{'highest':>13}{'x ' + beside:>26}"]
     for name, values in rates.items():
         middle = statistics.median(values)
-        lines.append(f"{name:28}{middle:13,.0f}{min(values):13,.0f}{max(values):13,.0f}{middle / base:22.1f}")
+        lines.append(f"{name:28}{middle:13,.0f}{min(values):13,.0f}{max(values):13,.0f}{middle / base:26.1f}")
     return lines
 
 
