@@ -6,14 +6,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import ranks
 import torch
 
-from hpc_cifar.config.experiment import Augment, Data
-from hpc_cifar.data import pipeline
-from hpc_cifar.data.store import Store
 from hpc_cifar.runs import Run
 from hpc_cifar.train import checkpoint
 
@@ -24,27 +20,6 @@ pytestmark = [pytest.mark.component("gpu"), pytest.mark.slow]
 def gpu() -> None:
     if not torch.cuda.is_available():
         pytest.skip("torch sees no CUDA device here")
-
-
-@pytest.mark.parametrize("mode", ["zero", "reflect"])
-def test_both_pipelines_deliver_the_pixels_of_the_cpu(digits_data: Path, mode: Any) -> None:
-    store = Store.open(digits_data, "digits")
-    augment = Augment(crop_padding=4, padding_mode=mode, flip="random", cutout=8)
-    mean, std = store.manifest["train"]["mean"], store.manifest["train"]["std"]
-
-    def batches(name: Any, device: str) -> list[pipeline.Batch]:
-        made = pipeline.build(
-            Data(dataset="digits", batch_size=100, pipeline=name, augment=augment), store.train, np.arange(250), seed=3, rank=0,
-            world_size=1, device=device, dtype=torch.float32, channels_last=True, mean=mean, std=std,
-        )  # fmt: skip
-        return list(made.batches(1))
-
-    expected = batches("reference", "cpu")
-    for name in ("resident", "reference"):
-        for ours, theirs in zip(batches(name, "cuda"), expected, strict=True):
-            assert ours.images.is_cuda and ours.images.is_contiguous(memory_format=torch.channels_last)
-            torch.testing.assert_close(ours.images.cpu(), theirs.images, rtol=0, atol=1e-5)
-            assert torch.equal(ours.labels.cpu(), theirs.labels)
 
 
 def latest(run: Run) -> dict[str, Any]:
