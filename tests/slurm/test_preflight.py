@@ -29,6 +29,7 @@ class NodesSite(Site):
 
     def with_profile(self, profile: str, *options: str) -> tuple[str, str]:
         """Submit one epoch with these lines added to the profile; run and job id."""
+        profile = profile.replace("SCRATCH", str(self.scratch))
         (self.folder / "testbed.yaml").write_text(PROFILE + profile)
         return self.submit("--set", "epochs=1", *options)
 
@@ -72,6 +73,33 @@ def site(slurm_cluster: SlurmCluster, tmp_path: Path, digits_data: Path) -> Iter
     slurm_cluster.show_again()
 
 
+# what is covered on which node, lines of the profile, options of submit
+BAD = {
+    "full scratch": ("n1", "scratch", "scratch: SCRATCH\nnodelist: n1\npreflight: false\n", ("--nodes", "1")),
+    "rank 0 elsewhere": ("n1", "data", "", ()),  # rank 0 is there, so that another rank has to act
+    "rank 0 alone": ("n1", "data", "exclude: n3\n", ("--nodes", "1")),
+    "no other choice": ("n2", "data", "exclude: n3\n", ()),  # too few nodes are left, so the job comes back to the bad one
+}
+
+
+@pytest.fixture(scope="module")
+def bad(
+    slurm_cluster_session: SlurmCluster, digits_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, tuple[NodesSite, str, str]]]:
+    """Runs that each meet a bad node, at the same time since most of it is waiting; site, run and job of each."""
+    made = {}
+    for name, (node, part, profile, options) in BAD.items():
+        folder = tmp_path_factory.mktemp(name.replace(" ", "-"))
+        site = NodesSite(SlurmCluster(slurm_cluster_session.folder, folder), folder, digits_data)
+        site.cover(node, getattr(site, part), *(["-o", "size=64k"] if part == "scratch" else []))
+        made[name] = (site, *site.with_profile(profile, *options))
+    for site, run, _ in made.values():
+        site.call("wait", run, code=1 if site.runs == made["no other choice"][0].runs else 0)
+    yield made
+    for site, _, _ in made.values():
+        site.cluster.show_again()
+
+
 def test_good_nodes_train_from_a_copy_on_each(site: NodesSite) -> None:
     for node in ("n1", "n2", "n3"):
         site.cover(node, site.scratch)  # a disk of its own
@@ -91,19 +119,19 @@ def test_good_nodes_train_from_a_copy_on_each(site: NodesSite) -> None:
         assert subprocess.run(listing, capture_output=True, text=True, check=True).stdout == ""
 
 
-def test_a_full_scratch_costs_the_copy_and_not_the_run_and_preflight_can_be_left_out(site: NodesSite) -> None:
-    site.cover("n1", site.scratch, "-o", "size=64k")
-    run, _ = site.with_profile(f"scratch: {site.scratch}\nnodelist: n1\npreflight: false\n", "--nodes", "1")
-    site.call("wait", run)
+Bad = dict[str, tuple[NodesSite, str, str]]
+
+
+def test_a_full_scratch_costs_the_copy_and_not_the_run_and_preflight_can_be_left_out(bad: Bad) -> None:
+    site, run, _ = bad["full scratch"]
+    assert site.result(run)["state"] == "finished"
     assert "preflight:" not in site.log(run)
     assert f"warning: digits is not staged to {site.scratch} (no room: " in site.log(run)
 
 
-def test_a_node_without_the_data_is_named_and_left(site: NodesSite) -> None:
-    site.cover("n1", site.data)  # where rank 0 is, so that another rank has to act
-    run, job = site.with_profile("")
+def test_a_node_without_the_data_is_named_and_left(bad: Bad) -> None:
+    site, run, job = bad["rank 0 elsewhere"]
     site.requeued(job, excluding={"n1"})
-    site.call("wait", run)
     assert site.result(run)["state"] == "finished"
     [row] = site.failures(run)
     assert row["nodes"] == ["n1"]
@@ -115,19 +143,15 @@ def test_a_node_without_the_data_is_named_and_left(site: NodesSite) -> None:
     assert not list((site.runs / run / "submitit").glob("*_preflight.json"))
 
 
-def test_the_profiles_own_exclusion_is_kept_and_rank_0_may_be_the_bad_one(site: NodesSite) -> None:
-    site.cover("n1", site.data)
-    run, job = site.with_profile("exclude: n3\n", "--nodes", "1")
+def test_the_profiles_own_exclusion_is_kept_and_rank_0_may_be_the_bad_one(bad: Bad) -> None:
+    site, run, job = bad["rank 0 alone"]
     site.requeued(job, excluding={"n1", "n3"})
-    site.call("wait", run)
+    assert site.result(run)["state"] == "finished"
     assert site.cluster.job(job)["NodeList"] == "n2"
 
 
-def test_a_second_failure_ends_the_run(site: NodesSite) -> None:
-    """With too few nodes for another choice, so that the job comes back to the bad one."""
-    site.cover("n2", site.data)
-    run, job = site.with_profile("exclude: n3\n")
-    site.call("wait", run, code=1)
+def test_a_second_failure_ends_the_run(bad: Bad) -> None:
+    site, run, job = bad["no other choice"]
     first, second = site.failures(run)
     assert first["reason"].startswith("preflight failed: n2: data: ")
     assert second["reason"] == f"{first['reason']}; the job had been requeued for that once already"
