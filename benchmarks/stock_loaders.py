@@ -38,7 +38,9 @@ class PlainDataset(Dataset[Any]):
 
 
 def torchvision(images: np.ndarray, labels: np.ndarray, batch_size: int, workers: int) -> Loader:
-    loader = DataLoader(PlainDataset(images, labels), batch_size, shuffle=True, num_workers=workers)
+    loader = DataLoader(
+        PlainDataset(images, labels), batch_size, shuffle=True, num_workers=workers, persistent_workers=workers > 0
+    )
     return lambda _: loader
 
 
@@ -65,7 +67,8 @@ def ffcv(images: np.ndarray, labels: np.ndarray, batch_size: int, workers: int) 
     from ffcv.transforms import NormalizeImage, RandomHorizontalFlip, RandomTranslate, Squeeze, ToTensor, ToTorchImage
     from ffcv.writer import DatasetWriter
 
-    path = Path(tempfile.mkdtemp()) / "stock.beton"
+    folder = tempfile.TemporaryDirectory()
+    path = Path(folder.name) / "stock.beton"
     threads = torch.get_num_threads()
     writer = DatasetWriter(str(path), {"image": RGBImageField(), "label": IntField()}, num_workers=workers)
     writer.from_indexed_dataset(_Samples(images, labels))
@@ -79,7 +82,7 @@ def ffcv(images: np.ndarray, labels: np.ndarray, batch_size: int, workers: int) 
         pipelines={"image": steps, "label": [IntDecoder(), ToTensor(), Squeeze()]},
     )  # fmt: skip
     torch.set_num_threads(threads)
-    return lambda _: loader
+    return lambda _, kept=folder: loader  # type: ignore[misc]  # the file goes with the loader
 
 
 def dali(images: np.ndarray, labels: np.ndarray, batch_size: int, workers: int) -> Loader:
@@ -100,9 +103,8 @@ def dali(images: np.ndarray, labels: np.ndarray, batch_size: int, workers: int) 
     @pipeline_def(batch_size=batch_size, num_threads=workers, device_id=None, seed=1)
     def pipeline() -> Any:
         pixels, targets = fn.external_source(source=Source(), num_outputs=2, cycle="raise", layout=["HWC", ""])
-        padded = fn.pad(fn.pad(pixels, axes=[0, 1], align=[40, 40]), fill_value=0)
         cropped = fn.crop_mirror_normalize(
-            padded, crop=(32, 32), crop_pos_x=fn.random.uniform(range=(0.0, 1.0)),
+            fn.paste(pixels, ratio=1.25, fill_value=0), crop=(32, 32), crop_pos_x=fn.random.uniform(range=(0.0, 1.0)),
             crop_pos_y=fn.random.uniform(range=(0.0, 1.0)), mirror=fn.random.coin_flip(),
             mean=[255 * value for value in MEAN], std=[255 * value for value in STD], dtype=types.FLOAT, output_layout="CHW",
         )  # fmt: skip

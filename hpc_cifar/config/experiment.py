@@ -16,6 +16,9 @@ from .layers import Layer
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
+KNOWN = {"cifar10": 10, "cifar10-jpeg": 10, "cifar10-lossless-subset": 10, "cifar100": 100, "digits": 10}
+"""Classes of the datasets that ``prepare`` knows by name, of 32 x 32 RGB images; another one is known once it is prepared."""
+
 RawValue = Annotated[Whole, Field(ge=0, le=255)]
 
 _dataset = matching(r"[a-z0-9][a-z0-9_-]{0,31}", "1 to 32 lower-case letters, digits, '_' or '-' (a prepared dataset)")
@@ -45,7 +48,8 @@ class Augment(Model):
     ``padding_value`` is the raw pixel value, 0 to 255, one for all channels or one each, of ``padding_mode: constant``.
     ``flip: alternating`` mirrors every image in every other epoch. The rotation is up to so many degrees either way, the shift
     up to that fraction of the size, both ways and both directions; they interpolate, on the device, after all else, and
-    ``warp_fill`` is what comes into view: the nearest pixel, a reflection, or black.
+    ``warp_fill`` is what comes into view: the nearest pixel, a reflection (which repeats the edge, as that of the padding does
+    not), or black.
     """
 
     crop_padding: Annotated[Whole, Field(ge=0, le=256)] = 0
@@ -81,8 +85,9 @@ class Data(Model):
     images held out, or ``test`` to repeat a source that validated on the test images. With ``folds: K``, one of the K parts of
     a stratified split of the training images is held out instead of that share: the one with the number ``fold``, from 0.
 
-    All pipelines deliver the same pixels; ``auto`` takes the fastest that can run. ``workers`` are threads of this process, as
-    many as it has processors unless a number says fewer; for ``reference`` they are processes, two unless a number says else.
+    All pipelines deliver the same pixels; ``auto`` takes the fastest that can run. ``workers`` are threads of ``ffcv`` and
+    ``dali``, as many as the rank has processors unless a number says fewer; for ``reference`` they are processes, two unless a
+    number says else.
     """
 
     dataset: Annotated[str, AfterValidator(_dataset)] = "cifar10"
@@ -319,8 +324,10 @@ class Experiment(Model):
     def _augmentation_fits_an_image(self) -> Experiment:
         # numpy's reflection needs a border narrower than the image; the size of other datasets is known when they are opened
         augment = self.data.augment
-        if self.data.dataset not in ("cifar10", "cifar100", "digits"):
+        if self.data.dataset not in KNOWN:
             return self
+        if isinstance(augment.padding_value, tuple) and len(augment.padding_value) != 3:
+            raise ValueError(f"data.augment.padding_value: should be one value or 3, not {len(augment.padding_value)}")
         if augment.padding_mode == "reflect" and augment.crop_padding > 31:
             raise ValueError(
                 f"data.augment.crop_padding: {augment.crop_padding} should be at most 31 with padding_mode: reflect"

@@ -14,7 +14,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from ..errors import ConfigError
 from .cluster import Cluster
-from .experiment import Data, Experiment, ModelConfig, SequentialModel
+from .experiment import KNOWN, Data, Experiment, ModelConfig, SequentialModel
 from .explain import MOST_PROBLEMS, explain
 from .fields import shown
 from .messages import Place, Problem, shown_key, shown_path
@@ -22,9 +22,6 @@ from .shapes import CIFAR_INPUT, ShapeError, layer_shapes
 from .source import MAX_DEPTH, Node, parse, read_text
 
 SET = "--set"
-
-CLASSES = {"cifar10": 10, "cifar10-jpeg": 10, "cifar10-lossless-subset": 10, "cifar100": 100, "digits": 10}
-"""Classes of the datasets that ``prepare`` knows by name; another dataset's are only known once it is prepared."""
 
 AnyModel = TypeVar("AnyModel", bound=BaseModel)
 
@@ -145,7 +142,7 @@ def _shape_problems(root: Node) -> list[Problem]:
     if data is not None and "dataset" in data.entries:
         dataset = data.entries["dataset"][1].scalar
     try:
-        layer_shapes(model, CIFAR_INPUT, CLASSES.get(dataset) if isinstance(dataset, str) else None)
+        layer_shapes(model, CIFAR_INPUT, KNOWN.get(dataset) if isinstance(dataset, str) else None)
     except ShapeError as error:
         place, layers = network.entries["layers"]
         item = layers.items[error.index] if error.index < len(layers.items) else None

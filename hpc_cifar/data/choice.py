@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+from collections.abc import Mapping
 
 import torch
 
@@ -14,7 +15,8 @@ NAMES = ("resident", "ffcv", "dali", "reference")
 SPARE = 0.5  # of the free memory of a GPU, left to the network
 
 _GET = {
-    "ffcv": "build a wheel by `make ffcv-wheel`, or use conda, a module or the container, then `pip install 'hpc-cifar[ffcv]'`",
+    "ffcv": "pip install 'hpc-cifar[ffcv]' builds it where libopencv-dev, libturbojpeg0-dev, pkg-config and g++ are; else use "
+    "conda, a module or a container",
     "dali": "pip install 'hpc-cifar[dali]'",
 }
 _MODULES = {"ffcv": "ffcv", "dali": "nvidia.dali"}
@@ -49,25 +51,32 @@ def problem(name: str, arrays: Arrays | None = None) -> str:
     return ""
 
 
-def choose(wanted: str, device: torch.device, arrays: Arrays) -> Choice:
+def choose(wanted: str, device: torch.device, arrays: Arrays, failed: Mapping[str, str] | None = None) -> Choice:
     """The pipeline for ``arrays`` on ``device``.
+
+    Args:
+        failed: pipelines that could not begin, and why: ``auto`` takes another one.
 
     Raises:
         UsageError: the one that is wanted cannot run here.
     """
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"no GPU can be used here, though {device} is asked for: is there a driver? (nvidia-smi shows it)")
     if wanted != "auto":
         if why := problem(wanted, arrays):
             raise UsageError(f"data.pipeline: {wanted}: {why}; or use pipeline: auto")
         return Choice(wanted, "the job file asks for it")
     if device.type != "cuda":
         return Choice("resident", "on a CPU its fused pass over the memory-mapped images is the fastest")
+    failed = failed or {}
     needed, free = arrays.images.nbytes, torch.cuda.mem_get_info(device)[0]
-    words = f"the images take {needed / 2**20:,.0f} MiB of {free / 2**20:,.0f} MiB free on the GPU"
+    reasons = [f"the images take {needed / 2**20:,.0f} MiB of {free / 2**20:,.0f} MiB free on the GPU"]
     if needed <= (1 - SPARE) * free:
-        return Choice("resident", words)
-    reasons = [words]
+        if "resident" not in failed:
+            return Choice("resident", reasons[0])
+        reasons.append(f"resident: {failed['resident']}")
     for name in ("ffcv", "dali"):
-        if not (why := problem(name, arrays)):
+        if not (why := failed.get(name) or problem(name, arrays)):
             return Choice(name, "; ".join(reasons))
         reasons.append(f"{name}: {why}")
     return Choice("reference", "; ".join(reasons))

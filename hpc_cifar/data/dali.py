@@ -36,12 +36,8 @@ class Dali:
     def __init__(self, epochs: Epochs, arrays: Arrays, output: Output) -> None:
         self._epochs, self._output, self._arrays = epochs, output, arrays
         self._augment = epochs.config.augment
-        images: npt.NDArray[np.uint8] = np.asarray(arrays.images)
         self._border = self._augment.crop_padding if self._augment.padding_mode == "reflect" else 0
-        if self._border:
-            margin = (self._border, self._border)
-            images = np.pad(images, ((0, 0), margin, margin, (0, 0)), mode="reflect")
-        self._images = images
+        self._images: npt.NDArray[np.uint8] = np.asarray(arrays.images)
         self._labels = np.asarray(arrays.labels)
         largest = -(-min(epochs.config.batch_size, len(epochs.indices)) // epochs.world_size)
         device = output.device
@@ -120,7 +116,11 @@ class Dali:
     def _feed(self, samples: npt.NDArray[np.int64], drawn: Draws) -> None:
         assert self._pipeline is not None
         pipeline, augment = self._pipeline, self._augment
-        pipeline.feed_input("images", self._images[samples])
+        images = self._images[samples]
+        if self._border:
+            margin = (self._border, self._border)
+            images = np.pad(images, ((0, 0), margin, margin, (0, 0)), mode="reflect")
+        pipeline.feed_input("images", images)
         if augment.crop_padding:
             start = np.stack([drawn.dy, drawn.dx], axis=1) - augment.crop_padding + self._border
             pipeline.feed_input("start", start.astype(np.int32))
@@ -134,7 +134,7 @@ class Dali:
 
     def _outputs(self) -> Any:
         assert self._pipeline is not None
-        stream = torch.cuda.current_stream() if self._output.device.type == "cuda" else None
+        stream = torch.cuda.current_stream(self._output.device) if self._output.device.type == "cuda" else None
         try:
             [outputs] = self._pipeline.share_outputs(cuda_stream=stream)
             self._pipeline.release_outputs()  # with this executor they stay valid as long as somebody holds them

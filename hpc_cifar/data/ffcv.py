@@ -20,9 +20,9 @@ from ffcv.fields.basics import IntDecoder
 from ffcv.fields.rgb_image import SimpleRGBImageDecoder
 from ffcv.loader import Loader, OrderOption
 from ffcv.loader.epoch_iterator import EpochIterator
-from ffcv.pipeline.allocation_query import AllocationQuery
 from ffcv.pipeline.operation import Operation
 from ffcv.transforms import ToDevice, ToTensor
+from numba.core import config as numba_config
 
 from ..errors import DataError, first_line
 from . import beton
@@ -33,28 +33,46 @@ from .store import Arrays, prepare_command
 _JOIN_S = 0.02
 
 
+def _numba_threads() -> int:
+    """NUMBA_NUM_THREADS, more than which FFCV must not ask for."""
+    config: Any = numba_config
+    return int(config.NUMBA_NUM_THREADS)
+
+
+@contextlib.contextmanager
+def _own_threads() -> Iterator[None]:
+    """FFCV sets the number of torch's threads, for all threads that begin from then on, to that of its own."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class _Augmented(Operation):  # type: ignore[misc]
     """Decoded images to finished ones, by the draws of the thread's epoch."""
 
-    def __init__(self, fused: Fused, epochs: Epochs, pinned: bool) -> None:
+    def __init__(self, fused: Fused, epochs: Epochs) -> None:
         super().__init__()
-        self._fused, self._epochs, self._pinned = fused, epochs, pinned
+        self._fused, self._epochs = fused, epochs
 
     def generate_code(self) -> Any:
-        def augment(images: Any, destination: torch.Tensor | None, indices: Any) -> torch.Tensor:
+        def augment(images: Any, _: None, indices: Any) -> torch.Tensor:
             worker = threading.current_thread()
             assert isinstance(worker, _Worker)
+            if torch.get_num_threads() != worker.torch_threads:  # FFCV has just set it, for every thread that begins later
+                torch.set_num_threads(worker.torch_threads)
             drawn = self._epochs.draws_of(worker.epoch, indices)
-            return self._fused(images.reshape(-1), np.arange(len(images)), drawn, destination)
+            return self._fused(images.reshape(-1), np.arange(len(images)), drawn)
 
         augment.with_indices = True  # type: ignore[attr-defined]
         return augment
 
-    def declare_state_and_memory(self, previous_state: Any) -> tuple[Any, AllocationQuery | None]:
+    def declare_state_and_memory(self, previous_state: Any) -> tuple[Any, None]:
         shape, dtype = self._fused.batch_shape, self._fused.dtype
         state = dataclasses.replace(previous_state, jit_mode=False, shape=shape, dtype=dtype)
-        # pinned buffers of the loader on the way to a GPU, which it uses again; else new memory for each batch
-        return state, AllocationQuery(shape, dtype) if self._pinned else None
+        # new memory for each batch: the loader writes into buffers of its own again before a copy from there need have ended
+        return state, None
 
 
 class _Worker(EpochIterator):  # type: ignore[misc]
@@ -62,8 +80,16 @@ class _Worker(EpochIterator):  # type: ignore[misc]
 
     def __init__(self, loader: Loader, order: np.ndarray, epoch: int) -> None:
         self.epoch = epoch
+        self.torch_threads = torch.get_num_threads()
         self.error: BaseException | None = None
         super().__init__(loader, order)
+
+    def start(self) -> None:
+        """The buffers on a GPU may be blocks that the training is still reading from: the copies into them come after that."""
+        for stream in self.cuda_streams:
+            if stream is not None:
+                stream.wait_stream(self.current_stream)
+        super().start()
 
     def run(self) -> None:
         try:
@@ -84,6 +110,9 @@ class _Worker(EpochIterator):  # type: ignore[misc]
                 while True:
                     self.output_queue.get_nowait()
             self.join(_JOIN_S)
+        for stream in self.cuda_streams:  # nor may anybody get the blocks before the last copies into them
+            if stream is not None:
+                self.current_stream.wait_stream(stream)
 
 
 class Ffcv:
@@ -101,21 +130,20 @@ class Ffcv:
         height, width, channels = arrays.images.shape[1:]
         self._empty = torch.empty(0, channels, height, width, dtype=output.dtype, device=output.device)
         threads = threads_for(epochs.config.workers)
-        fused = Fused(epochs.config.augment, output, (height, width, channels), threads)
+        self._fused = Fused(epochs.config.augment, output, (height, width, channels), threads)
         self._on_gpu = output.device.type == "cuda"
-        images: list[Operation] = [SimpleRGBImageDecoder(), _Augmented(fused, epochs, self._on_gpu)]
+        images: list[Operation] = [SimpleRGBImageDecoder(), _Augmented(self._fused, epochs)]
         if self._on_gpu:
             images.append(ToDevice(output.device, non_blocking=True))
-        before = torch.get_num_threads()  # FFCV sets torch's number of threads to its own
         try:
-            self._loader: Loader | None = Loader(
-                str(arrays.beton), batch_size=1, num_workers=threads, os_cache=True, order=OrderOption.SEQUENTIAL,
-                drop_last=False, pipelines={"image": images, "label": [IntDecoder(), ToTensor()]},
-            )  # fmt: skip
+            with _own_threads():
+                self._loader: Loader | None = Loader(
+                    str(arrays.beton), batch_size=1, num_workers=min(threads, _numba_threads()), os_cache=True,
+                    order=OrderOption.SEQUENTIAL, drop_last=False,
+                    pipelines={"image": images, "label": [IntDecoder(), ToTensor()]},
+                )  # fmt: skip
         except Exception as error:
-            raise DataError(f"{arrays.beton}: FFCV cannot read it: {first_line(error)}; run: {remedy}") from error
-        finally:
-            torch.set_num_threads(before)
+            raise DataError(f"data.pipeline: ffcv: {arrays.beton}: {first_line(error)}") from error
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         samples, positions = self._epochs.samples_of(epoch, first)
@@ -132,7 +160,10 @@ class Ffcv:
             if count:
                 order.append(np.pad(part, (0, largest - count), mode="edge"))
         self._loader.batch_size = largest
-        worker = _Worker(self._loader, np.concatenate(order).astype(np.uint64), epoch)
+        try:
+            worker = _Worker(self._loader, np.concatenate(order).astype(np.uint64), epoch)
+        except Exception as error:
+            raise DataError(f"data.pipeline: ffcv: {first_line(error)}") from error
         try:
             for number, global_size, count in positions:
                 yield self._taken(worker, number, global_size, count) if count else self._nothing(number, global_size)
@@ -161,4 +192,5 @@ class Ffcv:
         return Batch(self._empty, torch.empty(0, dtype=torch.int64, device=self._output.device), number, global_size)
 
     def close(self) -> None:
+        self._fused.close()
         self._loader = None

@@ -23,10 +23,13 @@ def lookup_table(output: Output) -> torch.Tensor:
     return (raw - mean) / std
 
 
-def threads_for(workers: int | str) -> int:
-    """How many threads of this process may work: its processors, or fewer if ``workers`` is a smaller number."""
-    allowed = len(os.sched_getaffinity(0))
-    return allowed if isinstance(workers, str) else max(1, min(workers, allowed))
+def threads_for(workers: int | str = "auto") -> int:
+    """How many threads of this process may work.
+
+    No more than torch uses, which is this rank's share of the node, or than there are processors; fewer if ``workers`` is.
+    """
+    allowed = min(len(os.sched_getaffinity(0)), torch.get_num_threads())
+    return max(1, allowed if isinstance(workers, str) else min(workers, allowed))
 
 
 class Fused:
@@ -51,10 +54,11 @@ class Fused:
         self._fill = fill_of(self._item)
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads - 1, "augment") if threads > 1 else None
+        self._pinned = output.device.type == "cuda"
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what ``into`` is given; the batches that are returned have the type of ``output``."""
+        """Of the batches as they are made; float64 is made as float32."""
         return self._made
 
     @property
@@ -68,18 +72,16 @@ class Fused:
         images: npt.NDArray[np.uint8],
         chosen: npt.NDArray[np.int64],
         drawn: Draws,
-        into: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The batch of the images ``chosen``: (n,C,H,W).
+        """The batch of the images ``chosen``: (n,C,H,W), in new memory, from where it can be copied if it goes to a GPU.
 
         Args:
             images: uint8 (N * H * W * C,).
             chosen: int64 (n,).
-            into: where it is written, (n, *batch_shape) in ``dtype``; else new memory.
         """
         height, width, channels = self._shape
         count, augment = len(chosen), self._augment
-        batch = torch.empty((count, *self.batch_shape), dtype=self._made) if into is None else into
+        batch = torch.empty((count, *self.batch_shape), dtype=self._made, pin_memory=self._pinned)
         flat = _bits(batch).reshape(-1)
 
         def work(first: int, last: int) -> None:
@@ -98,6 +100,12 @@ class Fused:
             other.result()
         batch = batch.to(self._dtype)
         return batch.permute(0, 3, 1, 2) if self._channels_last else batch
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool, self._threads = None, 1
 
 
 def _bits(tensor: torch.Tensor) -> npt.NDArray[np.float32] | npt.NDArray[np.uint16]:

@@ -101,9 +101,13 @@ def read(
             pool.shutdown(wait=True, cancel_futures=True)
             raise
     order = _class_list(source, ((split, name) for split, name, _ in names), classes)
-    shapes = {pixels.shape for pixels in decoded}
+    shapes = collections.Counter(pixels.shape for pixels in decoded)
     if len(shapes) > 1:
-        raise DataError(f"{source}: images of different sizes: {sorted(shapes)}; all should be equal")
+        usual = shapes.most_common(1)[0][0]
+        name, odd = next(("/".join(name), p.shape) for name, p in zip(names, decoded, strict=True) if p.shape != usual)
+        raise DataError(
+            f"{source}: {name}: is {odd[1]} x {odd[0]} pixels, most others are {usual[1]} x {usual[0]}; all should be equal"
+        )
     twice = ["/".join(place) for place, count in collections.Counter(names).items() if count > 1]
     if twice:
         raise DataError(f"{source}: {twice[0]}: is there more than once")

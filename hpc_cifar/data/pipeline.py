@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 
 from ..config.experiment import Augment, Data
-from ..errors import UsageError
+from ..errors import HpcCifarError, UsageError, first_line
 from ..plan import shard
 from . import draws
 from .choice import Choice, choose
@@ -34,7 +34,7 @@ Positions = list[tuple[int, int, int]]  # number of the batch, images in the glo
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """One rank's shard of a global batch; it may be empty. Its memory is its own: it stays what it is."""
+    """One rank's shard of a global batch; it may be empty. Nothing writes into its memory again."""
 
     images: torch.Tensor  # (n,C,H,W) in the dtype and memory format asked for
     labels: torch.Tensor  # int64 (n,)
@@ -76,7 +76,9 @@ class Pipeline:
     """
 
     def __init__(self, source: Source, choice: Choice, epochs: Epochs, warp: Warp | None) -> None:
-        self.name, self.choice = source.name, choice
+        note = getattr(source, "note", "")
+        self.name = source.name
+        self.choice = dataclasses.replace(choice, why=f"{choice.why}; {note}") if note else choice
         self._source: Source | None = source
         self._epochs, self._warp = epochs, warp
         self._position = (0, 0)
@@ -171,30 +173,41 @@ def build(
     check_augment(config.augment, height, width, channels)
     plan = Epochs(config, np.asarray(indices, dtype=np.int64), seed, rank, world_size, height, width)
     output = _output(config, device, dtype, channels_last, mean, std)
-    choice = choose(config.pipeline, output.device, arrays)
-    source: Source
-    match choice.name:
-        case "resident":
-            from .resident import Resident
-
-            source = Resident(plan, arrays, output)
-        case "ffcv":
-            from .ffcv import Ffcv
-
-            source = Ffcv(plan, arrays, output)
-        case "dali":
-            from .dali import Dali
-
-            source = Dali(plan, arrays, output)
-        case _:
-            from .reference import Reference
-
-            source = Reference(plan, arrays, output)
+    source: Source | None = None
+    failed: dict[str, str] = {}  # those that `auto` tried
+    while source is None:
+        choice = choose(config.pipeline, output.device, arrays, failed)
+        try:
+            source = _source(choice.name, plan, arrays, output)
+        except HpcCifarError as error:
+            if config.pipeline != "auto" or choice.name == "reference":
+                raise
+            failed[choice.name] = first_line(error)
     warp = None
     if config.augment.warps:
         black = (0 - torch.tensor(output.mean)) / torch.tensor(output.std)
         warp = Warp(config.augment, black, output.device)
     return Pipeline(source, choice, plan, warp)
+
+
+def _source(name: str, epochs: Epochs, arrays: Arrays, output: Output) -> Source:
+    match name:
+        case "resident":
+            from .resident import Resident
+
+            return Resident(epochs, arrays, output)
+        case "ffcv":
+            from .ffcv import Ffcv
+
+            return Ffcv(epochs, arrays, output)
+        case "dali":
+            from .dali import Dali
+
+            return Dali(epochs, arrays, output)
+        case _:
+            from .reference import Reference
+
+            return Reference(epochs, arrays, output)
 
 
 def check_augment(augment: Augment, height: int, width: int, channels: int) -> None:
@@ -239,11 +252,14 @@ def evaluation_batches(
     begin, end = shard(len(samples), world_size, rank)
     plain = config.model_copy(update={"augment": type(config.augment)()})
     output = _output(config, device, dtype, channels_last, mean, std)
-    normaliser = Normaliser(plain.augment, arrays, output, resident=False, threads=threads_for(config.workers))
-    for number, first in enumerate(range(begin, end, batch_size)):
-        chosen = samples[first : min(first + batch_size, end)]
-        images, labels = normaliser(chosen, draws.augmentation(0, 0, chosen, plain.augment, 1, 1))
-        yield Batch(images, labels, number, len(samples))
+    normaliser = Normaliser(plain.augment, arrays, output, resident=False, threads=threads_for())
+    try:
+        for number, first in enumerate(range(begin, end, batch_size)):
+            chosen = samples[first : min(first + batch_size, end)]
+            images, labels = normaliser(chosen, draws.augmentation(0, 0, chosen, plain.augment, 1, 1))
+            yield Batch(images, labels, number, len(samples))
+    finally:
+        normaliser.close()
 
 
 def _output(

@@ -131,6 +131,8 @@ def _with_beton(made: Store, wanted: bool | None, console: Console) -> Store:
         if wanted:
             raise UsageError(f"--beton: FFCV holds RGB images; these have {made.image_shape[0]} channel(s)")
         return made
+    for left in made.path.glob(f".{beton.NAME}.*.tmp"):  # of a killed process: the lock is held
+        left.unlink(missing_ok=True)
     path = made.train.beton
     try:
         if path is not None:
@@ -141,13 +143,16 @@ def _with_beton(made: Store, wanted: bool | None, console: Console) -> Store:
     if path is None:
         try:
             path = beton.write(made.path, made.train.images, made.train.labels, made.digest)
-        except OSError as error:
-            if error.errno not in _FULL:
-                raise
-            raise DataError(
-                f"{made.path / beton.NAME}: the disk is full: it needs {made.train.images.nbytes // 2**20 + 16:,} MiB beside "
-                "the store, which is good; make room, or leave it out by --no-beton"
-            ) from None
+        except (OSError, DataError) as error:
+            why = str(error)
+            if isinstance(error, OSError):
+                needed = made.train.images.nbytes // 2**20 + 16
+                full = f"the disk is full: it needs {needed:,} MiB beside the store, which is good"
+                why = f"{made.path / beton.NAME}: {full if error.errno in _FULL else error.strerror}"
+            if wanted:
+                raise DataError(f"{why}; mend that, or leave it out by --no-beton") from None
+            _say(console, f"without FFCV's file: {why}")
+            return made
     _say(console, f"ffcv: {path} ({path.stat().st_size / 2**20:.0f} MiB)")
     return Store.open(made.path.parent, made.dataset)
 

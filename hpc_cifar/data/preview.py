@@ -31,8 +31,10 @@ def write(arrays: Arrays, path: Path) -> tuple[list[str], dict[str, str]]:
     rows = [("originals", np.asarray(arrays.images[order]))]
     for name in names:
         one = bench.build(name, arrays, count, count, augment=AUGMENT, workers=0 if name == "reference" else "auto")
-        images = next(iter(one.batches(0))).images
-        one.close()
+        try:
+            images = next(iter(one.batches(0))).images
+        finally:
+            one.close()
         pixels = ((images * 0.25 + 0.48) * 255).round().clamp(0, 255).to(torch.uint8)
         rows.append((name, pixels.permute(0, 2, 3, 1).numpy()))
     height, width = arrays.images.shape[1:3]

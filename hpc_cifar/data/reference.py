@@ -18,6 +18,7 @@ from torchvision.transforms import v2
 
 from ..config.experiment import Augment
 from ..errors import DataError, first_line
+from .fused import threads_for
 from .pipeline import Batch, Epochs, Output
 from .store import Arrays
 
@@ -72,7 +73,7 @@ class Reference:
         self._epochs = epochs
         self._output = output
         workers = epochs.config.workers
-        self._workers = WORKERS if isinstance(workers, str) else workers
+        self._workers = min(WORKERS, threads_for()) if isinstance(workers, str) else workers
         self._dataset = _Augmented(arrays, epochs.config.augment, output)
         self._nothing = torch.empty(0, arrays.images.shape[3], *arrays.images.shape[1:3])
 
@@ -94,6 +95,8 @@ class Reference:
                 loading = loading or iter(loader)
                 images, labels = next(loading) or (self._nothing, torch.empty(0, dtype=torch.int64))
             except (RuntimeError, OSError) as error:  # a worker was killed, or /dev/shm has no room for what it sends
+                if not self._workers:
+                    raise
                 raise DataError(
                     f"data.pipeline: reference: its workers failed ({first_line(error)}); data.workers: 0 needs neither "
                     "processes nor room in /dev/shm"

@@ -8,18 +8,20 @@ makes as many batches at once as fit into ``CHUNK_BYTES``; where there is no Tri
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from ..config.experiment import Augment
+from ..errors import DataError, first_line
 from .draws import Draws
 from .fused import Fused, lookup_table, threads_for
 from .pipeline import Batch, Epochs, Output
 from .store import Arrays
 
-CHUNK_BYTES = 256 * 2**20  # of finished images; an epoch of CIFAR-10 in bf16 is 307 MB
+CHUNK_BYTES = 512 * 2**20  # of finished images; an epoch of CIFAR-10 in bf16 is 307 MB
 
 
 class Resident:
@@ -27,22 +29,40 @@ class Resident:
 
     Args:
         triton: use the kernel; None means wherever the device and the installation allow it.
+
+    Attributes:
+        note: why the kernel does not work here, if it should.
     """
 
     name = "resident"
+    note = ""
 
     def __init__(self, epochs: Epochs, arrays: Arrays, output: Output, *, triton: bool | None = None) -> None:
         self._epochs, self._output = epochs, output
         self._normaliser: Normaliser | None = None
-        self._kernel = None
-        if triton or (triton is None and output.device.type == "cuda" and has_triton()):
-            from .triton_kernel import Kernel
+        self._kernel: Any = None
+        if triton or (triton is None and output.device.type == "cuda"):
+            try:
+                self._kernel = self._tried(arrays)
+            except torch.OutOfMemoryError as error:
+                raise DataError(f"data.pipeline: resident: {first_line(error)}") from error
+            except Exception as error:  # no Triton, no C compiler, no folder for its cache: it may raise anything
+                if triton:
+                    raise
+                self.note = f"by torch operations, since Triton's kernel does not work here ({first_line(error)})"
+        if self._kernel is None:
+            self._normaliser = Normaliser(epochs.config.augment, arrays, output, resident=True, threads=threads_for())
 
-            self._kernel = Kernel(epochs.config.augment, arrays, output, epochs.seed)
-        else:
-            self._normaliser = Normaliser(
-                epochs.config.augment, arrays, output, resident=True, threads=threads_for(epochs.config.workers)
-            )
+    def _tried(self, arrays: Arrays) -> Any:
+        """The kernel, after one launch."""
+        from .triton_kernel import Kernel
+
+        made = Kernel(self._epochs.config.augment, arrays, self._output, self._epochs.seed)
+        made.begin(0, np.zeros(1, np.int64))
+        made(0, 1)
+        if self._output.device.type == "cuda":
+            torch.cuda.synchronize(self._output.device)
+        return made
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         if self._kernel is not None:
@@ -65,11 +85,13 @@ class Resident:
         self._kernel.begin(epoch, samples)
         largest = max(1, CHUNK_BYTES // self._kernel.image_bytes)
         start = 0
+        block = labels = None
         while positions:
             taken, images = 0, 0
             while taken < len(positions) and (taken == 0 or images + positions[taken][2] <= largest):
                 images += positions[taken][2]
                 taken += 1
+            block = labels = None  # so that their memory can be used again
             block, labels = self._kernel(start, images)
             start, used = start + images, 0
             for number, global_size, count in positions[:taken]:
@@ -79,16 +101,9 @@ class Resident:
             positions = positions[taken:]
 
     def close(self) -> None:
+        if self._normaliser is not None:
+            self._normaliser.close()
         self._normaliser = self._kernel = None
-
-
-def has_triton() -> bool:
-    """Whether the kernel can be compiled here."""
-    try:
-        import triton  # noqa: F401  # type: ignore[import-untyped, unused-ignore]
-    except Exception:  # a broken installation may raise anything
-        return False
-    return True
 
 
 class Normaliser:
@@ -116,6 +131,11 @@ class Normaliser:
         if resident:
             self._device_images = torch.from_numpy(np.array(self._images)).to(output.device)
             self._device_labels = torch.from_numpy(np.array(self._labels)).to(output.device)
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._fused is not None:
+            self._fused.close()
 
     def to_device(self, samples: npt.NDArray[np.int64], drawn: Draws) -> torch.Tensor | None:
         """int64 (6,n): samples and draws on a GPU, for many batches at once; None on a CPU."""

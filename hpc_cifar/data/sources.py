@@ -91,6 +91,8 @@ def read(source: Path, dataset: str) -> Dataset:
     found = archive.files(source)
     for name, data in found:
         kind = _kind(name)
+        if kind == "hundred" and not data.startswith(b"\x80"):  # any file may be called that; these are pickles
+            continue
         if kind:
             reader = {"batches": _read_batches, "hundred": _read_hundred, "images": _read_images}[kind]
             return reader(source, itertools.chain([(name, data)], found), dataset)
@@ -133,7 +135,13 @@ def _read_hundred(source: Path, found: Iterator[tuple[str, bytes]], dataset: str
     """CIFAR-100 with its 100 fine classes."""
     if dataset != "cifar100":
         raise UsageError(f"{source}: holds CIFAR-100; prepare it as cifar100, not as {dataset!r}")
-    contents = {PurePosixPath(path).name: data for path, data in found if _kind(path) == "hundred"}
+    contents: dict[str, bytes] = {}
+    for path, data in found:
+        if _kind(path) == "hundred":
+            name = PurePosixPath(path).name
+            if name in contents:
+                raise DataError(f"{source}: {path}: a second {name}")
+            contents[name] = data
     if missing := [name for name in HUNDRED if name not in contents]:
         raise DataError(f"{source}: {', '.join(missing)}: missing; CIFAR-100 has {', '.join(HUNDRED)}")
     digest = archive.ContentDigest()
@@ -185,6 +193,12 @@ def _read_images(source: Path, found: Iterator[tuple[str, bytes]], dataset: str)
                 raise DataError(f"{source}: {path}: is no image; class folders hold {', '.join(images.EXTENSIONS)} files only")
             yield path, data
 
+    for folder in sorted(path for split in images.SPLITS for path in source.glob(f"{split}/*/")):
+        if not folder.name.startswith(".") and not any(
+            images.place(f"{folder.parent.name}/{folder.name}/{path.name}") for path in folder.iterdir()
+        ):
+            place = f"{folder.parent.name}/{folder.name}"
+            raise DataError(f"{source}: {place}: has no images; every class needs some in train and in test")
     cifar = dataset == "cifar10"
     threads = min(len(os.sched_getaffinity(0)), 8)
     train, test, classes = images.read(str(source), noted(), pickles.CLASSES if cifar else None, 32 if cifar else None, threads)

@@ -170,11 +170,16 @@ class _Use:
             raise NotStaged(f"no room: it needs {needed / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free")
         target = partial / self.source.dataset
         target.mkdir(parents=True)
-        more = (beton.NAME, beton.FACTS) if self.beton else ()  # its digest is checked by the pipeline that reads it
+        more = (beton.NAME, beton.FACTS) if self.beton else ()
         for name in (*(f"{split}-{part}.npy" for split in SPLITS for part in PARTS), *more, MANIFEST):
             _copy_file(self.source.path / name, target / name)
         if Store.open(partial, self.source.dataset, verify=True).digest != self.source.digest:
             raise NotStaged("the store was exchanged while it was copied")
+        if self.beton:
+            try:
+                beton.verify(target / beton.NAME, len(self.source.train.labels), "")
+            except DataError:
+                raise NotStaged(f"{beton.NAME} is damaged or was exchanged while it was copied") from None
         target.rename(self.folder / self.source.dataset)
         partial.rmdir()
         return self.bytes

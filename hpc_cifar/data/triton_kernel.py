@@ -7,6 +7,7 @@ batch begins), so a launch may be captured in a CUDA graph and replayed for the 
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import numpy as np
@@ -119,7 +120,7 @@ class Kernel:
             list(augment.padding_values(self._channels)),
         ]  # fmt: skip
         self._scale = torch.tensor(rows, dtype=torch.float32).to(device)
-        self.order = torch.zeros(0, dtype=torch.int64, device=device)
+        self.order = torch.zeros(len(self._labels), dtype=torch.int64, device=device)
         self.keys = torch.zeros(4, dtype=torch.int64, device=device)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
 
@@ -129,14 +130,12 @@ class Kernel:
         return int(self._height * self._width * self._channels * self._output.dtype.itemsize)
 
     def begin(self, epoch: int, samples: npt.NDArray[np.int64]) -> None:
-        """Launches are over ``samples`` of ``epoch`` from here on. The order keeps its memory if it is long enough."""
+        """Launches are over ``samples`` of ``epoch`` from here on; each sample at most once. The memory of the order stays."""
         keys = [draws.key_of(self._seed, epoch, stream) for stream in (draws.CROP, draws.FLIP, draws.CUTOUT)]
         if self._augment.flip == "alternating":
             keys[1] = draws.key_of(self._seed, 0, draws.FLIP)
         bits = np.array([*keys, epoch & 1], np.uint64).view(np.int64)
         self.keys.copy_(torch.from_numpy(bits))
-        if len(self.order) < len(samples):
-            self.order = torch.empty(len(samples), dtype=torch.int64, device=self._output.device)
         self.order[: len(samples)].copy_(torch.from_numpy(samples))
 
     def __call__(self, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -161,9 +160,11 @@ class Kernel:
         augment = self._augment
         values = self._height * self._width * self._channels
         block: Any = min(BLOCK, triton.next_power_of_2(values))
-        _fill[len(labels), triton.cdiv(values, block)](
-            self._images, self._labels, self.order, self.position, self.keys, self._scale, images, labels,
-            HEIGHT=self._height, WIDTH=self._width, CHANNELS=self._channels, PADDING=augment.crop_padding,
-            REFLECT=augment.padding_mode == "reflect", FLIP=_FLIPS[augment.flip], CUTOUT=augment.cutout,
-            CHANNELS_LAST=self._output.channels_last, BLOCK=block,
-        )  # fmt: skip
+        device = self._output.device
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():  # Triton takes the current one
+            _fill[len(labels), triton.cdiv(values, block)](
+                self._images, self._labels, self.order, self.position, self.keys, self._scale, images, labels,
+                HEIGHT=self._height, WIDTH=self._width, CHANNELS=self._channels, PADDING=augment.crop_padding,
+                REFLECT=augment.padding_mode == "reflect", FLIP=_FLIPS[augment.flip], CUTOUT=augment.cutout,
+                CHANNELS_LAST=self._output.channels_last, BLOCK=block,
+            )  # fmt: skip

@@ -31,15 +31,23 @@ class Warp:
         """``images`` (n,C,H,W) after its n warps, in the same type and memory format."""
         if not len(images):
             return images
-        count, _, height, width = images.shape
+        height, width = images.shape[2:]
         rows = torch.stack([torch.from_numpy(values) for values in (warps.angle, warps.down, warps.across)])
         angle, down, across = rows.to(images.device, non_blocking=True)
         # where each finished pixel lies in the given image, in units of half its size: undo the shift, then the rotation
         cos, sin, ratio = angle.cos(), angle.sin(), height / width
         x, y = -2 * across, -2 * down
-        top = torch.stack([cos, -sin * ratio, cos * x - sin * ratio * y], dim=1)
-        bottom = torch.stack([sin / ratio, cos, sin / ratio * x + cos * y], dim=1)
-        grid = F.affine_grid(torch.stack([top, bottom], dim=1), [count, 1, height, width], align_corners=False)
+        # element by element: torch's affine_grid is a matrix product, which TF32 or autocast would round to parts of a pixel
+        column = (2 * torch.arange(width, device=images.device) + 1) / width - 1 + x[:, None]  # (n,W)
+        row = (2 * torch.arange(height, device=images.device) + 1) / height - 1 + y[:, None]  # (n,H)
+        cos, sin = cos[:, None, None], sin[:, None, None]
+        grid = torch.stack(
+            [
+                cos * column[:, None, :] - sin * ratio * row[:, :, None],
+                sin / ratio * column[:, None, :] + cos * row[:, :, None],
+            ],
+            dim=3,
+        )
         wide = images.to(torch.promote_types(images.dtype, torch.float32))
         if self._black is not None:
             wide = wide - self._black

@@ -20,7 +20,7 @@ from pipelines import DALI, FFCV, make
 
 from hpc_cifar.cli.main import main
 from hpc_cifar.config.experiment import Augment
-from hpc_cifar.data import choice, pipeline
+from hpc_cifar.data import choice, pipeline, preview
 from hpc_cifar.data.store import Arrays
 from hpc_cifar.errors import DataError, UsageError
 
@@ -33,6 +33,7 @@ def gpu_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., choice.Choice]:
 
     def chosen(arrays: Arrays, free: int, *missing: str) -> choice.Choice:
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 2 * free))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(choice, "problem", lambda name, _=None: f"no {name} here" if name in missing else "")
         return choice.choose("auto", GPU, arrays)
 
@@ -52,13 +53,22 @@ def test_auto_chooses_by_device_memory_and_what_is_installed(arrays: Arrays, gpu
 
 
 @pytest.mark.component("dali")
-def test_dali_on_a_gpu_that_is_not_there(arrays: Arrays) -> None:
+def test_dali_on_a_gpu_that_is_not_there(arrays: Arrays, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("nvidia.dali")
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # torch is content, and DALI is not
     with pytest.raises(UsageError, match=r"data.pipeline: dali: no pipeline on GPU 0, is there a driver\?") as refused:
         make(arrays, "dali", device="cuda:0")
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["auto", "resident", "reference"])
+def test_a_gpu_that_is_not_there(arrays: Arrays, name: str) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(UsageError, match=r"no GPU can be used here, though cuda is asked for: is there a driver\?"):
+        make(arrays, name, device="cuda")
 
 
 def test_a_killed_worker_process_is_an_error(arrays: Arrays) -> None:
@@ -137,10 +147,16 @@ def test_images_of_any_one_size(shape: tuple[int, ...], name: str, readable: Cal
 def test_bench_and_preview(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HPC_CIFAR_DATA", str(tmp_path))
     assert main(["prepare", "digits", "--preview", str(tmp_path / "sheet.png")]) == 0
-    assert "preview: " in capsys.readouterr().out.replace("\n", " ")
+    said = capsys.readouterr().out.replace("\n", " ")
+    names = said.rpartition("(")[2].rpartition(")")[0].split(", ")
+    assert "preview: " in said and {"resident", "reference"} <= set(names)
     with Image.open(tmp_path / "sheet.png") as sheet:
         sheet.load()
-        assert sheet.width > 12 * 64 and sheet.height > 3 * 64
+        pixels = np.asarray(sheet)
+    cell = (len(pixels) - preview._MARGIN) / (len(names) + 1)
+    assert cell == 32 * preview.SCALE + preview._MARGIN + preview._TEXT
+    originals, *rows = (pixels[int(row * cell) + preview._MARGIN + preview._TEXT :][:64] for row in range(len(names) + 1))
+    assert all(np.array_equal(row, rows[0]) for row in rows) and not np.array_equal(rows[0], originals)
     options = ["--images", "300", "--batch-size", "100", "--rounds", "1", "--json", str(tmp_path / "b.json")]
     assert main(["bench", "data", "--dataset", "digits", *options]) == 0
     said = capsys.readouterr().out

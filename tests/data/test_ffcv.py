@@ -11,6 +11,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +118,9 @@ def test_no_thread_is_left_and_training_keeps_its_threads(own: Arrays) -> None:
         list(one.batches(epoch))
     one.batches(9)
     one.close()
-    left = [thread for thread in set(threading.enumerate()) - before if not thread.name.startswith("augment")]
-    assert left == [] and torch.get_num_threads() == torchs
+    with ThreadPoolExecutor(1) as fresh:  # FFCV would change it for threads that begin later
+        assert fresh.submit(torch.get_num_threads).result() == torchs
+    assert set(threading.enumerate()) <= before and torch.get_num_threads() == torchs
 
 
 def in_a_process(code: str, *, check: bool = True, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -157,7 +159,7 @@ def test_a_missing_library_is_one_clear_line() -> None:
         ["unshare", "--mount", "sh", "-c", f'{hide}exec "$@"', "sh", sys.executable, "-c", code],
         capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
-    assert "ffcv cannot be imported: " in done.stdout and "turbojpeg" in done.stdout and "make ffcv-wheel" in done.stdout
+    assert "ffcv cannot be imported: " in done.stdout and "turbojpeg" in done.stdout and "libturbojpeg0-dev" in done.stdout
     assert done.stdout.count("\n") == 1
 
 

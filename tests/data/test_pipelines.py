@@ -57,14 +57,28 @@ def test_the_torch_operations_of_a_gpu_give_the_same_pixels(arrays: Arrays, augm
     assert torch.equal(batch, fused)
 
 
-@pytest.mark.parametrize("batch_size", [333, 512])
-@pytest.mark.parametrize("workers", [1, 3])
+CASES = [(333, 1), (333, 3), (512, 1), (512, 3)]
+
+
+@pytest.mark.parametrize("batch_size,workers", CASES)
 @pytest.mark.parametrize("name", NAMES)
-def test_shards_together_are_the_global_batch(readable: Readable, name: str, batch_size: int, workers: int) -> None:
+def test_shards_together_are_the_global_batch(
+    readable: Readable, name: str, batch_size: int, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of one, two and three ranks, the last batch smaller than the others, from the beginning and from the middle."""
-    augment, arrays = Augment(crop_padding=4, flip="random"), readable(name)
-    if name == "reference" and workers == 3 and batch_size == 333:
+    modes: list[dict[str, Any]] = [
+        {"padding_mode": "reflect"},
+        {"padding_mode": "zero"},
+        {"padding_mode": "constant", "padding_value": 99},
+        {"padding_mode": "reflect"},
+    ]
+    mode = modes[CASES.index((batch_size, workers))]
+    augment, arrays = Augment(crop_padding=4, flip="random", **mode), readable(name)
+    if name == "reference" and (batch_size, workers) in CASES[1:3]:
         workers = 0  # processes are slow to start
+    if name != "reference":  # as many threads as are asked for
+        monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(3)))
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     for first in (0, 1):
         whole = list(make(arrays, "resident", augment, batch_size=batch_size).batches(1, first))
         sizes = [min(batch_size, COUNT - start) for start in range(0, COUNT, batch_size)]
@@ -113,6 +127,62 @@ def test_an_epoch_continues_in_the_middle(readable: Readable, name: str) -> None
     assert [b.number for b in another.batches(7)] == [b.number for b in another.batches(8)] == list(range(11))
     for each in (one, another):
         each.close()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_state_fits_any_pipeline_and_number_of_ranks(readable: Readable, name: str) -> None:
+    arrays, augment = readable(name), Augment(crop_padding=4, flip="random", shift_fraction=0.1)
+    before = make(arrays, name, augment, rank=1, world_size=2)
+    list(itertools.islice(before.batches(2), 5))
+    state = before.state_dict()
+    before.close()
+    whole = list(make(arrays, "resident", augment).batches(2, first=5))
+    ranks = [make(arrays, other, augment, rank=r, world_size=3) for r, other in enumerate(("resident", "reference", name))]
+    for one in ranks:
+        one.load_state_dict(state)
+    for batch, *parts in zip(whole, *(one.batches(2) for one in ranks), strict=True):
+        torch.testing.assert_close(torch.cat([p.images for p in parts]), batch.images, atol=2e-6, rtol=0)
+        assert torch.equal(torch.cat([p.labels for p in parts]), batch.labels)
+    for one in ranks:
+        one.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_compiled_step_takes_the_batches(readable: Readable, name: str) -> None:
+    """The last one, which is smaller, too."""
+
+    def step(images: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.conv2d(images, weight).relu().mean(dim=(1, 2, 3))
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    weight = torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+    one = make(readable(name), name, Augment(crop_padding=4), batch_size=300, channels_last=True)
+    sizes = []
+    for batch in one.batches(0):
+        torch.testing.assert_close(compiled(batch.images, weight), step(batch.images, weight))
+        sizes.append(len(batch.labels))
+    assert sizes == [300, 300, 100]
+    one.close()
+
+
+@pytest.mark.component("dali")
+def test_dali_works_ahead(readable: Readable) -> None:
+    """Two batches are in the making before the first is taken, and nothing of an iterator that was left comes with the next."""
+    one = make(readable("dali"), "dali", batch_size=100)
+    source: Any = one._source
+    scheduled: list[int] = []
+    run = source._pipeline.schedule_run
+    source._pipeline.schedule_run = lambda: (scheduled.append(1), run())
+    iterator = one.batches(0)
+    next(iterator)
+    assert len(scheduled) == 2
+    next(iterator)
+    assert len(scheduled) == 3
+    expected = list(make(readable("dali"), "reference", batch_size=100).batches(1))
+    for mine, theirs in zip(one.batches(1), expected, strict=True):
+        torch.testing.assert_close(mine.images, theirs.images, atol=1e-6, rtol=0)
+    one.close()
 
 
 def test_worker_processes_change_nothing_and_end(arrays: Arrays) -> None:

@@ -15,6 +15,7 @@ import pytest
 from data import makers
 from PIL import Image
 
+from hpc_cifar.cli.main import main
 from hpc_cifar.data import pickles, sources
 from hpc_cifar.errors import DataError, UsageError
 
@@ -172,6 +173,24 @@ def test_images_that_are_not_rgb_are_named(tmp_path: Path, mode: str) -> None:
     with pytest.raises(DataError) as error:
         sources.read(makers.write_folder(tmp_path / "x", files), "mine")
     assert f"train/b/0000.png: is 32 x 32 pixels in mode {mode}; should be" in one_line(error)
+
+
+def test_own_folders_with_something_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Through the command: one line, exit code 2, nothing left."""
+    good = makers.image_files(each=3, classes=("a", "b"))
+    cases: dict[str, dict[str, bytes]] = {
+        "train/b/0001.jpg: is 20 x 30 pixels, most others are 32 x 32; all should be equal": good
+        | {"train/b/0001.jpg": makers.image_bytes(1, size=(20, 30))},
+        "train/a/0002.jpg: is no whole JPEG or PNG": good | {"train/a/0002.jpg": good["train/a/0002.jpg"][:200]},
+        "test/c: has no images": good | {"train/c/.keep": b"", "test/c/.keep": b""},
+        "test/b: has no images": {name: data for name, data in good.items() if not name.startswith("test/b")},
+    }
+    for number, (message, case) in enumerate(cases.items()):
+        source = makers.write_folder(tmp_path / str(number), case)
+        assert main(["prepare", "mine", "--archive", str(source), "--root", str(tmp_path / "root")]) == 2
+        said = capsys.readouterr().err
+        assert message in said and said.count("\n") == 1, said
+        assert not (tmp_path / "root" / "mine").exists()
 
 
 def hundred_files(count: int = 60, **changes: Any) -> dict[str, bytes]:

@@ -92,10 +92,16 @@ def test_the_place_of_a_batch_lies_in_device_memory(arrays: Arrays, triton_kerne
         assert np.array_equal(raw(images), plain(arrays, samples[start : start + 10].tolist(), augment, 4))
         assert np.array_equal(labels.numpy(), arrays.labels[samples[start : start + 10]])
     order = kernel.order.data_ptr()
-    kernel.begin(5, samples[:20])
-    assert kernel.order.data_ptr() == order
+    for some in (samples[:20], np.arange(COUNT, dtype=np.int64)):  # the rest of an epoch, a whole one
+        kernel.begin(5, some)
+        assert kernel.order.data_ptr() == order
 
 
-def test_without_triton_the_torch_operations_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_the_kernel_does_not_work_torch_operations_serve(arrays: Arrays, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As without Triton, or without the C compiler that it needs. No tensor goes to a GPU."""
     monkeypatch.setitem(sys.modules, "triton", None)
-    assert not resident.has_triton()
+    output = pipeline.Output(torch.device("cuda"), torch.float32, False, MEAN, STD)
+    epochs = pipeline.Epochs(Data(batch_size=8), SAMPLES, SEED, 0, 1, 32, 32)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_, **__: tensor)
+    one = resident.Resident(epochs, arrays, output)
+    assert "Triton's kernel does not work here" in one.note and one._kernel is None and one._normaliser is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -31,74 +32,44 @@ def jobs_of(site: Site, run: str) -> list[str]:
     return [str(row["job_id"]) for row in files.read_json_lines(site.runs / run / "jobs.jsonl")]
 
 
+@dataclasses.dataclass(frozen=True)
+class Limited:
+    """Runs under a time limit of a minute, on a cluster of their own: run by name, and the epochs of each."""
+
+    site: Site
+    runs: dict[str, str]
+    epochs: dict[str, int]
+
+
 @pytest.fixture(scope="module", autouse=True)
-def unheard(
+def begun(
     accounting_session: SlurmCluster,
     undisturbed: dict[int, dict[str, Any]],
     digits_data: Path,
     tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[Site, str, str]:
-    """A run, and its job, that misses the signal before its time limit, as one that comes before Python can hear it.
+) -> Limited:
+    """What the last tests of this file look at; most of it is waiting, so the other tests run meanwhile.
 
-    It takes up to 90 s until Slurm ends it, so it runs beside the other tests of this file, on the other cluster.
+    ``requeued`` and ``chained`` are told at most 30 s after their start, and need longer, however quick the machine is.
+    ``unheard`` misses the signal, as one that comes before Python can hear it; Slurm ends it after 90 s at the latest.
     """
-    site = Site(accounting_session, tmp_path_factory.mktemp("unheard"), digits_data)
+    site = Site(accounting_session, tmp_path_factory.mktemp("limited"), digits_data)
+    (site.folder / "chain.yaml").write_text(CHAIN)
     (site.folder / "deaf.yaml").write_text(PROFILE + 'setup: ["export SUBMITIT_PREEMPT_SIGNAL=USR1"]\n')
-    epochs = f"epochs={math.ceil(100 / undisturbed[1]['epoch_s'])}"
-    [(run, job)] = site.submit_many("--time", "00:01:00", "--nodes", "1", "--set", epochs, profile="deaf")
-    return site, run, job
+    runs, epochs = {}, {}
+    for name, profile, seconds in (("requeued", "testbed", 45), ("chained", "chain", 45), ("unheard", "deaf", 100)):
+        epochs[name] = math.ceil(seconds / undisturbed[1]["epoch_s"])
+        limited = ("--time", "00:01:00", "--nodes", "1", "--set", f"epochs={epochs[name]}")
+        [(runs[name], _)] = site.submit_many(*limited, profile=profile)
+    return Limited(site, runs, epochs)
 
 
 @pytest.fixture(scope="module")
-def longer(
-    slurm_cluster_session: SlurmCluster,
-    undisturbed: dict[int, dict[str, Any]],
-    digits_data: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[Site, dict[str, str], int]:
-    """Two runs that need more than their time limit of a minute, ``requeued`` and ``chained``; and their epochs.
-
-    The signal comes at most 30 s after the start, so they train for about twice that, however quick the machine is.
-    """
-    epochs = math.ceil(60 / undisturbed[1]["epoch_s"])
-    limited = ("--time", "00:01:00", "--nodes", "1", "--set", f"epochs={epochs}")
-    site = Site(slurm_cluster_session, tmp_path_factory.mktemp("longer"), digits_data)
-    (site.folder / "chain.yaml").write_text(CHAIN)
-    [(requeued, _)] = site.submit_many(*limited)
-    [(chained, _)] = site.submit_many(*limited, profile="chain")
-    site.until_epoch(1, chained)
-    assert site.status(chained)["job_id"] in jobs_of(site, chained)
-    site.call("wait", requeued, chained)
-    return site, {"requeued": requeued, "chained": chained}, epochs
-
-
-@pytest.mark.parametrize("how", ["requeued", "chained"])
-def test_a_run_longer_than_its_time_limit_goes_on(longer: tuple[Site, dict[str, str], int], how: str) -> None:
-    """Slurm sends the signal up to a minute early, so with a limit of one minute it may come at any time."""
-    site, runs, epochs = longer
-    result = site.result(runs[how])
-    assert result["state"] == "finished" and result["restarts"] >= 1 and result["lost_steps"] == 0
-    assert site.epochs(runs[how]) == list(range(1, epochs + 1))
-    steps = [row["step"] for row in site.rows(runs[how], "step")]
-    assert steps == sorted(set(steps))
-
-
-def test_a_requeued_run_has_one_job(longer: tuple[Site, dict[str, str], int]) -> None:
-    site, runs, _ = longer
-    [job] = jobs_of(site, runs["requeued"])
-    assert site.cluster.wait(job) == "COMPLETED"  # Slurm says so a moment after the run does
-    # the signal may come before training began, which is then no restart of the training
-    assert int(site.cluster.job(job)["Restarts"]) >= site.result(runs["requeued"])["restarts"] >= 1
-
-
-def test_links_submitted_beforehand_end_at_once_when_they_are_not_needed(longer: tuple[Site, dict[str, str], int]) -> None:
-    site, runs, _ = longer
-    ids = jobs_of(site, runs["chained"])
-    used = 1 + site.result(runs["chained"])["restarts"]
-    assert len(ids) == 11 and 2 <= used <= 11
-    for job in ids:
-        assert site.cluster.wait(job) == "COMPLETED"
-        assert site.cluster.job(job)["Restarts"] == "0"
+def limited(begun: Limited) -> Limited:
+    """All three have finished."""
+    assert begun.site.status(begun.runs["chained"])["job_id"] in jobs_of(begun.site, begun.runs["chained"])
+    begun.site.call("wait", *begun.runs.values())
+    return begun
 
 
 def test_a_hung_rank_is_recorded_and_the_run_restarts(
@@ -181,10 +152,32 @@ def test_a_time_limit_below_one_checkpoint_is_refused(slurm_cluster: SlurmCluste
     site.call(*limit, "--set", "epochs=100000", "--set", "checkpoint.every_steps=10", "--dry-run")
 
 
-def test_a_run_whose_time_limit_came_unheard_goes_on_too(unheard: tuple[Site, str, str]) -> None:
-    """The TERM at the limit itself is that of a cancel, but Slurm gives the reason."""
-    site, run, job = unheard
-    site.call("wait", run)
-    result = site.result(run)
+@pytest.mark.parametrize("how", ["requeued", "chained", "unheard"])
+def test_a_run_longer_than_its_time_limit_goes_on(limited: Limited, how: str) -> None:
+    """Slurm sends the signal up to a minute early, so with a limit of one minute it may come at any time. Where it was not
+    heard, the TERM at the limit itself is that of a cancel, but Slurm gives the reason.
+    """
+    result = limited.site.result(limited.runs[how])
     assert result["state"] == "finished" and result["restarts"] >= 1 and result["lost_steps"] == 0
-    assert site.cluster.wait(job) == "COMPLETED" and site.cluster.job(job)["Restarts"] == str(result["restarts"])
+    assert limited.site.epochs(limited.runs[how]) == list(range(1, limited.epochs[how] + 1))
+    steps = [row["step"] for row in limited.site.rows(limited.runs[how], "step")]
+    assert steps == sorted(set(steps))
+
+
+@pytest.mark.parametrize("how", ["requeued", "unheard"])
+def test_a_requeued_run_has_one_job(limited: Limited, how: str) -> None:
+    [job] = jobs_of(limited.site, limited.runs[how])
+    # Slurm says so a moment after the run does. It looks every 30 s for jobs over their limit; one that is and has ended by
+    # itself is a TIMEOUT for it too.
+    assert limited.site.cluster.wait(job) in {"requeued": ("COMPLETED",), "unheard": ("COMPLETED", "TIMEOUT")}[how]
+    # the signal may come before training began, which is then no restart of the training
+    assert int(limited.site.cluster.job(job)["Restarts"]) >= limited.site.result(limited.runs[how])["restarts"] >= 1
+
+
+def test_links_submitted_beforehand_end_at_once_when_they_are_not_needed(limited: Limited) -> None:
+    ids = jobs_of(limited.site, limited.runs["chained"])
+    used = 1 + limited.site.result(limited.runs["chained"])["restarts"]
+    assert len(ids) == 11 and 2 <= used <= 11
+    for job in ids:
+        assert limited.site.cluster.wait(job) == "COMPLETED"
+        assert limited.site.cluster.job(job)["Restarts"] == "0"

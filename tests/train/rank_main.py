@@ -21,24 +21,20 @@ from hpc_cifar.train.loop import train
 def record_batches(path: Path) -> None:
     build = data.build
 
-    def recording(*args: Any, **kwargs: Any) -> Any:
-        inner = build(*args, **kwargs)
+    def recording(*args: Any, **kwargs: Any) -> data.Pipeline:
+        built = build(*args, **kwargs)
+        batches = built.batches
 
-        class Recorder:
-            name = inner.name
+        def recorded(epoch: int, first: int | None = None) -> Iterator[data.Batch]:
+            for batch in batches(epoch, first):
+                images = batch.images.contiguous().numpy()
+                names = [hashlib.sha1(image.tobytes()).hexdigest()[:16] for image in images]
+                with path.open("a") as stream:
+                    stream.write(f"{epoch} {batch.number} {','.join(names)}\n")
+                yield batch
 
-            def batches(self, epoch: int, first: int = 0) -> Iterator[data.Batch]:
-                for batch in inner.batches(epoch, first):
-                    images = batch.images.contiguous().numpy()
-                    names = [hashlib.sha1(image.tobytes()).hexdigest()[:16] for image in images]
-                    with path.open("a") as stream:
-                        stream.write(f"{epoch} {batch.number} {','.join(names)}\n")
-                    yield batch
-
-            def close(self) -> None:
-                inner.close()
-
-        return Recorder()
+        built.batches = recorded  # type: ignore[method-assign]
+        return built
 
     data.build = recording
 

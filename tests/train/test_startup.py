@@ -35,7 +35,7 @@ def test_the_compiler_is_not_imported(optimizer: str, digits_data: Path, tmp_pat
 def compiled(package: Path, cache: dict[str, str]) -> int:
     """Import the kernels of a copy of the package; how many files of machine code there are then."""
     environment = {**os.environ, "PYTHONPATH": str(package), **cache}
-    code = "import hpc_cifar.data.kernels as k; assert k.fill.signatures; print(k.__file__)"
+    code = "import hpc_cifar.data.kernels as k; assert k.fill_of('float32').signatures; print(k.__file__)"
     done = subprocess.run(
         [sys.executable, "-P", "-c", code], capture_output=True, text=True, env=environment, cwd=package, check=False
     )
