@@ -11,17 +11,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import platform
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 import stock_loaders
 import torch
-import torchvision
 
 from hpc_cifar import files
 from hpc_cifar.data import bench
@@ -89,9 +86,8 @@ def main() -> int:
             missed |= ratio < least
             print(f"{name} / {beside}: {ratio:.1f} (at least {least:g}: {'yes' if ratio >= least else 'NO'})")
     if options.json:
-        versions = {module.__name__: module.__version__ for module in (torch, torchvision, np, numba)}
         result: dict[str, Any] = {"data": label, "n": options.rounds, "batch_size": options.batch_size, "hardware": facts}
-        result |= {"versions": {"python": platform.python_version(), **versions}, "images_per_second": rates}
+        result |= {"versions": bench.versions(), "images_per_second": rates}
         files.write_json(options.json.absolute(), result)
     return int(missed and options.check)
 

@@ -90,8 +90,7 @@ def main() -> int:
     print(f"the kernel moves an epoch at {100 * share:.0f} % of the copy bandwidth (at least 60)")
     print(f"a batch of {size} takes {100 * middle['kernel, batch'] / middle['deep300 step']:.2f} % of an eager step (below 1)")
     if options.json:
-        versions = {"torch": torch.__version__}
-        result = {"n": options.rounds, "hardware": bench.hardware(), "versions": versions, "milliseconds": times}
+        result = {"n": options.rounds, "hardware": bench.hardware(), "versions": bench.versions(), "milliseconds": times}
         files.write_json(options.json.absolute(), {**result, "copy_bytes_per_second": bandwidth, "share_of_copy": share})
     return 0
 

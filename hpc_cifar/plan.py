@@ -69,7 +69,12 @@ def requested_placement(resources: Resources) -> Placement:
 
 
 def train_images_of(experiment: Experiment, stored: int) -> int:
-    """Training images after the validation split, given ``stored`` training images in the dataset."""
+    """Images that are trained on, given ``stored`` training images in the dataset."""
+    left = _after_the_split(experiment, stored)
+    return min(experiment.data.train_images or left, left)
+
+
+def _after_the_split(experiment: Experiment, stored: int) -> int:
     share, folds, fold = experiment.data.validation, experiment.data.folds, experiment.data.fold
     if folds is not None and fold is not None:
         return stored - len(range(fold, stored, folds))

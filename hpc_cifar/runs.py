@@ -117,8 +117,8 @@ def new_run_id(name: str) -> str:
 
 
 def experiment_text(experiment: Experiment) -> str:
-    """The resolved experiment as YAML that reads back to an equal object."""
-    values = experiment.model_dump(mode="json", exclude_none=True)
+    """The resolved experiment as YAML that reads back to an equal object; a null may differ from what a field is without it."""
+    values = experiment.model_dump(mode="json")
     dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # the same text ten times as fast, where libyaml is
     text: str = yaml.dump(values, Dumper=dumper, sort_keys=False, allow_unicode=True)
     return text

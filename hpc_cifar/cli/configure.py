@@ -58,6 +58,7 @@ def _checked(path: Path, sets: Sequence[str]) -> str:
 
 def summary(experiment: Experiment) -> str:
     """``deep300: 551,722 parameters, 76 steps an epoch, 22,800 steps in 300 epochs, ...``."""
+    from ..config.model import SequentialModel
     from ..config.shapes import layer_shapes, parameter_count
     from ..plan import make_plan, requested_placement
 
@@ -65,7 +66,12 @@ def summary(experiment: Experiment) -> str:
     placement = requested_placement(resources)
     stored = STORED_TRAIN_IMAGES.get(experiment.data.dataset)
     plan = make_plan(experiment, placement, stored or experiment.data.batch_size)
-    words = [f"{parameter_count(layer_shapes(experiment.model)):,} parameters"]
+    model = experiment.model
+    if isinstance(model, SequentialModel):
+        words = [f"{parameter_count(layer_shapes(model)):,} parameters"]
+    else:  # counting a backbone's takes torch
+        trained = {"frozen": "frozen", "all": "all of it trained"}.get(model.train, f"{model.train} trained")
+        words = [f"{model.name} of {model.family} {'' if model.weights else 'without weights '}({trained})"]
     if stored:
         words += [
             f"{plan.steps_per_epoch:,} steps an epoch",

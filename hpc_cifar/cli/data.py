@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
 def prepare(
     dataset: Annotated[
-        str, typer.Argument(help="cifar10, cifar100, digits, or a name for your own class folders.")
-    ] = "cifar10",
+        str | None,
+        typer.Argument(help="cifar10, cifar100, digits, or a name for your own class folders.", show_default="cifar10"),
+    ] = None,
     archive: Annotated[
         Path | None,
         typer.Option(help="Official tar.gz, tar of images, or a folder of either layout.", envvar=None, show_default=False),
@@ -38,6 +39,12 @@ def prepare(
         Path | None,
         typer.Option(help="Also write a PNG with augmented images from each pipeline.", show_default=False),
     ] = None,
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Fetch pretrained weights, such as torchvision/vgg16; without a dataset, these only.", show_default=False
+        ),
+    ] = None,
     print_dataset: Annotated[
         bool, typer.Option("--print-dataset", help="Print only the name of what was prepared; all else goes to stderr.")
     ] = False,
@@ -54,6 +61,11 @@ def prepare(
 
     console = Console(stderr=print_dataset)
     folder = root.expanduser().absolute() if root else files.data_root()
+    if weights:
+        _fetch(weights, folder, console)
+        if dataset is None:
+            return
+    dataset = dataset or "cifar10"
     try:
         made = preparing.prepare(
             dataset, archive=archive, root=folder, force=force, download=download, wait=wait, write_beton=beton, console=console
@@ -75,6 +87,15 @@ def prepare(
         _preview(made, preview.expanduser().absolute(), console)
     if print_dataset:
         typer.echo(made.dataset)
+
+
+def _fetch(names: list[str], folder: Path, console: Console) -> None:
+    from ..models import weights
+
+    for model in [weights.named(name) for name in names]:  # a name that is wrong, before anything is downloaded
+        path, source = weights.fetch(model, folder)
+        words = f"{model.family}/{model.name}: {path.stat().st_size / 2**20:.1f} MiB in {path} (from {source})"
+        console.print(words, markup=False, highlight=False, soft_wrap=True)
 
 
 def _preview(made: Store, path: Path, console: Console) -> None:

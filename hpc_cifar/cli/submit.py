@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -80,12 +80,14 @@ def submit(
         with_resources(experiment, nodes=nodes, gpus_per_node=gpus_per_node, time=time)
         for experiment in _load([find_job(name) for name in job], sets or [])
     ]
+    root, data_root = files.runs_root(), files.data_root()
+    if not dry_run:
+        experiments = with_weights(experiments, data_root, verify=True)
     elements = expand(experiments, seeds=seeds, folds=kfold)
     chosen = with_overrides(
         _cluster(cluster, dry_run),
         partition=partition, account=account, qos=qos, constraint=constraint, exclude=exclude,
     )  # fmt: skip
-    root, data_root = files.runs_root(), files.data_root()
     if dry_run:
         if len(elements) == 1:
             _print_preview(elements[0], chosen, root, data_root, max_gpu_hours, after or [])
@@ -114,6 +116,21 @@ def _load(paths: list[Path], sets: list[str]) -> list[Experiment]:
     if problems:
         raise ConfigError(problems)
     return [experiment for _, experiment in loaded]
+
+
+def with_weights(experiments: Sequence[Experiment], data_root: Path, *, verify: bool) -> list[Experiment]:
+    """Experiments that name the files of their pretrained weights.
+
+    Raises:
+        UsageError, DataError: weights are missing, damaged, or another network's.
+    """
+    from ..config.model import PretrainedModel
+
+    if not any(isinstance(one.model, PretrainedModel) for one in experiments):
+        return list(experiments)
+    from ..models import weights  # imports torch, which takes a second or two
+
+    return [weights.resolved(one, data_root, verify=verify) for one in experiments]
 
 
 def with_resources(experiment: Experiment, **changes: Any) -> Experiment:

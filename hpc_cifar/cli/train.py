@@ -163,7 +163,9 @@ def _find_or_create(
     from ..launch import submit as launch
     from ..launch.status import is_live, status
     from ..plan import make_plan
+    from .submit import with_weights
 
+    [experiment] = with_weights([experiment], data_root, verify=False)
     found = runs.named(root, name)
     exists = found.experiment_file.is_file()
     if exists and is_live(found):

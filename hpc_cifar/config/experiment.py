@@ -1,7 +1,8 @@
 """What to train: the experiment file as frozen pydantic models.
 
-Nothing here knows where a run happens; that is :mod:`hpc_cifar.config.cluster`. A new optimizer, schedule or model family is
-one class here, one entry in its union and one ``match`` where it is built.
+Nothing here knows where a run happens; that is :mod:`hpc_cifar.config.cluster`. A new model family is one class in
+:mod:`hpc_cifar.config.model`, one entry in its union and one ``match`` where it is built; optimizers and schedules are in
+:mod:`hpc_cifar.config.optimization`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from .fields import Count, Duration, Flag, Model, Positive, Real, Share, Whole, matching, shown
-from .layers import Layer
+from .model import ModelConfig, PretrainedModel
+from .optimization import AdamW, Constant, EarlyStopping, Fraction, Muon, Optimizer, Plateau, ScheduleConfig, Staged, Step
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -22,21 +24,6 @@ KNOWN = {"cifar10": 10, "cifar10-jpeg": 10, "cifar10-lossless-subset": 10, "cifa
 RawValue = Annotated[Whole, Field(ge=0, le=255)]
 
 _dataset = matching(r"[a-z0-9][a-z0-9_-]{0,31}", "1 to 32 lower-case letters, digits, '_' or '-' (a prepared dataset)")
-
-
-# ---- model ---------------------------------------------------------------------------------------------------------
-
-
-class SequentialModel(Model):
-    """A network written as a list of layers, applied in order to a (channels, height, width) input."""
-
-    family: Literal["sequential"]
-    layers: Annotated[tuple[Layer, ...], Field(min_length=1, max_length=1000)]
-    init: Literal["torch", "glorot_uniform", "he_normal", "dirac"] = "torch"
-    logit_scale: Positive = 1.0
-
-
-ModelConfig = SequentialModel
 
 
 # ---- data ----------------------------------------------------------------------------------------------------------
@@ -58,7 +45,7 @@ class Augment(Model):
     flip: Literal["none", "random", "alternating"] = "none"
     cutout: Annotated[Whole, Field(ge=0, le=256)] = 0
     rotation_degrees: Annotated[Real, Field(ge=0, le=180)] = 0.0
-    shift_fraction: Annotated[Real, Field(ge=0, le=1)] = 0.0
+    shift_fraction: Fraction | Annotated[tuple[Fraction, ...], Field(min_length=2, max_length=2)] = 0.0
     warp_fill: Literal["nearest", "reflect", "black"] = "nearest"
 
     @model_validator(mode="after")
@@ -70,7 +57,13 @@ class Augment(Model):
     @property
     def warps(self) -> bool:
         """Whether images are rotated or shifted."""
-        return self.rotation_degrees > 0 or self.shift_fraction > 0
+        return self.rotation_degrees > 0 or max(self.shifts) > 0
+
+    @property
+    def shifts(self) -> tuple[float, float]:
+        """The largest vertical and horizontal shift, in fractions of the size."""
+        both = self.shift_fraction if isinstance(self.shift_fraction, tuple) else (self.shift_fraction,) * 2
+        return both[0], both[1]
 
     def padding_values(self, channels: int) -> tuple[int, ...]:
         """The raw value of each channel of a border; ValueError if there are other than that many."""
@@ -84,6 +77,7 @@ class Data(Model):
     """Which images, in which batches. ``batch_size`` is global: all ranks together. ``validation`` is the share of the training
     images held out, or ``test`` to repeat a source that validated on the test images. With ``folds: K``, one of the K parts of
     a stratified split of the training images is held out instead of that share: the one with the number ``fold``, from 0.
+    ``train_images`` trains on so many of the rest only, of each class its share.
 
     All pipelines deliver the same pixels; ``auto`` takes the fastest that can run. ``workers`` are threads of ``ffcv`` and
     ``dali``, as many as the rank has processors unless a number says fewer; for ``reference`` they are processes, two unless a
@@ -95,6 +89,7 @@ class Data(Model):
     batch_size: Annotated[Count, Field(le=1_000_000)]
     micro_batch_size: Count | None = None
     validation: Literal["test"] | Annotated[Real, Field(gt=0, lt=1)] = 0.1
+    train_images: Count | None = None
     split_seed: Annotated[Whole, Field(ge=0, lt=2**63)] = 0
     folds: Annotated[Whole, Field(ge=2, le=1000)] | None = None
     fold: Annotated[Whole, Field(ge=0)] | None = None
@@ -112,96 +107,6 @@ class Data(Model):
             if self.validation == "test":
                 raise ValueError("folds hold out training images: leave validation: test out")
         return self
-
-
-# ---- optimizer and schedule ----------------------------------------------------------------------------------------
-
-
-class SGD(Model):
-    """Stochastic gradient descent."""
-
-    name: Literal["sgd"]
-    lr: Positive
-    momentum: Share = 0.0
-    nesterov: Flag = False
-    weight_decay: Annotated[Real, Field(ge=0)] = 0.0
-
-    @model_validator(mode="after")
-    def _nesterov_needs_momentum(self) -> SGD:
-        if self.nesterov and self.momentum == 0:
-            raise ValueError("nesterov needs a momentum above 0")
-        return self
-
-
-class Adam(Model):
-    """Adam; ``weight_decay`` is added to the gradient (L2)."""
-
-    name: Literal["adam"]
-    lr: Positive = 1e-3
-    beta1: Share = 0.9
-    beta2: Share = 0.999
-    eps: Positive = 1e-8
-    weight_decay: Annotated[Real, Field(ge=0)] = 0.0
-
-
-class AdamW(Model):
-    """Adam with decoupled weight decay."""
-
-    name: Literal["adamw"]
-    lr: Positive = 1e-3
-    beta1: Share = 0.9
-    beta2: Share = 0.999
-    eps: Positive = 1e-8
-    weight_decay: Annotated[Real, Field(ge=0)] = 1e-2
-
-
-Optimizer = Annotated[SGD | Adam | AdamW, Field(discriminator="name")]
-
-
-class Schedule(Model):
-    """Fields shared by all schedules: the factor on ``lr`` rises linearly from 0 over ``warmup_epochs`` first."""
-
-    warmup_epochs: Annotated[Real, Field(ge=0)] = 0.0
-
-
-class Constant(Schedule):
-    """The rate stays at ``lr``."""
-
-    name: Literal["constant"]
-
-
-class Cosine(Schedule):
-    """Half a cosine from ``lr`` down to ``final_factor`` times ``lr``."""
-
-    name: Literal["cosine"]
-    final_factor: Annotated[Real, Field(ge=0, le=1)] = 0.0
-
-
-class OneCycle(Model):
-    """Linear up to ``lr`` over the first ``peak`` of the steps, which is its warm-up, then linear down to ``final_factor``."""
-
-    name: Literal["one_cycle"]
-    peak: Annotated[Real, Field(gt=0, lt=1)] = 0.25
-    initial_factor: Annotated[Real, Field(ge=0, le=1)] = 0.0
-    final_factor: Annotated[Real, Field(ge=0, le=1)] = 0.0
-
-
-class Step(Schedule):
-    """``lr`` is multiplied by ``factor`` at the start of each epoch in ``epochs`` (counted from 1)."""
-
-    name: Literal["step"]
-    epochs: Annotated[tuple[Count, ...], Field(min_length=1)]
-    factor: Annotated[Real, Field(gt=0, lt=1)] = 0.1
-
-    @field_validator("epochs")
-    @classmethod
-    def _rising(cls, epochs: tuple[int, ...]) -> tuple[int, ...]:
-        if list(epochs) != sorted(set(epochs)):
-            raise ValueError("should be rising epoch numbers, each once")
-        return epochs
-
-
-ScheduleConfig = Annotated[Constant | Cosine | OneCycle | Step, Field(discriminator="name")]
 
 
 # ---- the rest ------------------------------------------------------------------------------------------------------
@@ -228,6 +133,7 @@ class Training(Model):
     gradient_sync: Literal["auto", "flat", "ddp"] = "auto"
     clip_grad_norm: Positive | None = None
     ema_decay: Annotated[Real, Field(gt=0, lt=1)] | None = None
+    early_stopping: EarlyStopping | None = None
     log_every_steps: Count = 10
     evaluate_every_epochs: Count = 1
 
@@ -321,6 +227,22 @@ class Experiment(Model):
         return name
 
     @model_validator(mode="after")
+    def _features_are_cached_only_where_nothing_changes_them(self) -> Experiment:
+        if isinstance(self.model, PretrainedModel) and self.model.cache_features is True and self.data.augment != Augment():
+            raise ValueError("model.cache_features: true needs data.augment: {}, since every epoch's images differ otherwise")
+        return self
+
+    @model_validator(mode="after")
+    def _one_preprocessing(self) -> Experiment:
+        model = self.model
+        if isinstance(model, PretrainedModel) and model.preprocessing == "weights" and self.data.normalize != "mean_std":
+            raise ValueError(
+                f"data.normalize: {self.data.normalize} does not count here: images get what the weights expect; "
+                "use model.preprocessing: zero_one"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _augmentation_fits_an_image(self) -> Experiment:
         # numpy's reflection needs a border narrower than the image; the size of other datasets is known when they are opened
         augment = self.data.augment
@@ -343,13 +265,37 @@ class Experiment(Model):
             raise ValueError(f"schedule.warmup_epochs: {warmup:g} should be fewer than the run's {self.epochs} epochs")
         if isinstance(self.schedule, Step) and self.schedule.epochs[-1] > self.epochs:
             raise ValueError(f"schedule.epochs: {self.schedule.epochs[-1]} lies after the run's last epoch, {self.epochs}")
+        if isinstance(self.schedule, Staged) and self.schedule.stages[-1].epoch > self.epochs:
+            late = self.schedule.stages[-1].epoch
+            raise ValueError(f"schedule.stages: epoch {late} lies after the run's last epoch, {self.epochs}")
         return self
 
     @model_validator(mode="after")
-    def _nothing_chosen_by_the_test_set(self) -> Experiment:
-        if self.data.validation == "test" and self.checkpoint.select == "best":
+    def _decay_that_adamw_would_not_make(self) -> Experiment:
+        model = self.model
+        field, layers = ("head", model.head or ()) if isinstance(model, PretrainedModel) else ("layers", model.layers)
+        if isinstance(self.optimizer, AdamW | Muon) and any(getattr(layer, "l2", 0.0) for layer in layers):
             raise ValueError(
-                "checkpoint.select: best would choose weights by the test set, since data.validation is test; "
-                "use select: last or a validation fraction such as 0.1"
+                f"model.{field}: l2 is a part of the gradient, which {self.optimizer.name} keeps apart from its decay; "
+                "use optimizer.weight_decay, or adam or sgd"
             )
+        return self
+
+    @property
+    def lr(self) -> float:
+        """The rate that the schedule's factor is applied to: the optimizer's, scaled to the batch if it asks for that."""
+        base = self.optimizer.base_batch_size
+        return self.optimizer.lr * (self.data.batch_size / base if base else 1.0)
+
+    @model_validator(mode="after")
+    def _nothing_chosen_by_the_test_set(self) -> Experiment:
+        if self.data.validation != "test":
+            return self
+        chosen = "since data.validation is test; use a validation fraction such as 0.1"
+        if self.checkpoint.select == "best":
+            raise ValueError(f"checkpoint.select: best would choose weights by the test set, {chosen}, or select: last")
+        if self.training.early_stopping is not None:
+            raise ValueError(f"training.early_stopping: would choose the last epoch by the test set, {chosen}")
+        if isinstance(self.schedule, Plateau):
+            raise ValueError(f"schedule.name: plateau would choose the rates by the test set, {chosen}")
         return self

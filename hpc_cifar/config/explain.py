@@ -138,16 +138,17 @@ def _choice(detail: ErrorDetails, loc: Loc, node: Node | None, model: type[BaseM
     names = re.findall(r"'([^']*)'", str(context.get("expected_tags", ""))) or _names_of(_models_at(model, loc))
     is_layer = bool(loc) and isinstance(loc[-1], int)
     noun = "layer" if is_layer else str(loc[-1]) if loc else "value"
+    key = str(context.get("discriminator", "name")).strip("'")  # the field that holds the name
     if detail["type"] == "union_tag_invalid":
         tag = detail["input"].get("name") if isinstance(detail["input"], dict) and not is_layer else None
         word = str(context.get("tag", tag))
-        field = "" if is_layer else "name"
+        field = "" if is_layer else key
         return f"unknown {noun} {shown(word)}; {did_you_mean(word, names, f'{noun}s')}", field
     if not is_layer:
         if node is not None and node.kind == "mapping":
-            return f"is missing; name one of {', '.join(names)}", "name"
+            return f"is missing; name one of {', '.join(names)}", key
         example = node.raw if node is not None and node.raw in names else names[0] if names else "..."
-        return f"should be a mapping such as {{name: {example}}}, not {_written(detail, node)}", ""
+        return f"should be a mapping such as {{{key}: {example}}}, not {_written(detail, node)}", ""
     if node is not None and node.kind == "mapping":
         known = [name for name in node.entries if name in names]
         if len(node.entries) == 1 and known:

@@ -10,15 +10,21 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field
 
-from .fields import Flag, Model, Real, Whole
+from .fields import Flag, Model, Positive, Real, Whole
 from .fields import Share as Rate
 
 Size = Annotated[Whole, Field(ge=1, le=1 << 20)]
 Small = Annotated[Real, Field(gt=0, lt=1)]
+Penalty = Annotated[Real, Field(ge=0)]
 
 
 class Conv(Model):
-    """2-d convolution; ``padding: same`` keeps height and width at stride 1 (kernel must be odd), ``valid`` pads nothing."""
+    """2-d convolution; ``padding: same`` keeps height and width at stride 1 (kernel must be odd), ``valid`` pads nothing.
+
+    ``l2`` times the sum of the squared weights is added to the loss, as Keras' ``kernel_regularizer=l2(...)``; reported losses
+    are without it. ``max_norm`` is the largest length of a filter's weights, kept after every update (Srivastava et al. 2014).
+    ``init: whiten`` (first layer only) begins with the main directions of the training images' patches, both signs of each.
+    """
 
     type: Literal["conv"]
     filters: Size
@@ -26,14 +32,19 @@ class Conv(Model):
     stride: Annotated[Size, Field(le=64)] = 1
     padding: Literal["same", "valid"] | Annotated[Whole, Field(ge=0, le=64)] = "same"
     bias: Flag = True
+    l2: Penalty = 0.0
+    max_norm: Positive | None = None
+    init: Literal["model", "whiten"] = "model"
 
 
 class Dense(Model):
-    """Fully connected layer on a flat input."""
+    """Fully connected layer on a flat input; ``l2`` and ``max_norm`` (of each unit's weights) as for ``conv``."""
 
     type: Literal["dense"]
     units: Size
     bias: Flag = True
+    l2: Penalty = 0.0
+    max_norm: Positive | None = None
 
 
 class BatchNorm(Model):
@@ -77,6 +88,16 @@ class Dropout(Model):
     rate: Rate
 
 
+class DropBlock(Model):
+    """Zeroes squares of ``size`` x ``size`` values in training, a share ``rate`` of all, and scales the rest up
+    (Ghiasi et al. 2018).
+    """
+
+    type: Literal["drop_block"]
+    rate: Rate
+    size: Annotated[Size, Field(le=64)] = 3
+
+
 class Flatten(Model):
     """(channels, height, width) to one row of values."""
 
@@ -107,8 +128,31 @@ class Tanh(Model):
     type: Literal["tanh"]
 
 
+class APTx(Model):
+    """(alpha + tanh(beta x)) gamma x (Kumar 2022)."""
+
+    type: Literal["aptx"]
+    alpha: Real = 1.0
+    beta: Real = 1.0
+    gamma: Real = 0.5
+
+
 AnyLayer = (
-    Conv | Dense | BatchNorm | MaxPool | AvgPool | GlobalMaxPool | GlobalAvgPool | Dropout | Flatten | ReLU | GELU | SiLU | Tanh
+    Conv
+    | Dense
+    | BatchNorm
+    | MaxPool
+    | AvgPool
+    | GlobalMaxPool
+    | GlobalAvgPool
+    | Dropout
+    | DropBlock
+    | Flatten
+    | ReLU
+    | GELU
+    | SiLU
+    | Tanh
+    | APTx
 )
 
 LAYER_NAMES: tuple[str, ...] = tuple(get_args(cls.model_fields["type"].annotation)[0] for cls in get_args(AnyLayer))

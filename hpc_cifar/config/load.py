@@ -14,11 +14,12 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from ..errors import ConfigError
 from .cluster import Cluster
-from .experiment import KNOWN, Data, Experiment, ModelConfig, SequentialModel
+from .experiment import KNOWN, Data, Experiment
 from .explain import MOST_PROBLEMS, explain
 from .fields import shown
 from .messages import Place, Problem, shown_key, shown_path
-from .shapes import CIFAR_INPUT, ShapeError, layer_shapes
+from .model import ModelConfig, PretrainedModel, SequentialModel
+from .shapes import CIFAR_INPUT, ShapeError, check_layers
 from .source import MAX_DEPTH, Node, parse, read_text
 
 SET = "--set"
@@ -134,7 +135,7 @@ def _shape_problems(root: Node) -> list[Problem]:
     """The first layer that does not fit, even where other sections of the file are wrong."""
     network = root.entries["model"][1]
     try:
-        model: SequentialModel = TypeAdapter(ModelConfig).validate_python(network.value())
+        model: SequentialModel | PretrainedModel = TypeAdapter(ModelConfig).validate_python(network.value())
     except ValidationError:
         return []  # reported with the rest
     dataset = Data.model_fields["dataset"].default
@@ -142,11 +143,11 @@ def _shape_problems(root: Node) -> list[Problem]:
     if data is not None and "dataset" in data.entries:
         dataset = data.entries["dataset"][1].scalar
     try:
-        layer_shapes(model, CIFAR_INPUT, KNOWN.get(dataset) if isinstance(dataset, str) else None)
+        check_layers(model, CIFAR_INPUT, KNOWN.get(dataset) if isinstance(dataset, str) else None)
     except ShapeError as error:
-        place, layers = network.entries["layers"]
+        place, layers = network.entries[error.field]
         item = layers.items[error.index] if error.index < len(layers.items) else None
-        return [Problem(item.place if item else place, f"model.layers[{error.index}]", error.message)]
+        return [Problem(item.place if item else place, f"model.{error.field}[{error.index}]", error.message)]
     return []
 
 

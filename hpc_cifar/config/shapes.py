@@ -9,23 +9,26 @@ from dataclasses import dataclass
 from math import prod
 
 from ..errors import UsageError
-from .experiment import SequentialModel
 from .layers import (
     GELU,
     AnyLayer,
+    APTx,
     AvgPool,
     BatchNorm,
     Conv,
     Dense,
+    DropBlock,
     Dropout,
     Flatten,
     GlobalAvgPool,
     GlobalMaxPool,
+    Layer,
     MaxPool,
     ReLU,
     SiLU,
     Tanh,
 )
+from .model import ModelConfig, PretrainedModel, SequentialModel
 
 Shape = tuple[int, ...]
 
@@ -45,12 +48,13 @@ class LayerShape:
 
 
 class ShapeError(ValueError):
-    """A layer does not fit what the layer before it delivers."""
+    """A layer does not fit what the layer before it delivers; ``field`` is the list that it stands in, layers or head."""
 
-    def __init__(self, index: int, message: str) -> None:
+    def __init__(self, index: int, message: str, field: str = "layers") -> None:
         self.index = index
         self.message = message
-        super().__init__(f"model.layers[{index}]: {message}")
+        self.field = field
+        super().__init__(f"model.{field}[{index}]: {message}")
 
 
 def layer_shapes(model: SequentialModel, input: Shape = CIFAR_INPUT, classes: int | None = None) -> list[LayerShape]:
@@ -70,6 +74,8 @@ def layer_shapes(model: SequentialModel, input: Shape = CIFAR_INPUT, classes: in
             out, parameters, buffers = _apply(layer, shape)
         except ValueError as error:
             raise ShapeError(index, f"{layer.type} {error}") from None
+        if index and isinstance(layer, Conv) and layer.init == "whiten":
+            raise ShapeError(index, "conv with init: whiten belongs at the beginning: it is computed from the training images")
         rows.append(LayerShape(index, layer.type, shape, out, parameters, buffers))
         shape = out
     last = len(rows) - 1
@@ -79,23 +85,59 @@ def layer_shapes(model: SequentialModel, input: Shape = CIFAR_INPUT, classes: in
             f"{rows[last].type} is the last layer and delivers {text_of(shape)}, but a network ends in one score a class; "
             f"end with flatten (or global_avg_pool) and dense: {{units: {classes or 10}}}",
         )
+    _one_head(model, rows, shape)
     if classes is not None and shape != (classes,):
         raise ShapeError(
             last,
             f"{rows[last].type} is the last layer and delivers {text_of(shape)}, but there are {classes} classes; "
             f"end with dense: {{units: {classes}}}",
         )
+    if not parameter_count(rows):
+        raise ShapeError(last, f"{rows[last].type} is the last layer, and none has a weight: there is nothing to train")
     return rows
 
 
-def check_fits(model: SequentialModel, image: Shape, classes: int, dataset: str) -> None:
+ANY_MAPS: Shape = (64, 64, 64)
+"""For the head of a backbone, whose maps are known when torch has built it."""
+
+
+def head_layers(model: PretrainedModel, classes: int) -> tuple[Layer, ...]:
+    """The head of the job file, or the usual one."""
+    return model.head or (GlobalAvgPool(type="global_avg_pool"), Dense(type="dense", units=classes))
+
+
+def check_layers(model: ModelConfig, input: Shape = CIFAR_INPUT, classes: int | None = None) -> None:
+    """Find a layer that does not fit, of a sequential network or of a backbone's head.
+
+    Raises:
+        ShapeError: with the list that it stands in.
+    """
+    if isinstance(model, SequentialModel):
+        layer_shapes(model, input, classes)
+        return
+    if model.head is None:
+        return
+    try:
+        layer_shapes(SequentialModel(family="sequential", layers=model.head), ANY_MAPS, classes)
+    except ShapeError as error:
+        raise ShapeError(error.index, error.message, "head") from None
+
+
+def _one_head(model: SequentialModel, rows: list[LayerShape], shape: Shape) -> None:
+    """A dense layer right after one of as many units is a second head, which somebody forgot to remove."""
+    dense = [index for index, layer in enumerate(model.layers) if isinstance(layer, Dense)]
+    if len(dense) > 1 and dense[-1] == dense[-2] + 1 and rows[dense[-1]].in_shape == shape:
+        raise ShapeError(dense[-1], f"dense is a second head: layer {dense[-2]} gives one score a class already; remove one")
+
+
+def check_fits(model: ModelConfig, image: Shape, classes: int, dataset: str) -> None:
     """Refuse a network that cannot take a prepared dataset's images, (channels, height, width), or name its classes.
 
     Raises:
         UsageError: the layer, and what does not fit.
     """
     try:
-        layer_shapes(model, image, classes)
+        check_layers(model, image, classes)
     except ShapeError as error:
         raise UsageError(f"{error} (dataset {dataset!r}: {classes} classes, images of {text_of(image)})") from None
 
@@ -122,6 +164,12 @@ def _apply(layer: AnyLayer, shape: Shape) -> tuple[Shape, int, int]:
                     "use a smaller kernel or more padding"
                 )
             weights = layer.kernel * layer.kernel * channels * layer.filters
+            if layer.init == "whiten" and (layer.filters % 2 or layer.filters > 2 * layer.kernel**2 * channels):
+                most = 2 * layer.kernel**2 * channels
+                raise ValueError(
+                    f"with init: whiten needs an even number of filters, at most {most} (both signs of each of the "
+                    f"{most // 2} directions of its input), not {layer.filters}"
+                )
             return out, weights + (layer.filters if layer.bias else 0), 0
         case Dense():
             if len(shape) != 1:
@@ -140,7 +188,11 @@ def _apply(layer: AnyLayer, shape: Shape) -> tuple[Shape, int, int]:
             return (_image(shape)[0],), 0, 0
         case Flatten():
             return (prod(shape),), 0, 0
-        case Dropout() | ReLU() | GELU() | SiLU() | Tanh():
+        case DropBlock():
+            if layer.size > min(_image(shape)[1:]):
+                raise ValueError(f"of size {layer.size} is larger than its input of {text_of(shape)}; use a smaller size")
+            return shape, 0, 0
+        case Dropout() | ReLU() | GELU() | SiLU() | Tanh() | APTx():
             return shape, 0, 0
 
 

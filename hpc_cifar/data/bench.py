@@ -7,6 +7,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ import numpy as np
 import torch
 
 from ..config.experiment import Augment, Data
+from ..errors import HpcCifarError, first_line
 from . import pipeline
 from .choice import NAMES, problem
 from .pipeline import Batch, Pipeline
 from .store import Arrays, Store
 
+_PARTS = ("torch", "torchvision", "numpy", "numba", "triton", "ffcv")
 SLOW = 5  # `reference` gets a fifth of the images: it is many times slower
 AUGMENT = Augment(crop_padding=4, flip="random")
 Candidate = tuple[int, Callable[[int], Iterable[Any]]]  # images of a round; from the epoch to its batches
@@ -74,24 +77,39 @@ def installed(arrays: Arrays) -> tuple[list[str], dict[str, str]]:
     return [name for name, why in reasons.items() if not why], {name: why for name, why in reasons.items() if why}
 
 
-def measure(arrays: Arrays, images: int, batch_size: int, rounds: int, device: str, dtype: torch.dtype) -> Rates:
-    """Every pipeline that can run here, side by side."""
-    names, _ = installed(arrays)
+def measure(
+    arrays: Arrays, images: int, batch_size: int, rounds: int, device: str, dtype: torch.dtype
+) -> tuple[Rates, dict[str, str]]:
+    """Every pipeline that can run here, side by side, and why the others cannot: not installed, or it could not begin."""
+    names, missing = installed(arrays)
     few = min(images, max(batch_size, images // SLOW))
-    made = {
-        name: build(name, arrays, few if name == "reference" else images, batch_size, device=device, dtype=dtype)
-        for name in names
-    }
     counts = {name: few if name == "reference" else images for name in names}
+    made: dict[str, Pipeline] = {}
     try:
-        return interleaved(
+        for name in names:
+            try:
+                made[name] = build(name, arrays, counts[name], batch_size, device=device, dtype=dtype)
+            except HpcCifarError as error:
+                missing[name] = first_line(error)
+        rates = interleaved(
             {name: (counts[name], one.batches) for name, one in made.items()},
             rounds,
             torch.cuda.synchronize if device == "cuda" else lambda: None,
         )
+        return rates, missing
     finally:
         for one in made.values():
             one.close()
+
+
+def versions() -> dict[str, str]:
+    """Of Python and what the pipelines are made of, as far as it is installed."""
+    found = {"python": platform.python_version()}
+    for distribution in metadata.distributions():
+        name = (distribution.name or "").lower()
+        if name in _PARTS or name.startswith("nvidia-dali"):
+            found[name] = distribution.version
+    return dict(sorted(found.items()))
 
 
 def run(store: Store, images: int, batch_size: int, rounds: int, say: Callable[[str], None]) -> dict[str, Any]:
@@ -103,20 +121,20 @@ def run(store: Store, images: int, batch_size: int, rounds: int, say: Callable[[
     where = facts.get("gpu") or f"{facts['cpu']}, {facts['cores']} cores"
     kind = str(dtype).removeprefix("torch.")
     say(f"{store.label}, {count:,} images, batch {batch_size}, {kind}, crop and flip; {where}; n = {rounds} rounds")
-    for name, why in installed(store.train)[1].items():
+    rates, missing = measure(store.train, count, batch_size, rounds, device, dtype)
+    for name, why in missing.items():
         say(f"{name}: left out: {why}")
-    rates = measure(store.train, count, batch_size, rounds, device, dtype)
     for line in table(rates, "reference"):
         say(line)
     return {
         "data": store.label, "n": rounds, "batch_size": batch_size, "images": count, "dtype": kind, "hardware": facts,
-        "versions": {"torch": torch.__version__, "numpy": np.__version__}, "images_per_second": rates,
+        "versions": versions(), "left_out": missing, "images_per_second": rates,
     }  # fmt: skip
 
 
 def table(rates: Rates, beside: str) -> list[str]:
-    """Lines for people: the median, the lowest and the highest rate, and the ratio to the median of ``beside``."""
-    base = statistics.median(rates[beside])
+    """Lines for people: median, lowest and highest rate, and the ratio to the median of ``beside``, if it is there."""
+    base = statistics.median(rates[beside]) if beside in rates else float("nan")
     lines = [f"{'pipeline':28}{'images/s':>13}{'lowest':>13}{'highest':>13}{'x ' + beside:>26}"]
     for name, values in rates.items():
         middle = statistics.median(values)

@@ -142,7 +142,7 @@ def warp(seed: int, epoch: int, indices: npt.ArrayLike, augment: Augment) -> War
     down, across = (
         (half.astype(np.float64) + 0.5) * 2.0**-32 for half in (both >> np.uint64(32), both & np.uint64(0xFFFF_FFFF))
     )
-    scales = (np.deg2rad(augment.rotation_degrees), augment.shift_fraction, augment.shift_fraction)
+    scales = (np.deg2rad(augment.rotation_degrees), *augment.shifts)
     angle, down, across = (
         ((2 * share - 1) * scale).astype(np.float32) for share, scale in zip((turn, down, across), scales, strict=True)
     )

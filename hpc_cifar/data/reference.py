@@ -6,8 +6,10 @@ but the draws.
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
 from collections.abc import Iterator
+from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
 import numpy as np
@@ -35,6 +37,20 @@ class _Augmented(Dataset[tuple[torch.Tensor, int]]):
         self._labels = arrays.labels
         self._augment = augment
         self._mean, self._std = list(output.mean), list(output.std)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a worker process gets: where a memory-mapped file lies instead of what is in it."""
+        images = self._images
+        mapped = isinstance(images, np.memmap) and images.flags.c_contiguous and images.filename is not None
+        place = (str(images.filename), images.dtype, images.offset, images.shape) if mapped else None  # type: ignore[attr-defined]
+        return self.__dict__ | {"_images": None if place else images, "_place": place}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        place = state.pop("_place")
+        self.__dict__.update(state)
+        if place is not None:
+            name, dtype, offset, shape = place
+            self._images = np.memmap(name, dtype, "r", offset, shape)
 
     def __getitem__(self, key: Key) -> tuple[torch.Tensor, int]:
         sample, dy, dx, flip, cut_y, cut_x = key
@@ -84,10 +100,12 @@ class Reference:
         ends = np.cumsum([count for _, _, count in positions], dtype=int).tolist()
         shards = [keys[end - count : end] for end, (_, _, count) in zip(ends, positions, strict=True)]
         cuda = self._output.device.type == "cuda"
+        processes: dict[str, Any] = {}
+        if self._workers:  # without a time limit, the loader looks every 5 s whether they live
+            processes = {"worker_init_fn": _ignore_signals, "multiprocessing_context": _context()}
         loader: DataLoader[Any] = DataLoader(
-            self._dataset, batch_sampler=shards, num_workers=self._workers, collate_fn=_collate, pin_memory=cuda,
-            worker_init_fn=_ignore_signals,
-        )  # fmt: skip
+            self._dataset, batch_sampler=shards, num_workers=self._workers, collate_fn=_collate, pin_memory=cuda, **processes
+        )
         memory = torch.channels_last if self._output.channels_last else torch.contiguous_format
         loading: Iterator[Any] | None = None
         for number, global_size, _ in positions:
@@ -106,6 +124,29 @@ class Reference:
 
     def close(self) -> None:
         """Its worker processes ended with the iterators."""
+
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def _context() -> Any:
+    """Workers are forked from a server that has no threads.
+
+    A process forked from this one, whose threads (of OpenMP, numba, DALI, W&B) it does not get, may wait for ever for a lock
+    that one of them held: seen once in about a hundred starts.
+    """
+    context = multiprocessing.get_context("forkserver")
+    if not forkserver._forkserver._forkserver_pid and forkserver._forkserver._preload_modules == ["__main__"]:  # type: ignore[attr-defined]
+        context.set_forkserver_preload([__name__])
+    # Slurm signals every process of a step; a blocked signal stays blocked in all that begin here, and is not lost for us.
+    # The tracker unblocks some of them, so each gets its own turn.
+    for begin in (resource_tracker.ensure_running, forkserver.ensure_running):
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        try:
+            begin()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return context
 
 
 def _ignore_signals(_: int) -> None:

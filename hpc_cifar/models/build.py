@@ -2,18 +2,76 @@
 
 from __future__ import annotations
 
-from torch import nn
+import dataclasses
+from collections.abc import Callable, Sequence
 
-from ..config.experiment import ModelConfig, SequentialModel
+from torch import Tensor, nn
+
+from ..config.layers import Layer
+from ..config.model import ModelConfig, PretrainedModel, SequentialModel
 from . import sequential
 
 
-def build(model: ModelConfig, input_shape: tuple[int, int, int], joint_batch_norm: bool = False) -> nn.Module:
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What holds for one parameter and not for all.
+
+    Attributes:
+        l2: times the sum of its squares is added to the loss.
+        max_norm: the largest length of its rows, which are a filter's or a unit's weights.
+        lr_factor: on the rate of its updates.
+    """
+
+    parameter: nn.Parameter
+    l2: float = 0.0
+    max_norm: float | None = None
+    lr_factor: float = 1.0
+
+
+def build(
+    model: ModelConfig, input_shape: tuple[int, int, int], joint_batch_norm: bool = False, classes: int = 10
+) -> nn.Module:
     """The network of a job file, initialised from torch's current random state; (n, c, h, w) -> (n, classes) logits.
 
     Args:
         joint_batch_norm: BatchNorm takes its statistics over all ranks, not over each rank's own batch.
+        classes: for the usual head of a backbone; layers in the job file name their units.
     """
     match model:
         case SequentialModel():
             return sequential.build(model, input_shape, joint_batch_norm)
+        case PretrainedModel():
+            from . import pretrained  # torchvision and timm take seconds to import
+
+            return pretrained.build(model, input_shape, classes, joint_batch_norm)
+
+
+def rules(model: ModelConfig, network: nn.Module) -> list[Rule]:
+    """The rules of the job file for single parameters of ``network``, which was built from it."""
+    match model:
+        case SequentialModel():
+            return _rules_of_layers(model.layers, network)
+        case PretrainedModel():
+            head = _rules_of_layers(model.head or (), network.get_submodule("head"))
+            if model.backbone_lr_factor == 1:
+                return head
+            backbone = network.get_submodule("backbone").parameters()
+            return [*head, *(Rule(p, lr_factor=model.backbone_lr_factor) for p in backbone if p.requires_grad)]
+
+
+def _rules_of_layers(layers: Sequence[Layer], network: nn.Module) -> list[Rule]:
+    return [Rule(weight, layer.l2, layer.max_norm) for layer, weight in sequential.weights_with_rules(layers, network)]
+
+
+def initialise_from_images(model: ModelConfig, network: nn.Module, images: Callable[[], Tensor]) -> None:
+    """Set the weights that the job file wants computed from training images, if there are any.
+
+    Args:
+        images: gives float32 (n, c, h, w), as the network gets them; only called where they are needed.
+    """
+    match model:
+        case SequentialModel():
+            if sequential.wants_whitening(model):
+                sequential.whiten(network, images())
+        case PretrainedModel():
+            pass

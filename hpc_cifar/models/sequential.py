@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor, nn
 
 from ..config import layers as spec
-from ..config.experiment import SequentialModel
+from ..config.model import SequentialModel
 from ..config.shapes import layer_shapes
 from .batch_norm import BatchNorm
 
@@ -20,6 +22,17 @@ class Scale(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.factor
+
+
+class APTx(nn.Module):
+    """(alpha + tanh(beta x)) gamma x (Kumar 2022)."""
+
+    def __init__(self, alpha: float, beta: float, gamma: float) -> None:
+        super().__init__()
+        self.alpha, self.beta, self.gamma = alpha, beta, gamma
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.alpha + torch.tanh(self.beta * x)) * (self.gamma * x)
 
 
 def build(model: SequentialModel, input_shape: tuple[int, int, int], joint_batch_norm: bool = False) -> nn.Sequential:
@@ -62,6 +75,10 @@ def _module(layer: spec.AnyLayer, shape: tuple[int, ...], joint_batch_norm: bool
             return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         case spec.Dropout():
             return nn.Dropout(layer.rate)
+        case spec.DropBlock():
+            from torchvision.ops import DropBlock2d  # torchvision takes a while to import
+
+            return DropBlock2d(layer.rate, layer.size)
         case spec.Flatten():
             return nn.Flatten()
         case spec.ReLU():
@@ -72,6 +89,8 @@ def _module(layer: spec.AnyLayer, shape: tuple[int, ...], joint_batch_norm: bool
             return nn.SiLU()
         case spec.Tanh():
             return nn.Tanh()
+        case spec.APTx():
+            return APTx(layer.alpha, layer.beta, layer.gamma)
 
 
 @torch.no_grad()
@@ -96,3 +115,42 @@ def _initialise(network: nn.Sequential, init: str) -> None:
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+
+def weights_with_rules(
+    layers: Sequence[spec.Layer], network: nn.Module
+) -> Iterator[tuple[spec.Conv | spec.Dense, nn.Parameter]]:
+    """The weights of layers with ``l2`` or ``max_norm``; their biases are free."""
+    for layer, module in zip(layers, network.children(), strict=False):  # a scale may follow
+        if isinstance(layer, spec.Conv | spec.Dense) and (layer.l2 or layer.max_norm is not None):
+            yield layer, module.get_parameter("weight")
+
+
+def wants_whitening(model: SequentialModel) -> bool:
+    """Whether the first layer begins with directions of the training images."""
+    first = model.layers[0]
+    return isinstance(first, spec.Conv) and first.init == "whiten"
+
+
+@torch.no_grad()
+def whiten(network: nn.Module, images: Tensor, eps: float = 1e-3) -> None:
+    """Give the first convolution the main directions of its input patches, each divided by its standard deviation.
+
+    The first half of its filters are eigenvectors of the covariance of all patches of ``images``, largest eigenvalue first; the
+    second half are the same with the other sign (Page 2019; Jordan 2024). Its bias becomes 0.
+
+    Args:
+        images: float32 (n, c, h, w).
+        eps: added to the eigenvalues.
+    """
+    conv = next(module for module in network.modules() if isinstance(module, nn.Conv2d))
+    patches = nn.functional.unfold(images.double(), conv.kernel_size).transpose(1, 2).flatten(0, 1)  # (patches, c * k * k)
+    covariance = patches.T @ patches / len(patches)
+    values, vectors = torch.linalg.eigh(covariance)
+    half = conv.out_channels // 2
+    # a direction has no sign of its own: its largest entry is positive, on every machine
+    vectors = vectors * torch.sign(vectors.gather(0, vectors.abs().argmax(0, keepdim=True)))
+    scaled = (vectors / (values + eps).sqrt()).T.flip(0)[:half].reshape(half, *conv.weight.shape[1:])
+    conv.weight.copy_(torch.cat([scaled, -scaled]))
+    if conv.bias is not None:
+        conv.bias.zero_()

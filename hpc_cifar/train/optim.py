@@ -1,40 +1,79 @@
-"""Optimizers of the job file, from torch."""
+"""Optimizers of the job file, from torch and timm."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..config.experiment import SGD, Adam, AdamW, Optimizer
+from ..config.optimization import LARS, SGD, Adam, AdamW, Muon, Optimizer
+from ..models.build import Rule
+
+LR_FACTOR = "lr_factor"
+"""Name of the factor on the rate in a group of parameters."""
 
 
-def build(config: Optimizer, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer over ``parameters``; its rate is set before every step from the schedule."""
-    params = [p for p in parameters if p.requires_grad]
+def build(config: Optimizer, parameters: Iterable[nn.Parameter], rules: Sequence[Rule] = ()) -> torch.optim.Optimizer:
+    """The optimizer over those of ``parameters`` that are trained.
+
+    Its rate is set before every step from the schedule: in each group the rate times the group's ``lr_factor``.
+
+    Args:
+        rules: what holds for single parameters: L2 and a factor on the rate.
+    """
+    groups = _groups(config, [p for p in parameters if p.requires_grad], rules)
+    made = _build(config, groups)
+    if config.lookahead is not None:
+        from timm.optim.lookahead import Lookahead
+
+        return Lookahead(made, config.lookahead.alpha, config.lookahead.steps)  # type: ignore[no-untyped-call]
+    return made
+
+
+def _groups(config: Optimizer, parameters: list[nn.Parameter], rules: Sequence[Rule]) -> list[dict[str, Any]]:
+    """Parameters that are treated alike, in the order of their first one; a single group where there are no rules."""
+    of = {id(rule.parameter): rule for rule in rules}
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for parameter in parameters:
+        rule = of.get(id(parameter), Rule(parameter))
+        # the gradient of l2 x the sum of squares is 2 x l2 x weight
+        group = {"weight_decay": config.weight_decay + 2 * rule.l2, LR_FACTOR: rule.lr_factor}
+        if isinstance(config, Muon) and parameter.dim() < 2:
+            group |= {"use_fallback": True, LR_FACTOR: rule.lr_factor * config.other_lr / config.lr}
+        groups.setdefault(tuple(group.items()), group | {"params": []})["params"].append(parameter)
+    return list(groups.values())
+
+
+def _build(config: Optimizer, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     match config:
         case SGD():
-            return _plain(torch.optim.SGD)(
-                params,
-                lr=config.lr,
-                momentum=config.momentum,
-                nesterov=config.nesterov,
-                weight_decay=config.weight_decay,
-                fused=True,
-            )
+            return _plain(torch.optim.SGD)(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
         case Adam() | AdamW():
             kind: type[torch.optim.Optimizer] = torch.optim.AdamW if isinstance(config, AdamW) else torch.optim.Adam
-            return _plain(kind)(
-                params,
-                lr=config.lr,
-                betas=(config.beta1, config.beta2),
-                eps=config.eps,
-                weight_decay=config.weight_decay,
-                fused=True,
+            return _plain(kind)(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+        case Muon():
+            from timm.optim.muon import Muon as TimmMuon
+
+            return _plain(TimmMuon)(
+                groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, adjust_lr_fn="original"
             )
+        case LARS():
+            from timm.optim.lars import Lars
+
+            return _plain(Lars)(
+                groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, trust_coeff=config.trust_coefficient
+            )
+
+
+def keep_norms(rules: Sequence[Rule]) -> None:
+    """Shorten the weights of every filter or unit that have become longer than their ``max_norm``."""
+    with torch.no_grad():
+        for rule in rules:
+            if rule.max_norm is not None:
+                rule.parameter.renorm_(2, 0, rule.max_norm)
 
 
 def _plain(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:

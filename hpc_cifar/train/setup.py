@@ -12,12 +12,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..config.experiment import Experiment
+from ..config.model import PretrainedModel
 from ..config.shapes import check_fits
 from ..data.split import fold, mean_std, split
 from ..data.store import Store
-from ..models.build import build as build_model
+from ..errors import HpcCifarError
+from ..models import build
 from ..plan import Placement, Plan, make_plan, requested_placement
 from .distributed import World
+
+WHITENING_IMAGES = 2000
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,16 @@ def prepare_data(experiment: Experiment, data_root: Path, world: World) -> Prepa
         train, validation = fold(labels, data.folds, data.fold, data.split_seed)
     else:
         train, validation = split(labels, data.validation, data.split_seed)
+    if data.train_images is not None and data.train_images < len(train):
+        _, chosen = split(labels[train], data.train_images / len(train), data.split_seed)
+        train = train[chosen]
     height, width, channels = store.train.images.shape[1:]
-    if experiment.data.normalize == "mean_std":
+    if isinstance(experiment.model, PretrainedModel):
+        from ..models.pretrained import statistics
+
+        expected = statistics(experiment.model)
+        mean, std = np.array(expected.mean), np.array(expected.std)
+    elif experiment.data.normalize == "mean_std":
         mean, std = mean_std(store.train.moments, train, height * width)
     else:
         mean, std = np.zeros(channels), np.ones(channels)
@@ -90,18 +102,52 @@ def choose_channels_last(experiment: Experiment) -> bool:
     return True if wanted == "auto" else wanted
 
 
-def make_network(experiment: Experiment, prepared: Prepared, world: World, channels_last: bool) -> nn.Module:
-    """The network on the device, the same weights on every rank."""
+def make_network(
+    experiment: Experiment, prepared: Prepared, world: World, channels_last: bool, weights_root: Path | None = None
+) -> nn.Module:
+    """The network on the device, the same weights on every rank.
+
+    Args:
+        weights_root: read pretrained weights; their folder. None where a checkpoint follows.
+    """
     torch.manual_seed(experiment.seed)
-    network = build_model(experiment.model, prepared.store.image_shape, experiment.training.batch_norm == "global")
+    store = prepared.store
+    joint = experiment.training.batch_norm == "global"
+    network = build.build(experiment.model, store.image_shape, joint, len(store.classes))
+    problem = _first_weights(experiment, prepared, network, weights_root) if world.main else None
+    if problem := world.share(problem):
+        raise problem
     wide = experiment.training.precision == "float64"  # bf16 is autocast: the weights stay float32
     network = network.to(world.device, torch.float64 if wide else torch.float32)
     if channels_last:
         network = network.to(memory_format=torch.channels_last)
-    if world.size > 1:  # equal seeds give equal weights; a broadcast makes it certain across torch builds
+    if world.size > 1:  # equal seeds give equal weights; a broadcast makes it certain, and brings what rank 0 alone has read
         for tensor in [*network.parameters(), *network.buffers()]:
             dist.broadcast(tensor.data, src=0)
     return network
+
+
+def _first_weights(
+    experiment: Experiment, prepared: Prepared, network: nn.Module, weights_root: Path | None
+) -> HpcCifarError | None:
+    """Weights that come from elsewhere than a seed, on rank 0; what went wrong."""
+    try:
+        if isinstance(experiment.model, PretrainedModel) and weights_root is not None:
+            from ..models import weights
+
+            weights.load(experiment.model, network, weights_root)
+        build.initialise_from_images(experiment.model, network, lambda: first_images(prepared, WHITENING_IMAGES))
+    except HpcCifarError as error:
+        return error
+    return None
+
+
+def first_images(prepared: Prepared, count: int) -> Tensor:
+    """float32 (n, c, h, w): the first training images as the network gets them, not augmented."""
+    chosen = np.sort(prepared.train_indices)[:count]
+    images = torch.from_numpy(np.array(prepared.store.train.images[chosen])).permute(0, 3, 1, 2).float() / 255
+    mean, std = (torch.from_numpy(np.asarray(values)).float()[:, None, None] for values in (prepared.mean, prepared.std))
+    return (images - mean) / std
 
 
 class AveragedStatistics:

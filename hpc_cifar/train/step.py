@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,10 +15,11 @@ from ..config.experiment import Experiment
 from ..data.draws import key_of
 from ..data.pipeline import Batch
 from ..models.batch_norm import at_least_float32
+from ..models.build import Rule
 from ..plan import Plan, shard
 from .distributed import GradientSync, World
-from .optim import EMA
-from .schedule import factor
+from .optim import EMA, LR_FACTOR, keep_norms
+from .schedule import History, factor
 
 DROPOUT = 101  # stream of draws, apart from those in data/draws.py
 
@@ -37,11 +39,21 @@ def seed_of_step(seed: int, step: int, rank: int) -> int:
     return key_of(key_of(seed, rank, DROPOUT), step, DROPOUT) >> 1  # torch takes 63 bits
 
 
+def seed_device(seed: int, device: torch.device) -> None:
+    """``torch.manual_seed`` for one device: that one also notes down where it was called, once for each kind of accelerator,
+    which took a quarter of a small network's step.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+
+
 class Stepper:
     """Makes optimizer steps and keeps their metrics on the device.
 
     Args:
         plan: gives the schedule its length, and every rank the same number of forward passes a step.
+        rules: what holds for single parameters; the norms are kept after every update.
     """
 
     def __init__(
@@ -53,7 +65,9 @@ class Stepper:
         world: World,
         precision: torch.dtype,
         plan: Plan,
+        rules: Sequence[Rule] = (),
     ) -> None:
+        self._rules = [rule for rule in rules if rule.max_norm is not None]
         self._experiment = experiment
         self._sync = sync
         self._optimizer = optimizer
@@ -71,14 +85,16 @@ class Stepper:
         # this rank's sums over the epoch: loss, correct, images
         self.epoch_sums = torch.zeros(3, dtype=torch.float64, device=world.device)
 
-    def __call__(self, batch: Batch, step: int) -> float:
-        """Make update number ``step`` (0-based); returns the learning rate used."""
+    def __call__(self, batch: Batch, step: int, history: History = ()) -> float:
+        """Make update number ``step`` (0-based), after the epochs in ``history``; returns the learning rate used."""
         experiment = self._experiment
-        torch.manual_seed(seed_of_step(experiment.seed, step, self._world.rank))
+        seed_device(seed_of_step(experiment.seed, step, self._world.rank), self._world.device)
         plan = self._plan
-        self.rate = experiment.optimizer.lr * factor(experiment.schedule, step, plan.steps_per_epoch, plan.total_steps)
+        self.rate = experiment.lr * factor(
+            experiment.schedule, step, plan.steps_per_epoch, plan.total_steps, lr=experiment.optimizer.lr, history=history
+        )
         for group in self._optimizer.param_groups:
-            group["lr"] = self.rate
+            group["lr"] = self.rate * group.get(LR_FACTOR, 1.0)  # a checkpoint of before has none
         self._sync.zero()
         count = len(batch.labels)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self._world.device)
@@ -93,6 +109,7 @@ class Stepper:
         if experiment.training.clip_grad_norm is not None:
             nn.utils.clip_grad_norm_(self._parameters, experiment.training.clip_grad_norm)
         self._optimizer.step()
+        keep_norms(self._rules)
         if self._ema is not None:
             self._ema.update()
         self._account(loss_sum, correct, count, batch.global_size)

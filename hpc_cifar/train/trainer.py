@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,16 @@ from ..data import pipeline as data
 from ..data.store import Arrays
 from ..errors import HpcCifarError, NonFiniteLoss, RunError
 from ..evaluate.accuracy import evaluate
+from ..models import build
+from ..models.pretrained import Pretrained
 from ..plan import Plan
 from ..runs import Run, now
 from ..track.wandb_run import new_id
 from . import checkpoint, optim
 from .distributed import World, gradient_sync
+from .features import FeaturePipeline, Features, wanted
 from .records import Records
+from .schedule import stopped_early
 from .session import Session
 from .setup import (
     AveragedStatistics,
@@ -42,6 +48,7 @@ class Trainer:
     """Rank-local objects of one segment, and the loop over epochs."""
 
     watchdog: Watchdog
+    features: Features | None = None  # of a frozen backbone
 
     def __init__(self, run: Run, world: World, flag: StopFlag, max_steps: int | None, data_root: Path, console: bool) -> None:
         self.run, self.world = run, world
@@ -52,7 +59,7 @@ class Trainer:
         self.precision = choose_precision(self.experiment, world.device)
         self.channels_last = choose_channels_last(self.experiment)
         self.agreement = StopAgreement(flag, world)
-        self.session = self._make_session()
+        self.session = self._make_session(data_root)
         self.saved_step = -1
         self.pending: list[tuple[PendingWindow, int, int, float]] = []  # with its epoch, step and learning rate
         notes = [*self.plan.notes, *self._resume()]
@@ -62,14 +69,16 @@ class Trainer:
         parameters = sum(p.numel() for p in self.session.network.parameters())
         self.records.announce(parameters, str(self.precision).removeprefix("torch."), notes)
 
-    def _make_session(self) -> Session:
+    def _make_session(self, data_root: Path) -> Session:
         experiment, world, plan = self.experiment, self.world, self.plan
-        network = make_network(experiment, self.prepared, world, self.channels_last)
-        optimizer = optim.build(experiment.optimizer, network.parameters())
+        fresh = world.share(not checkpoint.stored(self.run.checkpoints))
+        network = make_network(experiment, self.prepared, world, self.channels_last, data_root if fresh else None)
+        rules = build.rules(experiment.model, network)
+        optimizer = optim.build(experiment.optimizer, network.parameters(), rules)
         decay = experiment.training.ema_decay
         ema = None if decay is None else optim.EMA(network.parameters(), decay)
         sync = gradient_sync(experiment.training.gradient_sync, network, world)
-        stepper = Stepper(experiment, sync, optimizer, ema, world, self.precision, plan)
+        stepper = Stepper(experiment, sync, optimizer, ema, world, self.precision, plan, rules)
         return Session(
             network,
             optimizer,
@@ -122,18 +131,11 @@ class Trainer:
 
     def train(self) -> dict[str, Any]:
         session, position = self.session, self.session.position
-        pipeline = data.build(
-            self.experiment.data,
-            self.prepared.store.train,
-            self.prepared.train_indices,
-            seed=self.experiment.seed,
-            **self._data_arguments(),
-        )
-        self.records.pipeline(pipeline.name, pipeline.choice.why)
+        pipeline = self._pipeline()
         reason = ""
         try:
             session.network.train()
-            while position.epoch < self.experiment.epochs and position.step < self.last_step and not reason:
+            while not self._is_through() and position.step < self.last_step and not reason:
                 reason = self._epoch(pipeline)
             late = self.agreement.settle()  # on every rank: an exchange is always in flight after a boundary
             return self._end(reason or late)
@@ -141,14 +143,37 @@ class Trainer:
             pipeline.close()
             self.records.close()
 
-    def _epoch(self, pipeline: data.Pipeline) -> str:
+    def _pipeline(self) -> data.Pipeline | FeaturePipeline:
+        experiment, train = self.experiment, self.prepared.store.train
+        if wanted(experiment):
+            began = time.perf_counter()
+            inference = partial(autocast, self.precision, self.world.device)
+            network = self.session.network
+            assert isinstance(network, Pretrained)
+            self.features = Features(
+                experiment, network, self.world, self.prepared.train_indices, inference, self._data_arguments()
+            )
+            self.features.of(train)
+            why = f"the backbone is frozen: computed once, in {time.perf_counter() - began:.1f} s"
+            self.records.pipeline(FeaturePipeline.name, why)
+            return FeaturePipeline(self.features, train)
+        images = data.build(experiment.data, train, self.prepared.train_indices, seed=experiment.seed, **self._data_arguments())
+        self.records.pipeline(images.name, images.choice.why)
+        return images
+
+    def _is_through(self) -> bool:
+        """Whether no epoch is left to train. Early stopping follows from the history: a resumed run stops where it should."""
+        stopped = stopped_early(self.experiment.training.early_stopping, self.session.history)
+        return stopped or self.session.position.epoch >= self.experiment.epochs
+
+    def _epoch(self, pipeline: data.Pipeline | FeaturePipeline) -> str:
         """Train the rest of the current epoch; the reason if the ranks agreed to stop in it."""
         session, position, every = self.session, self.session.position, self.experiment.checkpoint.every_steps
         self.epoch_clock = time.perf_counter()
         session.stepper.start_clock()
         self.epoch_images = 0
         for batch in pipeline.batches(position.epoch, position.batch):
-            rate = session.stepper(batch, position.step)
+            rate = session.stepper(batch, position.step, session.history)
             position.batch += 1
             position.step += 1
             self.watchdog.step(position.step)
@@ -238,17 +263,23 @@ class Trainer:
     def _evaluate(self, arrays: Arrays, indices: Any) -> tuple[float, float]:
         """Loss and accuracy of the current weights (the average, if there is one) on some images."""
         session = self.session
-        batches = data.evaluation_batches(self.experiment.data, arrays, indices, batch_size=1000, **self._data_arguments())
         with self.watchdog.phase("evaluate"), AveragedStatistics(session.network, self.world, session.local_statistics):
             if session.ema is not None:
                 session.ema.swap()
             try:
                 with autocast(self.precision, self.world.device):
-                    loss, accuracy, _ = evaluate(session.network, batches, self.world.sum, self.world.device)
+                    loss, accuracy, _ = evaluate(
+                        session.network, self._evaluation_batches(arrays, indices), self.world.sum, self.world.device
+                    )
             finally:
                 if session.ema is not None:
                     session.ema.swap()
         return loss, accuracy
+
+    def _evaluation_batches(self, arrays: Arrays, indices: Any) -> Iterator[data.Batch]:
+        if self.features is not None:
+            return self.features.evaluation_batches(arrays, indices, 1000)
+        return data.evaluation_batches(self.experiment.data, arrays, indices, batch_size=1000, **self._data_arguments())
 
     def _test(self) -> tuple[float, float]:
         arrays = self.prepared.store.test
@@ -320,12 +351,14 @@ class Trainer:
         position = self.session.position
         self._save()
         result: dict[str, Any] = {"run": self.run.id, "data": self.prepared.store.label}
-        if position.step >= self.plan.total_steps:
+        if self._is_through():
             self._use_selected_weights()
             result["test_loss"], result["test_accuracy"] = self._test()
             if not math.isfinite(result["test_loss"]):  # the same sum on every rank
                 raise self._non_finite(position.step, result["test_loss"])
             result["state"] = "finished"
+            if position.epoch < self.experiment.epochs:
+                result["reason"] = f"early stopping after epoch {position.epoch} of {self.experiment.epochs}"
         elif reason:
             cancelled = self.world.share(self.run.cancel_marker.exists())
             requeue = reason == "preempted" and "SUBMITIT_EXECUTOR" in os.environ

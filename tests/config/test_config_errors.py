@@ -96,7 +96,8 @@ def test_the_good_file_is_good(tmp_path: Path) -> None:
         ("- flatten", "- max_pool: {size: 33}", "x.yaml:9: model.layers[2]: max_pool of size 33 is larger than its input of 4x32x32; remove it or use a smaller size"),
         ("    - flatten\n", "", "x.yaml:9: model.layers[2]: dense needs a flat input, but gets 4x32x32; put flatten or global_avg_pool before it"),
         ("units: 10", "units: 11", "x.yaml:10: model.layers[3]: dense is the last layer and delivers 11 values, but there are 10 classes; end with dense: {units: 10}"),
-        ("family: sequential", "family: resnet", "x.yaml:5: model.family: should be sequential, not 'resnet'"),
+        ("  family: sequential\n", "", "x.yaml:4: model.family: is missing; name one of sequential, torchvision, timm"),
+        ("family: sequential", "family: resnet", "x.yaml:5: model.family: unknown model 'resnet'; models are sequential, torchvision, timm"),
         ("seed: 1", "training: {channels_last: maybe}", "x.yaml:2: training.channels_last: should be auto or true or false, not 'maybe'"),
         ("batch_size: 32", "batch_size: 32, validation: tset", "x.yaml:11: data.validation: should be test or a number, not the text 'tset'"),
         ("batch_size: 32", "batch_size: 32, dataset: ../x", "x.yaml:11: data.dataset: should be 1 to 32 lower-case letters, digits, '_' or '-' (a prepared dataset), not '../x'"),
@@ -182,9 +183,9 @@ def test_what_a_run_keeps_reads_back(tmp_path: Path) -> None:
         "<<",
         ".nan",
     ]
-    path = write(tmp_path, GOOD + f"tracking: {{tags: {traps}}}\n")
+    path = write(tmp_path, GOOD + f"tracking: {{tags: {traps}}}\nresources: {{hang_timeout_s: null}}\n")
     experiment = load_experiment(path)
-    assert experiment.tracking.tags == tuple(traps)
+    assert experiment.tracking.tags == tuple(traps) and experiment.resources.hang_timeout_s is None
     text = runs.experiment_text(experiment)
     assert Experiment.model_validate(yaml.safe_load(text)) == experiment
     assert load_experiment(write(tmp_path, text)) == experiment
@@ -211,10 +212,25 @@ def test_a_layer_that_does_not_fit_is_found_beside_other_problems(tmp_path: Path
     assert [line.split(": ")[1] for line in found] == ["epochs", "model.layers[2]"]
 
 
-def test_nothing_is_chosen_by_the_test_set(tmp_path: Path) -> None:
-    text = GOOD.replace("batch_size: 32", "batch_size: 32, validation: test") + "checkpoint:\n  select: best\n"
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ("checkpoint:\n  select: best\n", "14: checkpoint.select: best would choose weights by the test set"),
+        ("training: {early_stopping: {patience: 3}}\n", "13: training.early_stopping: would choose the last epoch by the test"),
+        ("schedule: {name: plateau}\n", "13: schedule.name: plateau would choose the rates by the test set"),
+    ],
+)
+def test_nothing_is_chosen_by_the_test_set(tmp_path: Path, more: str, words: str) -> None:
+    text = GOOD.replace("batch_size: 32", "batch_size: 32, validation: test") + more
     (line,) = problems(tmp_path, text)
-    assert line.startswith("x.yaml:14: checkpoint.select: best would choose weights by the test set")
+    assert line.startswith(f"x.yaml:{words}")
+
+
+def test_l2_is_no_decoupled_decay(tmp_path: Path) -> None:
+    text = GOOD.replace("dense: {units: 10", "dense: {l2: 0.1, units: 10").replace("name: sgd", "name: adamw")
+    text = text.replace(", momentum: 0.9", "")
+    (line,) = problems(tmp_path, text)
+    assert "model.layers: l2 is a part of the gradient, which adamw keeps apart" in line
 
 
 @pytest.mark.parametrize(

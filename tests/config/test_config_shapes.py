@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from hpc_cifar.config.experiment import SequentialModel
 from hpc_cifar.config.load import load_experiment
+from hpc_cifar.config.model import SequentialModel
 from hpc_cifar.config.packaged import find_job
 from hpc_cifar.config.shapes import ShapeError, layer_shapes, parameter_count
 
@@ -80,6 +80,12 @@ def test_pools() -> None:
         ([{"conv": {"filters": 3, "kernel": 33, "padding": "valid"}}], 0, "conv with a 33x33 kernel does not fit its input"),
         (["relu"], 0, "relu is the last layer and delivers 3x32x32"),
         (["flatten"], 0, "flatten is the last layer and delivers 3,072 values, but there are 10 classes"),
+        (["flatten", {"dense": {"units": 10}}, {"dense": {"units": 10}}], 2, "dense is a second head: layer 1 gives one score"),
+        (["global_avg_pool"], 0, "global_avg_pool is the last layer and delivers 3 values, but there are 10 classes"),
+        ([{"drop_block": {"rate": 0.1, "size": 33}}], 0, "drop_block of size 33 is larger than its input of 3x32x32"),
+        (["relu", {"conv": {"filters": 2, "init": "whiten"}}], 1, "conv with init: whiten belongs at the beginning"),
+        ([{"conv": {"filters": 3, "init": "whiten"}}], 0, "conv with init: whiten needs an even number of filters, at most 54"),
+        ([{"conv": {"filters": 26, "kernel": 2, "padding": "valid", "init": "whiten"}}], 0, "conv with init: whiten needs an"),
     ],
 )
 def test_what_does_not_fit(layers: list[Any], index: int, words: str) -> None:
@@ -87,3 +93,8 @@ def test_what_does_not_fit(layers: list[Any], index: int, words: str) -> None:
         layer_shapes(network(*layers), classes=10)
     assert caught.value.index == index
     assert caught.value.message.startswith(words)
+
+
+def test_a_network_without_weights_has_nothing_to_train() -> None:
+    with pytest.raises(ShapeError, match="none has a weight: there is nothing to train"):
+        layer_shapes(network("global_avg_pool"), classes=3)

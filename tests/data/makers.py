@@ -30,6 +30,19 @@ def batch_files(count: int = 20, **options: Any) -> dict[str, bytes]:
     return made
 
 
+def hundred_files(count: int = 60, **changes: Any) -> dict[str, bytes]:
+    """CIFAR-100's layout with 20 classes."""
+    names = [f"class {number}".encode() for number in range(20)]
+    made = {}
+    for number, name in enumerate(("train", "test")):
+        pixels = np.random.default_rng(number).integers(0, 256, (count, 3072), dtype=np.uint8)
+        labels = [row % 20 for row in range(count)]
+        fields = {b"data": pixels, b"fine_labels": labels, b"coarse_labels": [label // 5 for label in labels]}
+        made[name] = pickle.dumps(fields | {key.encode(): value for key, value in changes.items()}, protocol=2)
+    made["meta"] = pickle.dumps({b"fine_label_names": names, b"coarse_label_names": names[:4]}, protocol=2)
+    return {f"cifar-100-python/{name}": data for name, data in made.items()}
+
+
 def image_bytes(seed: int, size: tuple[int, int] = (32, 32), mode: str = "RGB", kind: str = "JPEG") -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     stream = io.BytesIO()

@@ -20,7 +20,7 @@ from pipelines import DALI, FFCV, make
 
 from hpc_cifar.cli.main import main
 from hpc_cifar.config.experiment import Augment
-from hpc_cifar.data import choice, pipeline, preview
+from hpc_cifar.data import bench, choice, pipeline, preview, reference
 from hpc_cifar.data.store import Arrays
 from hpc_cifar.errors import DataError, UsageError
 
@@ -166,6 +166,16 @@ def test_bench_and_preview(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     assert main(["bench", "data", "--dataset", "cifar10"]) == 2
     assert "is not prepared" in capsys.readouterr().err
     assert main(["prepare", "digits", "--preview", str(tmp_path / "no" / "sheet.png")]) == 2
+
+
+def test_bench_goes_on_without_a_pipeline_that_cannot_begin(arrays: Arrays, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cannot(*_: Any) -> None:
+        raise DataError("data.pipeline: reference: no luck\nmore words")
+
+    monkeypatch.setattr(reference.Reference, "__init__", cannot)
+    rates, missing = bench.measure(arrays, 100, 50, 1, "cpu", torch.float32)
+    assert missing["reference"] == "data.pipeline: reference: no luck" and len(rates["resident"]) == 1
+    assert "reference" not in rates and "images/s" in bench.table(rates, "reference")[0]
 
 
 def test_the_first_of_several_iterators_ends_with_the_next(arrays: Arrays) -> None:

@@ -193,20 +193,8 @@ def test_own_folders_with_something_wrong(tmp_path: Path, capsys: pytest.Capture
         assert not (tmp_path / "root" / "mine").exists()
 
 
-def hundred_files(count: int = 60, **changes: Any) -> dict[str, bytes]:
-    names = [f"class {number}".encode() for number in range(20)]
-    made = {}
-    for number, name in enumerate(("train", "test")):
-        pixels = np.random.default_rng(number).integers(0, 256, (count, 3072), dtype=np.uint8)
-        labels = [row % 20 for row in range(count)]
-        fields = {b"data": pixels, b"fine_labels": labels, b"coarse_labels": [label // 5 for label in labels]}
-        made[name] = pickle.dumps(fields | {key.encode(): value for key, value in changes.items()}, protocol=2)
-    made["meta"] = pickle.dumps({b"fine_label_names": names, b"coarse_label_names": names[:4]}, protocol=2)
-    return {f"cifar-100-python/{name}": data for name, data in made.items()}
-
-
 def test_the_layout_of_cifar_100(tmp_path: Path) -> None:
-    files = hundred_files()
+    files = makers.hundred_files()
     for source in (makers.write_tar(tmp_path / "a.tar.gz", files), makers.write_folder(tmp_path / "a", files)):
         data = sources.read(source, "cifar100")
         assert (data.label, data.verified, len(data.classes)) == ("custom CIFAR-100 batches", False, 20)
@@ -216,11 +204,11 @@ def test_the_layout_of_cifar_100(tmp_path: Path) -> None:
 
 
 def test_wrong_files_of_cifar_100(tmp_path: Path) -> None:
-    files = hundred_files()
+    files = makers.hundred_files()
     cases = {
         "test: missing": {name: data for name, data in files.items() if not name.endswith("/test")},
         "train: has no list 'fine_labels'; this is CIFAR-10": files | {"cifar-100-python/train": makers.batch_bytes(1)},
-        "is no class from 0 to 19": hundred_files(fine_labels=[77] * 60),
+        "is no class from 0 to 19": makers.hundred_files(fine_labels=[77] * 60),
         "train: altered: as many images as CIFAR-100": {},
     }
     pixels = pickle.dumps({b"data": np.zeros((50_000, 3072), np.uint8), b"fine_labels": [0] * 50_000}, protocol=2)

@@ -14,7 +14,7 @@ from pipelines import AUGMENTS, COMMON, COUNT, MEAN, SEED, STD, make, plain, raw
 
 from hpc_cifar.config.experiment import Augment, Data
 from hpc_cifar.data import pipeline, resident
-from hpc_cifar.data.store import Arrays
+from hpc_cifar.data.store import Arrays, moments_of
 
 pytest.importorskip("triton")
 SAMPLES = np.arange(0, COUNT, 35)
@@ -54,6 +54,29 @@ def test_the_kernel_gives_the_same_pixels(arrays: Arrays, augment: Augment) -> N
             assert (mine.number, mine.global_size) == (theirs.number, theirs.global_size)
             layout = torch.channels_last if channels_last else torch.contiguous_format
             assert mine.images.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.usefixtures("triton_kernel")
+@pytest.mark.parametrize("shape", [(32, 32, 3), (20, 28, 1), (33, 17, 4)])
+def test_ranks_together_have_the_whole_batch_of_images_of_any_shape(shape: tuple[int, int, int]) -> None:
+    """Of one, two and three ranks; the last batch is smaller."""
+    images = np.random.default_rng(1).integers(0, 256, (60, *shape), dtype=np.uint8)
+    arrays = Arrays(images, np.arange(60, dtype=np.int64), moments_of(images))
+    augment = Augment(crop_padding=3, padding_mode="reflect", flip="random", cutout=5)
+    mean, std = (0.5,) * shape[2], (0.25,) * shape[2]
+    output = pipeline.Output(torch.device("cpu"), torch.float32, False, mean, std)
+    chosen = np.arange(1, 60, 3)
+
+    def ranks(world_size: int, triton: bool) -> list[resident.Resident]:
+        config = Data(batch_size=9, augment=augment)
+        places = [pipeline.Epochs(config, chosen, SEED, rank, world_size, *shape[:2]) for rank in range(world_size)]
+        return [resident.Resident(place, arrays, output, triton=triton) for place in places]
+
+    for world_size in (1, 2, 3):
+        [whole] = ranks(1, False)
+        for batch, *parts in zip(whole.batches(4), *(one.batches(4) for one in ranks(world_size, True)), strict=True):
+            torch.testing.assert_close(torch.cat([part.images for part in parts]), batch.images, atol=1e-6, rtol=0)
+            assert torch.equal(torch.cat([part.labels for part in parts]), batch.labels)
 
 
 @pytest.mark.usefixtures("triton_kernel")

@@ -14,12 +14,12 @@ import torch.distributed as dist
 from pydantic import TypeAdapter
 from torch import nn
 
-from hpc_cifar.config.experiment import SequentialModel
 from hpc_cifar.config.layers import LAYER_NAMES
 from hpc_cifar.config.load import load_experiment
+from hpc_cifar.config.model import SequentialModel
 from hpc_cifar.config.shapes import layer_shapes
 from hpc_cifar.models.batch_norm import BatchNorm
-from hpc_cifar.models.build import build
+from hpc_cifar.models.build import build, initialise_from_images
 
 EVERY_LAYER: list[Any] = [
     {"conv": {"filters": 6, "kernel": 5, "padding": "valid", "bias": False}},
@@ -33,6 +33,8 @@ EVERY_LAYER: list[Any] = [
     {"max_pool": {"size": 3}},
     {"dropout": {"rate": 0.5}},
     "tanh",
+    {"drop_block": {"rate": 0.1, "size": 2}},
+    {"aptx": {"beta": 0.5}},
     "flatten",
     {"dense": {"units": 20, "bias": False}},
     "batch_norm",
@@ -91,6 +93,34 @@ def test_dirac_passes_channels_through() -> None:
         y = network[1](x) - network[1].bias.view(1, -1, 1, 1)  # type: ignore[index]
     torch.testing.assert_close(y[:, :4], x)
     assert not torch.equal(y[:, 4:], torch.zeros(2, 2, 8, 8))
+
+
+def test_whitening_makes_the_first_layer_s_outputs_uncorrelated() -> None:
+    """Of the images that it was computed from; the second half of the filters are the first with the other sign."""
+    layers = [{"conv": {"filters": 24, "kernel": 2, "padding": "valid", "init": "whiten"}}, "flatten", {"dense": {"units": 10}}]
+    config = model(layers)
+    network = build(config, (3, 32, 32))
+    images = torch.nn.functional.avg_pool2d(torch.randn(50, 3, 34, 34, generator=torch.Generator().manual_seed(1)), 3, 1)
+    initialise_from_images(config, network, lambda: images)
+    out = network[0](images).detach()  # type: ignore[index]
+    values = out[:, :12].double().transpose(0, 1).flatten(1)
+    variances = torch.diagonal(values @ values.T / values.shape[1])
+    assert (variances[:4] > 0.9).all() and (variances < 1).all(), "a small constant is added to the smallest ones"
+    correlation = (values / variances.sqrt()[:, None]) @ (values / variances.sqrt()[:, None]).T / values.shape[1]
+    torch.testing.assert_close(correlation, torch.eye(12, dtype=torch.float64), atol=2e-3, rtol=0)
+    torch.testing.assert_close(out[:, 12:], -out[:, :12])
+    assert variances[0] == variances.max(), "main direction first"
+
+
+def test_images_are_read_only_where_they_are_needed() -> None:
+    config = model(["flatten", {"dense": {"units": 10}}])
+    initialise_from_images(config, build(config, (3, 32, 32)), lambda: pytest.fail("nobody asked for images"))
+
+
+def test_aptx() -> None:
+    config = model([{"aptx": {}}, "flatten", {"dense": {"units": 10}}])
+    x = torch.linspace(-4, 4, 3 * 32 * 32).reshape(1, 3, 32, 32)
+    torch.testing.assert_close(build(config, (3, 32, 32))[0](x), (1 + torch.tanh(x)) * 0.5 * x)  # type: ignore[index]
 
 
 def test_batch_of_one_keeps_the_running_statistics() -> None:

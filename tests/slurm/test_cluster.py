@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import submitit
-from slurm_site import SlurmCluster
+from slurm_site import TESTBED, SlurmCluster
 
 pytestmark = pytest.mark.slow
 
@@ -84,31 +86,38 @@ def test_crash_and_boot_of_a_node(slurm_cluster: SlurmCluster) -> None:
     slurm_cluster.until(lambda: "n3 idle" in slurm_cluster.testbed("status"), 60, "n3 is back")
 
 
-@pytest.fixture
-def own(tmp_path: Path, slurm_cluster: SlurmCluster) -> str:
-    """Folder of a second cluster on the same machine."""
-    return str(tmp_path / "c")
+def testbed(verb: str, folder: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(TESTBED), verb, "--dir", str(folder), *options]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, check=False)
 
 
-def test_a_dirty_stop_is_cleaned_up_by_the_next_start(slurm_cluster: SlurmCluster, own: str) -> None:
-    import json
-    import signal
-
-    def testbed(verb: str) -> subprocess.CompletedProcess[str]:
-        script = Path(__file__).resolve().parents[2] / "slurm/testbed/cluster.py"
-        return subprocess.run([sys.executable, str(script), verb, "--dir", own], capture_output=True, text=True, check=False)
-
+@pytest.mark.parametrize("options", [(), ("--accounting",)])
+def test_a_dirty_stop_is_cleaned_up_by_the_next_start(
+    slurm_cluster: SlurmCluster, accounting_session: SlurmCluster, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    """Of a second cluster on the same machine, whose daemons but the first one die."""
+    own = tmp_path / "c"
     try:
-        assert testbed("up").returncode == 0
-        pids = [pid for pid, _ in json.loads(Path(own, "daemons.json").read_text()).values()]
-        for pid in pids[1:3]:
+        assert testbed("up", own, *options).returncode == 0
+        pids = [pid for pid, _ in json.loads((own / "daemons.json").read_text()).values()]
+        assert len(pids) == (7 if options else 5)
+        for pid in pids[1:]:
             os.kill(pid, signal.SIGKILL)
-        assert testbed("up").returncode == 0
-        assert testbed("status").stdout.count("idle") == 3
+        assert testbed("up", own, *options).returncode == 0
+        assert testbed("status", own).stdout.count("idle") == 3
     finally:
-        assert testbed("down").returncode == 0
-    assert list(Path(own).iterdir()) == []
-    assert "n1" in slurm_cluster.testbed("status"), "the session's cluster is untouched"
+        assert testbed("down", own).returncode == 0
+    assert list(own.iterdir()) == []
+    for other in (slurm_cluster, accounting_session):
+        assert "n1" in other.testbed("status"), "the session's clusters are untouched"
+
+
+def test_what_is_missing_is_named(slurm_cluster: SlurmCluster, tmp_path: Path) -> None:
+    """By the names of Debian's packages, before anything is made."""
+    done = testbed("up", tmp_path / "c", PATH="/nowhere")  # /usr/sbin is searched anyway
+    assert done.returncode == 1 and not (tmp_path / "c").exists()
+    install = "apt-get install --no-install-recommends slurm-wlm util-linux"
+    assert done.stderr == f"cluster: missing slurm-wlm, util-linux: {install}\n"
 
 
 def test_the_lines_of_the_readme(slurm_cluster: SlurmCluster, repository: Path, tmp_path: Path) -> None:

@@ -98,15 +98,22 @@ def test_every_cell_resumes_and_ends_like_the_undisturbed(
 
 
 def test_a_raw_scancel_never_resurrects(cluster: SlurmCluster, tmp_path: Path, digits_data: Path) -> None:
-    """It sends the TERM that a preemption sends too, and leaves no marker in the run directory."""
+    """It sends the TERM that a preemption sends too, and leaves no marker in the run directory. One job has a grace time, one
+    has none, one waits for its second start.
+    """
     site = Site(cluster, tmp_path, digits_data)
-    run, job = site.submit("--partition", "low6", "--nodes", "2", "--set", "epochs=3000")
-    site.until_epoch(1, run)
-    cluster.call("scancel", job)
-    cluster.until(lambda: not cluster.call("squeue", "--noheader"), 60, "the job leaves the queue")
-    # it is no longer COMPLETING, so that no process of it is left that could requeue it
-    assert cluster.job(job)["JobState"] == "CANCELLED" and cluster.job(job)["Restarts"] == "0"
-    assert site.status(run)["state"] == "cancelled"
+    options = ("--nodes", "1", "--set", "epochs=3000")
+    pairs = [site.submit("--partition", partition, *options) for partition in ("low6", "low0", "low6")]
+    site.until_epoch(1, *(run for run, _ in pairs))
+    requeued = pairs[-1][1]
+    cluster.call("scontrol", "requeuehold", requeued)
+    cluster.wait(requeued, {"PENDING", "REQUEUE_HOLD"})
+    cluster.call("scancel", *(job for _, job in pairs))
+    cluster.until(lambda: not cluster.call("squeue", "--noheader"), 60, "the jobs leave the queue")
+    # they are no longer COMPLETING, so that no process of them is left that could requeue one
+    for run, job in pairs:
+        assert cluster.state(job) == "CANCELLED" and cluster.job(job)["Restarts"] == str(int(job == requeued))
+        assert site.status(run)["state"] == "cancelled"
 
 
 def test_cancel_during_the_grace_time_of_a_preemption(cluster: SlurmCluster, tmp_path: Path, digits_data: Path) -> None:

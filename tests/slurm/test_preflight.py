@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -103,17 +104,19 @@ def bad(
 def test_good_nodes_train_from_a_copy_on_each(site: NodesSite) -> None:
     for node in ("n1", "n2", "n3"):
         site.cover(node, site.scratch)  # a disk of its own
-    run, _ = site.with_profile(f"scratch: {site.scratch}\n")
+    run, _ = site.with_profile(f"scratch: {site.scratch}\n", "--set", "resources.processes_per_node=2")
     site.call("wait", run)
-    for rank in (0, 1):
-        assert f"MiB of digits to {site.scratch}/hpc-cifar-0/" in site.log(run, rank)
+    place = f"{re.escape(str(site.scratch))}/hpc-cifar-0/"
+    logs = "".join(site.log(run, rank) for rank in range(4))
+    copied = re.findall(rf"^staging: copied [\d.]+ MiB of digits to {place}\S+ on (n\d)", logs, re.MULTILINE)
+    shared = re.findall(rf"^staging: uses the copy of digits in {place}\S+ on (n\d)", logs, re.MULTILINE)
+    assert sorted(copied) == sorted(shared) and len(set(copied)) == 2, "once a node, for both of its ranks"
     line = next(line for line in site.log(run).splitlines() if line.startswith("preflight: "))
     assert "good in" in line
     assert float(line.split()[-2]) < 10
     assert list(site.scratch.iterdir()) == []
     [event] = [row for row in site.rows(run, "event") if row["event"] == "staged"]
-    assert event["local"]
-    assert event["mib"] > 0
+    assert event["local"] and event["seconds"] > 0
     for node in ("n1", "n2", "n3"):
         listing = ["nsenter", f"--mount=/proc/{site.cluster.slurmd(node)}/ns/mnt", "ls", "-A", str(site.scratch)]
         assert subprocess.run(listing, capture_output=True, text=True, check=True).stdout == ""

@@ -172,6 +172,29 @@ def test_a_requeued_job(slurm_cluster: SlurmCluster, site: Site) -> None:
     slurm_cluster.wait(job_of(run), {"CANCELLED"})
 
 
+def test_a_finished_run_that_slurm_starts_again_stays_as_it_is(slurm_cluster: SlurmCluster, site: Site) -> None:
+    """As Slurm does to a job that was preempted and finished in its grace time. Its log was followed to the end."""
+    run = submit(site, epochs=100)
+    log = site.cli("logs", "--follow", run.id).stdout
+    assert log.count(f"training {run.id} from step 0") == 1
+    assert seen(site, run)["state"] == "finished"
+    assert slurm_cluster.wait(job_of(run)) == "COMPLETED"
+    before = run.result_file.stat().st_mtime_ns
+    slurm_cluster.call("scontrol", "requeue", job_of(run))
+    assert slurm_cluster.job(job_of(run))["Restarts"] == "1" and seen(site, run)["state"] == "finished"
+    assert slurm_cluster.wait(job_of(run)) == "COMPLETED"
+    assert len(site.seen(run)) == 1 and run.result_file.stat().st_mtime_ns == before
+
+
+def test_submit_waits_for_the_end(slurm_cluster: SlurmCluster, site: Site) -> None:
+    good = submit(site, "--wait", epochs=1)
+    assert seen(site, good)["state"] == "finished"
+    bad = site.cli(
+        "submit", site.job("raise=0", **(LONG | {"epochs": 1})), "--cluster", "slurm", "--parsable", "--wait", code=1
+    )
+    assert seen(site, Run(site.runs / bad.stdout.split("\t")[0]))["state"] == "failed"
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -302,6 +325,7 @@ def test_accounting_knows_what_squeue_has_forgotten(accounting_cluster: SlurmClu
     assert told[killed.id][0] == "failed" and told[killed.id][1].startswith("Slurm: FAILED")
     assert told[gone.id] == ("failed", "processes ended without a result")
     assert told[fine.id][0] == "cancelled"
+    assert f"{gone.id} is not running: it is failed" in site.cli("cancel", gone.id).stdout, "nobody knows its job"
 
 
 def forget(cluster: SlurmCluster) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hpc_cifar.data.pipeline import Batch
+from hpc_cifar.models.build import Rule
 from hpc_cifar.plan import make_plan, requested_placement
 from hpc_cifar.train import optim
 from hpc_cifar.train.distributed import World, gradient_sync
@@ -71,3 +74,122 @@ def test_steps_equal_torch(name: str, smoothing: float, clip: float | None, micr
     assert found == pytest.approx(losses, rel=1e-5)
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-5)  # Adam divides float noise by tiny second moments
+
+
+def stepper_of(config: Any, network: nn.Module, rules: list[Rule]) -> Stepper:
+    optimizer = optim.build(config.optimizer, network.parameters(), rules)
+    plan = make_plan(config, requested_placement(config.resources), 1000)
+    sync = gradient_sync("auto", network, ALONE)
+    return Stepper(config, sync, optimizer, None, ALONE, torch.float32, plan, rules)
+
+
+def batches(count: int) -> Iterator[Batch]:
+    generator = torch.Generator().manual_seed(0)
+    for number in range(count):
+        images = torch.randn(12, 3, 8, 8, generator=generator)
+        yield Batch(images, torch.randint(0, 10, (12,), generator=generator), number, 12)
+
+
+def configured(optimizer: dict[str, Any], **changes: Any) -> Any:
+    common: dict[str, Any] = {
+        "data": {"batch_size": 12},
+        "schedule": {"name": "constant", "warmup_epochs": 0},
+        "training": {"ema_decay": None, "log_every_steps": 100},
+    }
+    config = ranks.experiment(**ranks.merge(common, changes))
+    values = config.model_dump()
+    values["optimizer"] = optimizer
+    return type(config).model_validate(values)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_l2_is_a_part_of_the_loss(name: str) -> None:
+    ours, theirs = network(), network()
+    weight = ours.get_parameter("1.weight")
+    config = configured({"name": name, "lr": 0.01})
+    stepper = stepper_of(config, ours, [Rule(weight, l2=0.03)])
+    kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[name]
+    expected = kind(theirs.parameters(), lr=0.01)
+    for batch in batches(3):
+        stepper(batch, batch.number)
+        loss = F.cross_entropy(theirs(batch.images), batch.labels) + 0.03 * theirs.get_parameter("1.weight").square().sum()
+        expected.zero_grad()
+        loss.backward()
+        expected.step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-5)
+
+
+def test_norms_and_rates_of_single_parameters() -> None:
+    ours = network()
+    first, last = ours.get_parameter("1.weight"), ours.get_parameter("3.weight")
+    before = last.detach().clone()
+    stepper = stepper_of(configured({"name": "sgd", "lr": 0.5}), ours, [Rule(first, max_norm=0.4), Rule(last, lr_factor=0.0)])
+    for batch in batches(3):
+        stepper(batch, batch.number)
+        lengths = first.detach().flatten(1).norm(dim=1)
+        assert (lengths <= 0.4 + 1e-6).all() and (lengths > 0.39).any()
+    assert torch.equal(last, before)
+    assert stepper.rate == 0.5
+
+
+def test_lookahead_goes_back_half_of_the_way() -> None:
+    ours, theirs = network(), network()
+    options = {"name": "sgd", "lr": 0.1, "momentum": 0.9, "lookahead": {"steps": 2, "alpha": 0.5}}
+    stepper = stepper_of(configured(options), ours, [])
+    expected = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9)
+    slow: list[torch.Tensor] = []
+    for batch in batches(6):
+        stepper(batch, batch.number)
+        expected.zero_grad()
+        F.cross_entropy(theirs(batch.images), batch.labels).backward()
+        expected.step()
+        if batch.number % 2:
+            with torch.no_grad():
+                fast = [p.clone() for p in theirs.parameters()]
+                slow = [(a + b) / 2 for a, b in zip(slow or fast, fast, strict=True)]  # the first time sets where it begins
+                for p, value in zip(theirs.parameters(), slow, strict=True):
+                    p.copy_(value)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["muon", "lars"])
+def test_optimizers_of_timm_learn_and_restore(name: str) -> None:
+    """A state that was read back goes on as one that was kept, for the optimizers that torch has not got."""
+    options = {"muon": {"name": "muon", "lr": 0.05, "other_lr": 0.01}, "lars": {"name": "lars", "lr": 5.0}}[name]
+    config = configured(options | {"lookahead": {"steps": 2}})
+    ours = network()
+    optimizer = optim.build(config.optimizer, ours.parameters())
+    weights = ours.get_parameter("1.weight")
+
+    def steps(net: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
+        losses = []
+        for batch in list(batches(2)) * 8:
+            loss = F.cross_entropy(net(batch.images), batch.labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    first = steps(ours, optimizer)
+    assert sum(first[-2:]) < 0.8 * sum(first[:2]), first
+    groups = optimizer.param_groups
+    assert [group["lr_factor"] for group in groups] == pytest.approx([1.0, 0.2] if name == "muon" else [1.0])
+    other = network()
+    other.load_state_dict(ours.state_dict())
+    buffer = io.BytesIO()
+    torch.save(optimizer.state_dict(), buffer)
+    buffer.seek(0)
+    restored = optim.build(config.optimizer, other.parameters())
+    restored.load_state_dict(torch.load(buffer, weights_only=True))
+    assert steps(ours, optimizer) == steps(other, restored)
+    assert torch.equal(weights, other.get_parameter("1.weight"))
+
+
+def test_rates_grow_with_the_batch() -> None:
+    ours = network()
+    stepper = stepper_of(configured({"name": "sgd", "lr": 0.1, "base_batch_size": 48}), ours, [])
+    for batch in batches(1):
+        assert stepper(batch, 0) == pytest.approx(0.1 * 12 / 48)

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 from torch import nn
 
-from hpc_cifar.config.experiment import ScheduleConfig
+from hpc_cifar.config.optimization import EarlyStopping, ScheduleConfig
 from hpc_cifar.track.metrics import MetricsLog
 from hpc_cifar.train.optim import EMA
-from hpc_cifar.train.schedule import factor
-from hpc_cifar.train.step import seed_of_step
+from hpc_cifar.train.schedule import factor, stopped_early
+from hpc_cifar.train.step import seed_device, seed_of_step
 
 
 def schedule(**values: Any) -> Any:
@@ -49,6 +49,10 @@ def test_step_drops_at_the_start_of_an_epoch() -> None:
             {"name": "one_cycle", "peak": 0.3},
             {"name": "one_cycle", "peak": 0.01, "initial_factor": 0.5, "final_factor": 0.2},
             {"name": "step", "epochs": [1, 3]},
+            {"name": "exponential", "factor": 0.9, "every_step": True},
+            {"name": "triangular", "period_epochs": 1.5, "decay": 0.8},
+            {"name": "plateau"},
+            {"name": "inverse_time", "decay": 0.01},
         ]
     ),
     st.integers(1, 50),
@@ -65,6 +69,71 @@ def test_one_cycle_rises_then_falls() -> None:
     top = values.index(max(values))
     assert 23 <= top <= 25
     assert values[:top] == sorted(values[:top]) and values[top:] == sorted(values[top:], reverse=True)
+
+
+def test_stages_hold_from_the_start_of_their_epochs() -> None:
+    stages = schedule(name="staged", stages=[{"epoch": 2, "lr": 0.0012}, {"epoch": 4, "lr": 0.003}])
+    values = [factor(stages, step, 2, 8, lr=0.0015) * 0.0015 for step in range(8)]
+    assert values == pytest.approx([0.0015] * 2 + [0.0012] * 4 + [0.003] * 2)
+
+
+def test_exponential_falls_with_every_epoch_or_step() -> None:
+    steps = range(6)
+    assert [factor(schedule(name="exponential", factor=0.5), step, 2, 6) for step in steps] == [1, 1, 0.5, 0.5, 0.25, 0.25]
+    smooth = [factor(schedule(name="exponential", factor=0.25, every_step=True), step, 2, 6) for step in steps]
+    assert smooth == pytest.approx([1, 0.5, 0.25, 0.125, 0.0625, 0.03125])
+
+
+def test_inverse_time_is_the_decay_of_keras() -> None:
+    values = [factor(schedule(name="inverse_time", decay=0.5), step, 2, 6) for step in range(4)]
+    assert values == pytest.approx([1, 1 / 1.5, 1 / 2, 1 / 2.5])
+
+
+def test_triangles() -> None:
+    made = schedule(name="triangular", period_epochs=2, initial_factor=0.2, decay=0.5)
+    values = [factor(made, step, 2, 8) for step in range(9)]
+    assert values == pytest.approx([0.2, 0.6, 1.0, 0.6, 0.2, 0.4, 0.6, 0.4, 0.2])
+
+
+def history(losses: list[float]) -> list[dict[str, float]]:
+    return [{"val_loss": loss, "val_accuracy": -loss} for loss in losses]
+
+
+LOSSES = st.lists(st.integers(0, 12).map(lambda value: value / 4), max_size=40)
+
+
+@settings(deadline=None)
+@given(LOSSES, st.integers(1, 4), st.sampled_from([0.0, 0.3]), st.sampled_from(["val_loss", "val_accuracy"]))
+def test_plateau_is_the_one_of_torch(losses: list[float], patience: int, min_delta: float, monitor: str) -> None:
+    """torch lowers the rate one epoch later than Keras, whose count is ours, for the same patience."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        optimizer, factor=0.5, patience=patience - 1, threshold=min_delta, threshold_mode="abs", min_lr=0.01, eps=0.0
+    )
+    ours = schedule(name="plateau", factor=0.5, patience=patience, min_delta=min_delta, min_lr=0.01, monitor=monitor)
+    for number, loss in enumerate(losses, 1):
+        theirs.step(loss)
+        rate = 0.1 * factor(ours, number, 1, 100, lr=0.1, history=history(losses[:number]))
+        assert rate == pytest.approx(optimizer.param_groups[0]["lr"])
+
+
+def test_a_plateau_cools_down() -> None:
+    ours = schedule(name="plateau", factor=0.5, patience=1, cooldown=2)
+    rates = [factor(ours, n, 1, 100, history=history([1.0] * n)) for n in range(8)]
+    assert rates == [1, 1, 0.5, 0.5, 0.25, 0.25, 0.125, 0.125]  # the epoch in which it ends counts again, as in Keras
+
+
+def test_early_stopping_waits_for_better_epochs() -> None:
+    three = EarlyStopping(patience=3)
+    assert not stopped_early(None, history([1.0] * 50))
+    assert not stopped_early(three, history([3, 2, 2, 2]))
+    assert stopped_early(three, history([3, 2, 2, 2, 2]))
+    assert stopped_early(three, history([3, 2, 2, 2, 2, 1])), "it has ended then, whatever follows"
+    assert not stopped_early(three, [*history([3, 2, 2, 2]), {"train_loss": 1.0}]), (
+        "epochs that were not evaluated do not count"
+    )
+    assert stopped_early(EarlyStopping(patience=2, min_delta=0.5), history([3, 2.8, 2.6]))
+    assert stopped_early(EarlyStopping(patience=1, monitor="val_accuracy"), [{"val_accuracy": 0.5}, {"val_accuracy": 0.5}])
 
 
 def test_average_swaps_and_restores() -> None:
@@ -90,6 +159,13 @@ def test_average_swaps_and_restores() -> None:
 def test_seeds_of_steps_differ_by_step_rank_and_seed() -> None:
     seeds = {seed_of_step(seed, step, rank) for seed in range(5) for step in range(40) for rank in range(8)}
     assert len(seeds) == 5 * 40 * 8 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_seeding_a_device_is_torch_s() -> None:
+    torch.manual_seed(123)
+    expected = torch.rand(3)
+    seed_device(123, torch.device("cpu"))
+    assert torch.equal(torch.rand(3), expected)
 
 
 def test_metrics_drop_what_will_be_computed_again(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ import ranks
 import torch
 
 from hpc_cifar import files
-from hpc_cifar.config.experiment import AdamW
+from hpc_cifar.config.experiment import Experiment
+from hpc_cifar.config.optimization import AdamW
 from hpc_cifar.data.split import split
 from hpc_cifar.data.store import Store
 from hpc_cifar.runs import Run
@@ -100,6 +101,45 @@ def test_killed_and_resumed_is_bit_identical(tmp_path: Path, digits_data: Path, 
     assert ranks.losses(killed) == ranks.losses(undisturbed), f"kill seed {seed}"
     assert resumed["test_accuracy"] == result["test_accuracy"]
     assert resumed["restarts"] == 2
+
+
+VALIDATED: dict[str, dict[str, Any]] = {
+    "plateau": {"schedule": {"name": "plateau", "patience": 1, "factor": 0.5, "min_delta": 9, "warmup_epochs": 0.5}},
+    "staged": {"schedule": {"name": "staged", "stages": [{"epoch": 2, "lr": 0.07}, {"epoch": 4, "lr": 0.02}]}},
+}
+
+
+@pytest.mark.parametrize("name", VALIDATED)
+def test_rates_early_stopping_and_the_best_weights_survive_bit_for_bit(tmp_path: Path, digits_data: Path, name: str) -> None:
+    """With an average of the weights. No epoch is better by 9 than the first, so the fourth is the last one."""
+    changes = {
+        "epochs": 9,
+        "training": {"early_stopping": {"patience": 3, "min_delta": 9}},
+        "checkpoint": {"select": "best", "monitor": "val_loss", "every_steps": 5},
+        "optimizer": {"lr": 0.2},
+    }
+    values = ranks.experiment(**changes).model_dump() | VALIDATED[name]
+    config = Experiment.model_validate(values)
+    undisturbed, killed = ranks.new_run(tmp_path, config), ranks.new_run(tmp_path, config)
+    result = ranks.complete(undisturbed, digits_data, 1)
+    assert (result["state"], result["epochs"], result["selected"]) == ("finished", 4, "best")
+    assert result["reason"] == "early stopping after epoch 4 of 9"
+    rates = [row["lr"] for row in final_state(undisturbed)["history"]]
+    expected = {"plateau": [0.2, 0.2, 0.1, 0.05], "staged": [0.2, 0.07, 0.07, 0.02]}
+    assert rates == pytest.approx(expected[name])
+    for step in (17, 39):  # in the second epoch; after the third, when nothing but the history says how to go on
+        processes = ranks.start(killed, digits_data, 1)
+        ranks.wait_for_step(killed, step, processes)
+        ranks.kill_all(processes)
+    resumed = ranks.complete(killed, digits_data, 1)
+    one, other = final_state(undisturbed), final_state(killed)
+    for key in WEIGHTS:
+        assert_same_tensors(one[key], other[key], key)
+    timeless = [[{k: v for k, v in row.items() if k != "images_per_second"} for row in s["history"]] for s in (one, other)]
+    assert timeless[0] == timeless[1]
+    for key in ("state", "epochs", "test_loss", "test_accuracy", "reason"):
+        assert resumed[key] == result[key]
+    assert ranks.losses(killed) == ranks.losses(undisturbed)
 
 
 def images_seen(path: Path, world: int) -> dict[tuple[int, int], list[str]]:
