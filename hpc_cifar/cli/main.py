@@ -15,7 +15,7 @@ import typer
 
 from .. import __version__
 from ..errors import HpcCifarError
-from . import bench, configure, control, data, init, submit, train
+from . import bench, configure, control, data, evaluate, init, submit, train
 
 HELP = """Train CIFAR-10-sized experiments on a Slurm cluster or on this machine.
 
@@ -76,6 +76,8 @@ app.command()(control.logs)
 app.command()(control.wait)
 app.command()(control.cancel)
 app.command()(control.resume)
+app.command()(evaluate.evaluate)
+app.command()(evaluate.export)
 app.add_typer(bench.app, name="bench")
 
 

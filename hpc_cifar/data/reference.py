@@ -112,7 +112,7 @@ class Reference:
             try:
                 loading = loading or iter(loader)
                 images, labels = next(loading) or (self._nothing, torch.empty(0, dtype=torch.int64))
-            except (RuntimeError, OSError) as error:  # a worker was killed, or /dev/shm has no room for what it sends
+            except (RuntimeError, OSError, EOFError) as error:  # a worker was killed, or /dev/shm has no room for what it sends
                 if not self._workers:
                     raise
                 raise DataError(

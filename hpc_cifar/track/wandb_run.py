@@ -109,6 +109,17 @@ class WandbMirror:
         except Exception as error:
             self._give_up(f"W&B stopped taking metrics: {first_line(error)}; metrics.jsonl has them all")
 
+    def pictures(self, files: dict[str, Path]) -> None:
+        """Log image files under these names."""
+        if self._run is None:
+            return
+        try:
+            import wandb
+
+            self._run.log({name: wandb.Image(str(path)) for name, path in files.items()})
+        except Exception as error:
+            self._give_up(f"W&B stopped taking pictures: {first_line(error)}; they lie in the run directory")
+
     def finish(self, summary: dict[str, Any], *, preempted: bool = False, failed: bool = False) -> None:
         """Write the summary and close, in bounded time."""
         if self._run is None:

@@ -1,0 +1,130 @@
+"""``hpc-cifar evaluate`` and ``export``: parse, call, print."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from ..runs import Run
+
+RunName = Annotated[str, typer.Argument(help="Run id, unique prefix, job id, path, or last.")]
+Which = Annotated[
+    str,
+    typer.Option("--checkpoint", help="best, latest or such as step-00000391; else what the run reports.", show_default=False),
+]
+DataRoot = Annotated[Path | None, typer.Option(help="Folder of all datasets; HPC_CIFAR_DATA, else ./data.", show_default=False)]
+
+
+def evaluate(
+    run: RunName = "last",
+    tta: Annotated[bool, typer.Option("--tta", help="Also average over mirrored and shifted views.")] = False,
+    feature_maps: Annotated[
+        bool, typer.Option("--feature-maps", help="Draw the first kernels and every layer's maps of an image.")
+    ] = False,
+    image: Annotated[int, typer.Option(min=0, help="Number of that image.")] = 0,
+    split: Annotated[str, typer.Option(help="test or validation.")] = "test",
+    checkpoint: Which = "",
+    pictures: Annotated[bool, typer.Option(help="Draw confusion matrix, calibration, curves, mistakes.")] = True,
+    root: DataRoot = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print evaluation.json.")] = False,
+) -> None:
+    """Test a trained run: figures by class, calibration, mistakes; PNG and JSON in the run's evaluation folder."""
+    from ..errors import UsageError
+
+    if split not in ("test", "validation"):
+        raise UsageError(f"--split {split}: should be test or validation")
+    found = _find(run)
+    from .. import files
+    from ..train import evaluation, trained
+
+    loaded = trained.load(found, root.expanduser().absolute() if root else files.data_root(), checkpoint)
+    result, folder = evaluation.evaluate(loaded, split, tta=tta, pictures=pictures, maps_of=image if feature_maps else None)
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(result, indent=2))
+    else:
+        for line in lines_of(result):
+            typer.echo(line)
+        typer.echo(f"\n{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
+    _mirror(found, result, folder)
+
+
+def lines_of(result: dict[str, Any]) -> list[str]:
+    """The figures for people; with test-time augmentation beside those without."""
+    columns = [result, *([result["tta"]] if "tta" in result else [])]
+    lines = [
+        f"{result['run']}, {result['data']}, {result['images']:,} {result['split']} images, {result['checkpoint']} checkpoint"
+    ]
+    if len(columns) == 2:
+        lines.append(f"{'':22}{'plain':>10}{'augmented':>12} ({columns[1]['views']} views)")
+    rows: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
+        ("accuracy", lambda one: f"{one['accuracy']:.2%}"),
+        ("top-5 accuracy", lambda one: f"{one['top5_accuracy']:.2%}"),
+        ("loss", lambda one: f"{one['loss']:.4f}"),
+        ("macro precision", lambda one: f"{one['macro']['precision']:.4f}"),
+        ("macro recall", lambda one: f"{one['macro']['recall']:.4f}"),
+        ("macro F1", lambda one: f"{one['macro']['f1']:.4f}"),
+        ("calibration error", lambda one: f"{one['ece']:.2%}"),
+    ]
+    for name, text in rows:
+        lines.append(f"{name:22}{text(columns[0]):>10}" + "".join(f"{text(one):>12}" for one in columns[1:]))
+    lines += ["", f"{'class':22}{'precision':>10}{'recall':>12}{'F1':>10}{'images':>10}"]
+    for name, scores in result["per_class"].items():
+        lines.append(
+            f"{name[:21]:22}{scores['precision']:10.4f}{scores['recall']:12.4f}{scores['f1']:10.4f}{scores['images']:10,}"
+        )
+    confused = [f"{'/'.join(row['pair'])} {row['images']}" for row in result["most_confused"][:5]]
+    return [*lines, "", "most confused: " + (", ".join(confused) or "nothing")]
+
+
+def _find(name: str) -> Run:
+    from .. import files, runs
+
+    return runs.find(name, files.runs_root())
+
+
+def _mirror(run: Run, result: dict[str, Any], folder: Path) -> None:
+    """Also to W&B, if the run's metrics went there."""
+    from ..track.wandb_run import WandbMirror
+
+    tracking = run.experiment().tracking
+    known = run.path / "wandb-id"
+    if tracking.wandb == "disabled" or not known.exists():
+        return
+    mirror = WandbMirror(tracking, run.path, known.read_text(encoding="utf-8"), run.id, {}, typer.echo)
+    mirror.pictures({f"evaluation/{path.stem}": path for path in sorted(folder.glob("*.png"))})
+    numbers = {name: result[name] for name in ("accuracy", "loss", "top5_accuracy", "ece")} | result["macro"]
+    if "tta" in result:
+        numbers["tta_accuracy"] = result["tta"]["accuracy"]
+    mirror.finish({f"evaluation/{result['split']}_{name}": value for name, value in numbers.items()})
+
+
+def export(
+    run: RunName = "last",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The file; RUN.safetensors here.", show_default=False)] = None,
+    checkpoint: Which = "",
+    root: DataRoot = None,
+) -> None:
+    """Write a run's weights with classes and preprocessing as one safetensors file, and check it by loading it back."""
+    from .. import files
+    from ..errors import UsageError
+
+    found = _find(run)
+    path = (out or Path(f"{found.id}.safetensors")).expanduser().absolute()
+    if path.suffix != ".safetensors" or not path.parent.is_dir():
+        raise UsageError(f"--out {path}: should end in .safetensors, in a folder that exists")
+    from ..train import trained
+    from ..train.export import export as write
+
+    loaded = trained.load(found, root.expanduser().absolute() if root else files.data_root(), checkpoint)
+    try:
+        about = write(loaded, path)
+    except OSError as error:
+        raise UsageError(f"--out {path}: {error.strerror or error}") from None
+    size = path.stat().st_size / 2**20
+    typer.echo(f"{path}: {size:.1f} MiB, {len(about.classes)} classes, {loaded.which} checkpoint of epoch {loaded.epoch}")

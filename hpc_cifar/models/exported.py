@@ -1,0 +1,100 @@
+"""A trained network as one safetensors file that stands alone: weights, classes, preprocessing, and how it is built."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor, nn
+
+from .. import files
+from ..config.model import ModelConfig, PretrainedModel
+from ..errors import DataError
+from . import build
+
+FORMAT = "hpc-cifar-1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """What a file holds besides the weights.
+
+    Attributes:
+        mean, std: of each channel; a pixel is (raw / 255 - mean) / std.
+        image: (channels, height, width).
+        facts: the run, its data and its figures.
+    """
+
+    model: Any
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    image: tuple[int, int, int]
+    facts: dict[str, Any]
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """uint8 (n, h, w, c) as the network takes them: float32 (n, c, h, w)."""
+        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
+        return (images.permute(0, 3, 1, 2).float() / 255 - mean) / std
+
+
+def save(path: Path, network: nn.Module, about: Exported) -> None:
+    """Write the file atomically; its metadata is text in safetensors' header.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    from safetensors.torch import save as to_bytes
+
+    values = {
+        "format": FORMAT,
+        "model": json.dumps(about.model.model_dump(mode="json")),
+        "classes": json.dumps(about.classes),
+        "mean": json.dumps(about.mean),
+        "std": json.dumps(about.std),
+        "image": json.dumps(about.image),
+        "facts": json.dumps(about.facts),
+    }
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    with files.atomic_file(path) as stream:
+        stream.write(to_bytes(weights, metadata=values))
+
+
+def load(path: Path) -> tuple[nn.Module, Exported]:
+    """The network in evaluation mode on the CPU, and what is to know about it.
+
+    Raises:
+        DataError: the file is damaged, or not one that :func:`save` wrote.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as opened:
+            words = opened.metadata() or {}
+            weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # not a dictionary
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
+    if words.get("format") != FORMAT:
+        raise DataError(f"{path}: is no export of hpc-cifar")
+    try:
+        fields = {name: json.loads(words[name]) for name in ("model", "classes", "mean", "std", "image", "facts")}
+        model = TypeAdapter(ModelConfig).validate_python(fields["model"])
+    except (KeyError, ValueError, ValidationError) as error:
+        raise DataError(f"{path}: its header is damaged: {error}") from None
+    model = model.model_copy(update={"weights": None}) if isinstance(model, PretrainedModel) else model
+    about = Exported(
+        model,
+        tuple(fields["classes"]),
+        tuple(fields["mean"]),
+        tuple(fields["std"]),
+        tuple(fields["image"]),
+        fields["facts"],
+    )
+    network = build.build(model, about.image, classes=len(about.classes))
+    network = network.to(next(iter(weights.values())).dtype) if weights else network
+    network.load_state_dict(weights)
+    return network.eval(), about

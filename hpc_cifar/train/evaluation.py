@@ -1,0 +1,112 @@
+"""``evaluate``: figures and pictures of a trained run, in ``<run>/evaluation/<split>/``."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .. import files
+from ..errors import UsageError
+from ..evaluate import figures, maps, metrics
+from ..evaluate.predict import PLAIN, probabilities, tta_views
+from ..runs import now
+from .step import autocast
+from .trained import Trained
+
+SHIFT = 2  # pixels of the views of test-time augmentation
+
+
+def evaluate(trained: Trained, split: str, *, tta: bool, pictures: bool, maps_of: int | None) -> tuple[dict[str, Any], Path]:
+    """Write the evaluation of one split; its figures, and the folder.
+
+    Args:
+        split: ``test`` or ``validation``.
+        tta: also average over mirrored and shifted views, beside the plain figures.
+        pictures: draw them.
+        maps_of: number of the image of the split whose feature maps are drawn.
+
+    Raises:
+        UsageError: there is no such split or image.
+    """
+    arrays, indices = _images(trained, split)
+    if maps_of is not None and not 0 <= maps_of < len(indices):
+        raise UsageError(f"--image {maps_of}: the {split} images are numbered 0 to {len(indices) - 1}")
+    classes = trained.prepared.store.classes
+    inference = partial(autocast, trained.precision, trained.device)
+    plain, labels = probabilities(trained.network, trained.batches(split), PLAIN, inference)
+    result: dict[str, Any] = {
+        "run": trained.run.id, "split": split, "data": trained.prepared.store.label, "checkpoint": trained.which,
+        "epoch": trained.epoch, "step": trained.step, "evaluated": now(), **metrics.summary(plain, labels, classes),
+    }  # fmt: skip
+    folder = trained.run.path / "evaluation" / split
+    folder.mkdir(parents=True, exist_ok=True)
+    wrong = metrics.misclassified(plain, labels)
+    result["misclassified"] = [
+        {
+            "image": position,
+            "class": classes[labels[position]],
+            "predicted": classes[plain[position].argmax()],
+            "confidence": float(plain[position].max()),
+        }
+        for position in wrong
+    ]
+    if tta:
+        views = tta_views(SHIFT)
+        averaged, _ = probabilities(trained.network, trained.batches(split), views, inference)
+        result["tta"] = {"views": len(views), **metrics.summary(averaged, labels, classes)}
+    if pictures:
+        figures.confusion(result["confusion"], classes, folder / "confusion.png")
+        figures.reliability(result["calibration"], result["ece"], folder / "reliability.png")
+        if trained.history:
+            figures.curves(trained.history, folder / "curves.png")
+        if wrong:
+            titles = [f"{row['class']}\n{row['predicted']} {row['confidence']:.0%}" for row in result["misclassified"]]
+            chosen = np.asarray(arrays.images)[np.asarray(indices)[wrong]]
+            figures.images(chosen, titles, folder / "misclassified.png", "Most confident mistakes: class, prediction")
+    if maps_of is not None:
+        _draw_maps(trained, split, maps_of, np.asarray(arrays.images)[np.asarray(indices)[maps_of]], folder)
+    files.write_json(folder / "evaluation.json", result)
+    return result, folder
+
+
+def _images(trained: Trained, split: str) -> tuple[Any, Any]:
+    store = trained.prepared.store
+    if split == "test":
+        return store.test, np.arange(len(store.test.labels))
+    if not len(trained.prepared.validation_indices):
+        raise UsageError("--split validation: this run held no images out (data.validation: test); use --split test")
+    return store.train, trained.prepared.validation_indices
+
+
+def _draw_maps(trained: Trained, split: str, number: int, picture: Any, folder: Path) -> None:
+    """The kernels of the first convolution, the image, and the maps of every convolution and pool for it."""
+    for old in folder.glob("maps-*.png"):
+        old.unlink()
+    kernels = maps.first_kernels(trained.network)
+    if kernels is not None:
+        figures.maps(kernels, folder / "kernels.png", f"{len(kernels)} kernels of the first convolution")
+    image = _input(trained, split, number)
+    with torch.no_grad(), autocast(trained.precision, trained.device):
+        logits = trained.network(image).float().softmax(1)[0]
+        found = maps.feature_maps(trained.network, image)
+    name = trained.prepared.store.classes[int(logits.argmax())]
+    figures.images(
+        picture[None], [f"image {number}: {name} {float(logits.max()):.0%}"], folder / "maps-00-image.png", columns=1
+    )
+    for layer, (words, values) in enumerate(found, 1):
+        plain = words.partition(" ")[0].replace(".", "_")
+        shape = "x".join(map(str, values.shape))
+        figures.maps(values, folder / f"maps-{layer:02}-{plain}.png", f"image {number}, layer {words}: {shape}")
+
+
+def _input(trained: Trained, split: str, number: int) -> torch.Tensor:
+    """Image ``number`` of the split as the network gets it, (1, c, h, w)."""
+    for batch in trained.batches(split):
+        if number < len(batch.labels):
+            return batch.images[number : number + 1]
+        number -= len(batch.labels)
+    raise UsageError("there is no such image")

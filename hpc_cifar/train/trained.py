@@ -1,0 +1,102 @@
+"""A run's network as it was trained: what ``evaluate`` and ``export`` begin with."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config.experiment import Experiment
+from ..data import pipeline as data
+from ..data.pipeline import Batch
+from ..errors import CheckpointError, RunError
+from ..runs import Run
+from . import checkpoint
+from .distributed import World, device_for
+from .setup import Prepared, choose_channels_last, choose_precision, make_network, prepare_data, split_digest
+
+BATCH = 500
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """The network in evaluation mode, with the average of its weights if the run kept one.
+
+    Attributes:
+        which: the checkpoint: ``best``, ``latest`` or a folder's name.
+        epoch, step: after which it was saved.
+    """
+
+    run: Run
+    experiment: Experiment
+    prepared: Prepared
+    network: nn.Module
+    device: torch.device
+    precision: torch.dtype
+    channels_last: bool
+    which: str
+    epoch: int
+    step: int
+    history: list[dict[str, Any]]
+
+    def batches(self, split: str) -> Iterator[Batch]:
+        """Images of ``test`` or ``validation``, in the order of the store, as the network gets them."""
+        store = self.prepared.store
+        arrays = store.test if split == "test" else store.train
+        indices = range(len(arrays.labels)) if split == "test" else self.prepared.validation_indices
+        return data.evaluation_batches(
+            self.experiment.data, arrays, indices, batch_size=BATCH, rank=0, world_size=1, device=self.device,
+            dtype=self.precision, channels_last=self.channels_last, mean=self.prepared.mean, std=self.prepared.std,
+        )  # fmt: skip
+
+
+def load(run: Run, data_root: Path, which: str = "") -> Trained:
+    """The network of ``run`` on the GPU if there is one, from its verified checkpoint.
+
+    Args:
+        which: ``best`` or ``latest``; "" is the one whose test figures the run reports.
+
+    Raises:
+        RunError: there is no such checkpoint.
+        CheckpointError: it is damaged, or of another network or dataset.
+        DataError: the dataset is not here.
+    """
+    experiment = run.experiment()
+    world = World(0, 1, 0, 1, device_for(torch.cuda.is_available(), 0, 1), None)
+    prepared = prepare_data(experiment, data_root, world)
+    which = which or ("best" if experiment.checkpoint.select == "best" else "latest")
+    saved = checkpoint.named(run.checkpoints, which)
+    if saved is None:
+        raise RunError(f"{run.id} has no checkpoint {which!r} (yet); there are: {_names(run)}")
+    state = checkpoint.read(saved)
+    if state["split_digest"] != split_digest(prepared):
+        raise CheckpointError(
+            f"{run.id} was trained on other images than those in {data_root / experiment.data.dataset}; prepare the same again"
+        )
+    channels_last = choose_channels_last(experiment)
+    network = make_network(experiment, prepared, world, channels_last)
+    try:
+        network.load_state_dict(state["model"])
+    except RuntimeError as error:
+        raise CheckpointError(f"{saved.folder} does not fit the run's network: {str(error).splitlines()[0]}") from None
+    if state["ema"] is not None:
+        live = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        with torch.no_grad():
+            for parameter, average in zip(live, state["ema"]["shadow"], strict=True):
+                parameter.copy_(average)
+    network.eval()
+    precision = choose_precision(experiment, world.device)
+    step = state["position"]["step"]
+    epoch = state["position"]["epoch"]
+    return Trained(
+        run, experiment, prepared, network, world.device, precision, channels_last, which, epoch, step, state["history"]
+    )
+
+
+def _names(run: Run) -> str:
+    names = [name for name in ("best", "latest") if (run.checkpoints / name).exists()]
+    return ", ".join([*names, *(saved.folder.name for saved in checkpoint.stored(run.checkpoints))]) or "none"
