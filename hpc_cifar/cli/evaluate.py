@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -96,8 +97,9 @@ def _mirror(run: Run, result: dict[str, Any], folder: Path) -> None:
     known = run.path / "wandb-id"
     if tracking.wandb == "disabled" or not known.exists():
         return
-    mirror = WandbMirror(tracking, run.path, known.read_text(encoding="utf-8"), run.id, {}, typer.echo)
-    mirror.pictures({f"evaluation/{path.stem}": path for path in sorted(folder.glob("*.png"))})
+    say = partial(typer.echo, err=True)
+    mirror = WandbMirror(tracking, run.path, known.read_text(encoding="utf-8"), run.id, {}, say)
+    mirror.pictures({f"evaluation/{folder.name}-{path.stem}": path for path in sorted(folder.glob("*.png"))})
     numbers = {name: result[name] for name in ("accuracy", "loss", "top5_accuracy", "ece")} | result["macro"]
     if "tta" in result:
         numbers["tta_accuracy"] = result["tta"]["accuracy"]

@@ -82,7 +82,7 @@ def submit(
     ]
     root, data_root = files.runs_root(), files.data_root()
     if not dry_run:
-        experiments = with_weights(experiments, data_root, verify=True)
+        experiments = with_weights(experiments, data_root)
     elements = expand(experiments, seeds=seeds, folds=kfold)
     chosen = with_overrides(
         _cluster(cluster, dry_run),
@@ -118,19 +118,38 @@ def _load(paths: list[Path], sets: list[str]) -> list[Experiment]:
     return [experiment for _, experiment in loaded]
 
 
-def with_weights(experiments: Sequence[Experiment], data_root: Path, *, verify: bool) -> list[Experiment]:
-    """Experiments that name the files of their pretrained weights.
+def with_weights(experiments: Sequence[Experiment], data_root: Path) -> list[Experiment]:
+    """Experiments that name the files of their pretrained weights, each of which fits its network and dataset.
 
     Raises:
-        UsageError, DataError: weights are missing, damaged, or another network's.
+        UsageError: what is wrong with any of them, a line each.
     """
     from ..config.model import PretrainedModel
+    from ..errors import DataError, UsageError
 
     if not any(isinstance(one.model, PretrainedModel) for one in experiments):
         return list(experiments)
+    from ..data.store import Store
     from ..models import weights  # imports torch, which takes a second or two
 
-    return [weights.resolved(one, data_root, verify=verify) for one in experiments]
+    known: dict[tuple[Any, str], Path | None] = {}
+    made, problems = [], []
+    for one in experiments:
+        model, key = one.model, (one.model, one.data.dataset)
+        if isinstance(model, PretrainedModel):
+            try:
+                if key not in known:
+                    store = Store.open(data_root, one.data.dataset)
+                    known[key] = weights.below(model, data_root, store.image_shape, len(store.classes))
+                path = known[key]
+            except (UsageError, DataError) as error:
+                problems.append(str(error))
+                continue
+            one = one.model_copy(update={"model": model.model_copy(update={"weights": str(path) if path else None})})
+        made.append(one)
+    if problems:
+        raise UsageError("\n".join(dict.fromkeys(problems)))
+    return made
 
 
 def with_resources(experiment: Experiment, **changes: Any) -> Experiment:

@@ -233,6 +233,14 @@ class Experiment(Model):
         return self
 
     @model_validator(mode="after")
+    def _statistics_over_all_ranks_are_ours(self) -> Experiment:
+        if isinstance(self.model, PretrainedModel) and self.training.batch_norm == "global":
+            raise ValueError(
+                f"training.batch_norm: global goes with family: sequential; {self.model.name} has its library's own layers"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _one_preprocessing(self) -> Experiment:
         model = self.model
         if isinstance(model, PretrainedModel) and model.preprocessing == "weights" and self.data.normalize != "mean_std":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, field_validator
 
 from .fields import Flag, Model, Positive, Real, Whole
 from .fields import Share as Rate
@@ -89,13 +89,20 @@ class Dropout(Model):
 
 
 class DropBlock(Model):
-    """Zeroes squares of ``size`` x ``size`` values in training, a share ``rate`` of all, and scales the rest up
+    """Zeroes squares of ``size`` x ``size`` values (odd) in training, a share ``rate`` of all, and scales the rest up
     (Ghiasi et al. 2018).
     """
 
     type: Literal["drop_block"]
     rate: Rate
-    size: Annotated[Size, Field(le=64)] = 3
+    size: Annotated[Size, Field(le=63)] = 3
+
+    @field_validator("size")
+    @classmethod
+    def _has_a_middle(cls, size: int) -> int:
+        if size % 2 == 0:
+            raise ValueError(f"should be odd, not {size}")
+        return size
 
 
 class Flatten(Model):

@@ -91,7 +91,10 @@ class Muon(AnyOptimizer):
 
 
 class LARS(AnyOptimizer):
-    """SGD whose step in each layer is relative to the norm of its weights, for large batches (You et al. 2017)."""
+    """SGD whose step in each layer is relative to the norm of its weights, for large batches (You et al. 2017).
+
+    Biases and normalisations take plain steps without decay.
+    """
 
     name: Literal["lars"]
     lr: Positive

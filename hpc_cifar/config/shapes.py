@@ -117,6 +117,12 @@ def check_layers(model: ModelConfig, input: Shape = CIFAR_INPUT, classes: int | 
         return
     if model.head is None:
         return
+    last = len(model.head) - 1
+    for index, layer in enumerate(model.head):
+        if isinstance(layer, Conv) and layer.init == "whiten":
+            raise ShapeError(index, "conv with init: whiten takes images, and a head takes the backbone's maps", "head")
+    if not isinstance(model.head[last], Dense):
+        raise ShapeError(last, f"{model.head[last].type} is the last layer; end with dense: {{units: {classes or 10}}}", "head")
     try:
         layer_shapes(SequentialModel(family="sequential", layers=model.head), ANY_MAPS, classes)
     except ShapeError as error:

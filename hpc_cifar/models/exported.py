@@ -59,9 +59,15 @@ def save(path: Path, network: nn.Module, about: Exported) -> None:
         "image": json.dumps(about.image),
         "facts": json.dumps(about.facts),
     }
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    weights = {name: _plain(tensor) for name, tensor in network.state_dict().items()}
     with files.atomic_file(path) as stream:
         stream.write(to_bytes(weights, metadata=values))
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """On the CPU, one value after the other, floats as float32."""
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.is_floating_point() else tensor).contiguous().clone()
 
 
 def load(path: Path) -> tuple[nn.Module, Exported]:
@@ -95,6 +101,8 @@ def load(path: Path) -> tuple[nn.Module, Exported]:
         fields["facts"],
     )
     network = build.build(model, about.image, classes=len(about.classes))
-    network = network.to(next(iter(weights.values())).dtype) if weights else network
-    network.load_state_dict(weights)
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise DataError(f"{path}: its weights do not fit its network: {str(error).splitlines()[0]}") from None
     return network.eval(), about

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,11 +20,12 @@ from . import sequential
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
+_TRANSFORMED = ("inception_v3", "googlenet")
 # what a library's network has after its last maps, besides pools; an auxiliary classifier, too
 CLASSIFIERS = ("fc", "classifier", "head", "heads", "AuxLogits", "aux1", "aux2", "dropout", "avgpool")
-_NOT_COUNTED = (
-    nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.ELU, nn.LeakyReLU, nn.Identity,
-    nn.Dropout, nn.Dropout2d,
+_COUNTED = (
+    nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.MaxPool2d, nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d,
 )  # fmt: skip
 
 
@@ -50,8 +53,25 @@ class Pretrained(nn.Module):
         """(n, channels, height, width) of images."""
         if self._resize is not None:
             images = F.interpolate(images, size=(self._resize, self._resize), mode="bilinear", antialias=False)
+        if self.training and len(images) < 2:  # a rank's share of a small last batch: too few for statistics of their own
+            with self._keeping_statistics():
+                return self._maps(images)
+        return self._maps(images)
+
+    def _maps(self, images: Tensor) -> Tensor:
         maps: Tensor = self.backbone(images)
         return maps
+
+    @contextlib.contextmanager
+    def _keeping_statistics(self) -> Iterator[None]:
+        moving = [m for m in self.backbone.modules() if getattr(m, "running_mean", None) is not None and m.training]
+        for module in moving:
+            module.eval()
+        try:
+            yield
+        finally:
+            for module in moving:
+                module.train()
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.head(x if self.takes_features else self.features(x))
@@ -110,7 +130,7 @@ def _frozen(backbone: nn.Module, model: PretrainedModel, trained: list[nn.Module
 
 def counted_layers(backbone: nn.Module) -> list[nn.Module]:
     """The layers that ``last4`` counts: convolutions, dense layers, normalisations and pools, in the order of the library."""
-    return [m for m in backbone.modules() if not any(m.children()) and not isinstance(m, _NOT_COUNTED)]
+    return [module for module in backbone.modules() if isinstance(module, _COUNTED)]
 
 
 def _trained_layers(backbone: nn.Module, last: int | None) -> list[nn.Module]:
@@ -122,14 +142,13 @@ def _trained_layers(backbone: nn.Module, last: int | None) -> list[nn.Module]:
     return layers[len(layers) - last :]
 
 
-def whole(model: PretrainedModel, device: str = "cpu") -> nn.Module:
-    """The library's own network with its classifier of ImageNet's classes and random weights.
+def whole(model: PretrainedModel) -> nn.Module:
+    """The library's own network with its classifier of ImageNet's classes and random weights, on torch's current device.
 
     Raises:
         UsageError: there is no such network.
     """
-    with torch.device(device):
-        return _torchvision(model.name) if model.family == "torchvision" else _timm(model.name)
+    return _torchvision(model.name) if model.family == "torchvision" else _timm(model.name)
 
 
 def _torchvision(name: str) -> nn.Module:
@@ -140,7 +159,7 @@ def _torchvision(name: str) -> nn.Module:
     if name not in names:
         raise UsageError(_unknown(name, "torchvision", names))
     # Inception's own rescaling of pixels is left to the preprocessing; torchvision warns unless it is asked for its slow init
-    options = {"transform_input": False, "init_weights": False} if name in ("inception_v3", "googlenet") else {}
+    options = {"transform_input": False, "init_weights": False} if name in _TRANSFORMED else {}
     network: nn.Module = registry.get_model(name, weights=None, **options)
     return network
 
@@ -150,6 +169,13 @@ def _timm(name: str) -> nn.Module:
 
     if not timm.is_model(name):
         raise UsageError(_unknown(name, "timm", timm.list_models()))
+    try:
+        timm.get_pretrained_cfg(name, allow_unregistered=True)
+    except RuntimeError:
+        plain, _, tag = name.partition(".")
+        known = [full for full in timm.list_models(pretrained=True) if full.partition(".")[0] == plain]
+        there = ", ".join(known[:8]) or "none"
+        raise UsageError(f"model.name: timm's {plain} has no weights {tag!r}; there are {there}") from None
     return timm.create_model(name, pretrained=False)
 
 
@@ -199,7 +225,15 @@ def statistics(model: PretrainedModel) -> Statistics:
     if model.preprocessing == "zero_one":
         return Statistics((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     if model.family == "torchvision":
-        return Statistics(*(HALF if model.name in ("inception_v3", "googlenet") else IMAGENET))
+        if model.name in _TRANSFORMED:  # what its transform_input makes of the usual statistics
+            return Statistics(*HALF)
+        from torchvision.models import _api as registry
+
+        try:
+            usual: Any = registry.get_model_weights(model.name)["DEFAULT"].transforms()
+        except (ValueError, KeyError):
+            return Statistics(*IMAGENET)
+        return Statistics(tuple(usual.mean), tuple(usual.std))
     import timm
 
     entry = timm.get_pretrained_cfg(model.name, allow_unregistered=True)

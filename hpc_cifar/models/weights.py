@@ -7,6 +7,7 @@ A compute node has no internet: nothing here downloads but :func:`fetch`, which 
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import pickle
 import zipfile
@@ -18,10 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import files
-from ..config.experiment import Experiment
 from ..config.model import PretrainedModel
 from ..errors import DataError, UsageError, first_line
-from .pretrained import CLASSIFIERS, Pretrained, backbone_of, whole
+from .pretrained import CLASSIFIERS, Pretrained, backbone_of, build, whole
 
 FOLDER = "weights"
 # weights that a package from the package index brings; its file, and the backbone that it fits under other names
@@ -155,32 +155,44 @@ def _shape(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "one number"
 
 
-def check(model: PretrainedModel, data_root: Path) -> Path | None:
-    """Read the weights and compare them with the network, which is not built; what ``submit`` does before a job queues.
+def check(model: PretrainedModel, data_root: Path, image: tuple[int, int, int] = (3, 32, 32), classes: int = 10) -> Path | None:
+    """Whether the network can be built and its weights fit, without memory for it; what ``submit`` does before a job queues.
+
+    Args:
+        image: (channels, height, width) of the dataset.
+
+    Returns:
+        The file of the weights, if the job file asks for any.
 
     Raises:
-        UsageError: they are missing, or another network's.
+        UsageError: there is no such network, it does not fit the images, or the weights are missing or another network's.
         DataError: they are truncated or damaged.
     """
+    with torch.device("meta"):
+        build(model, image, classes, False)
+        library = whole(model)
     path = find(model, data_root)
     if path is not None:
-        matched(read(path), whole(model, "meta"), path, model.name)
+        matched(read(path), library, path, model.name)
     return path
 
 
-def resolved(experiment: Experiment, data_root: Path, *, verify: bool) -> Experiment:
-    """The experiment with the file of its weights instead of ``imagenet``: a job sees the store's copy, not the login node's.
-
-    Raises:
-        UsageError, DataError: see :func:`check`; without ``verify`` only that they are missing.
+def below(model: PretrainedModel, data_root: Path, image: tuple[int, int, int] = (3, 32, 32), classes: int = 10) -> Path | None:
+    """:func:`check`, and the file below the data root, which every node and container sees; it is copied there from a cache
+    or package of this machine, or from where the user keeps it.
     """
-    model = experiment.model
-    if not isinstance(model, PretrainedModel):
-        return experiment
-    path = check(model, data_root) if verify else find(model, data_root)
-    if path is None:
-        return experiment
-    return experiment.model_copy(update={"model": model.model_copy(update={"weights": str(path.absolute())})})
+    path = check(model, data_root, image, classes)
+    if path is None or path.resolve().is_relative_to(data_root.resolve()):
+        return path
+    if model.weights == "imagenet":
+        return fetch(model, data_root)[0]
+    data = path.read_bytes()
+    copy = data_root / FOLDER / f"{hashlib.sha256(data).hexdigest()[:16]}-{path.name}"
+    if not copy.is_file() or copy.stat().st_size != len(data):
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        with files.atomic_file(copy) as stream:
+            stream.write(data)
+    return copy
 
 
 def load(model: PretrainedModel, network: nn.Module, data_root: Path) -> None:
@@ -210,7 +222,8 @@ def named(text: str) -> PretrainedModel:
     for choice in families:
         try:
             model = PretrainedModel.model_validate({"family": choice, "name": name})
-            whole(model, "meta")
+            with torch.device("meta"):
+                whole(model)
             return model
         except ValueError:
             raise UsageError(f"--weights {text}: should be such as torchvision/vgg16 or timm/resnet18") from None
@@ -240,7 +253,9 @@ def fetch(model: PretrainedModel, data_root: Path) -> tuple[Path, str]:
             f"the weights of {model.name} cannot be downloaded ({first_line(error)}); copy the file from elsewhere and name "
             "it in model.weights"
         ) from None
-    state = matched(read(source), whole(model, "meta"), source, model.name)
+    with torch.device("meta"):
+        library = whole(model)
+    state = matched(read(source), library, source, model.name)
     target.parent.mkdir(parents=True, exist_ok=True)
     with files.atomic_file(target) as stream:
         stream.write(save({name: tensor.contiguous().clone() for name, tensor in state.items()}))

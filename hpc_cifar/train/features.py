@@ -16,7 +16,6 @@ from ..config.shapes import head_layers
 from ..data import pipeline as data
 from ..data.pipeline import Batch
 from ..data.store import Arrays
-from ..errors import UsageError
 from ..models.pretrained import Pretrained
 from ..plan import shard
 from .distributed import World
@@ -26,7 +25,7 @@ BATCH = 250
 
 
 def wanted(experiment: Experiment) -> bool:
-    """Whether the job file asks for it: a frozen backbone, and images that no epoch changes."""
+    """Whether the job file allows it: a frozen backbone, and images that no epoch changes."""
     model = experiment.model
     if not isinstance(model, PretrainedModel) or model.cache_features is False or model.train != "frozen":
         return False
@@ -34,14 +33,18 @@ def wanted(experiment: Experiment) -> bool:
 
 
 class Features:
-    """The features of the images of a store, on the device of the rank; float32 (n, channels, height, width).
+    """The features of the images of a store, on the device of the rank; (n, channels, height, width) in the head's type.
 
     Each rank computes its share, and a sum over the ranks brings them together. Where the head begins with global average
     pooling, only the means are kept.
 
     Args:
+        train: indices of the training images; :meth:`batches` are of these.
+        used: sorted indices of all images of the training part of the store that the run looks at.
         inference: a context in which the backbone is run, such as autocast.
         arguments: what the data pipelines take.
+        progress: called after every batch: this may take longer than a watchdog has patience.
+
     """
 
     def __init__(
@@ -49,78 +52,95 @@ class Features:
         experiment: Experiment,
         network: Pretrained,
         world: World,
-        indices: npt.NDArray[np.int64],
+        train: npt.NDArray[np.int64],
+        used: npt.NDArray[np.int64],
         inference: Callable[[], Any],
         arguments: dict[str, Any],
+        progress: Callable[[], None],
     ) -> None:
         assert isinstance(experiment.model, PretrainedModel)
         self._experiment, self._network, self._world = experiment, network, world
-        self._inference, self._arguments = inference, arguments
+        self._inference, self._arguments, self._progress = inference, arguments, progress
         self._pooled = head_layers(experiment.model, 1)[0].type == "global_avg_pool"
-        self._known: dict[int, tuple[Tensor, Tensor]] = {}
-        self._epochs = data.Epochs(experiment.data, indices, experiment.seed, world.rank, world.size, 1, 1)
-        network.takes_features = True
+        self._used = used
+        self._epochs = data.Epochs(experiment.data, train, experiment.seed, world.rank, world.size, 1, 1)
+        self._known: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
-    def of(self, arrays: Arrays) -> tuple[Tensor, Tensor]:
-        """Features and labels of all images of one split; call on every rank."""
+    def of(self, arrays: Arrays, *, some: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Features, labels, and the row of each image of the store; call on every rank.
+
+        Args:
+            some: only the images that the run looks at; of the others the row is 0.
+        """
         if id(arrays) not in self._known:
-            self._known[id(arrays)] = self._computed(arrays)
+            self._known[id(arrays)] = self._computed(arrays, self._used if some else np.arange(len(arrays.labels)))
         return self._known[id(arrays)]
 
-    @torch.no_grad()
-    def _computed(self, arrays: Arrays) -> tuple[Tensor, Tensor]:
-        count = len(arrays.labels)
-        begin, end = shard(count, self._world.size, self._world.rank)
+    def bytes_of(self, arrays: Arrays, count: int) -> int:
+        """Memory of the features of ``count`` images, the same on every rank."""
+        return count * self._maps(self._images(arrays, np.arange(1)))[0].numel() * self._type().itemsize
+
+    def _type(self) -> torch.dtype:
+        return next(self._network.head.parameters()).dtype
+
+    def _images(self, arrays: Arrays, indices: npt.NDArray[np.int64]) -> Tensor:
         alone = self._arguments | {"rank": 0, "world_size": 1}
-        batches = data.evaluation_batches(self._experiment.data, arrays, np.arange(begin, end), batch_size=BATCH, **alone)
-        was_training = self._network.training
+        return next(data.evaluation_batches(self._experiment.data, arrays, indices, batch_size=len(indices), **alone)).images
+
+    @torch.no_grad()
+    def _maps(self, images: Tensor) -> Tensor:
+        """Of a few images; the network is in evaluation mode afterwards as it was before."""
+        training = self._network.training
         self._network.eval()
-        whole: Tensor | None = None
-        start = begin
-        for batch in batches:
-            with self._inference():
-                maps = self._network.features(batch.images).float()
-            if self._pooled:
-                maps = maps.mean((2, 3), keepdim=True)
-            if whole is None:
-                whole = self._room(count, maps)
-            whole[start : start + len(maps)] = maps
-            start += len(maps)
-        self._network.train(was_training)
-        if whole is None:
-            raise UsageError(f"model.cache_features: {count} images are too few for {self._world.size} processes")
+        with self._inference():
+            maps = self._network.features(images).to(self._type())
+        self._network.train(training)
+        return maps.mean((2, 3), keepdim=True) if self._pooled else maps
+
+    def _computed(self, arrays: Arrays, indices: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor]:
+        begin, end = shard(len(indices), self._world.size, self._world.rank)
+        example = self._maps(self._images(arrays, np.arange(1)))
+        whole = torch.zeros(len(indices), *example.shape[1:], dtype=example.dtype, device=example.device)
+        for start in range(begin, end, BATCH):
+            part = slice(start, min(start + BATCH, end))
+            whole[part] = self._maps(self._images(arrays, indices[part]))
+            self._progress()
         if self._world.size > 1:
             self._world.sum(whole)
-        return whole, torch.from_numpy(np.array(arrays.labels)).to(whole.device)
-
-    def _room(self, count: int, maps: Tensor) -> Tensor:
-        needed = count * maps[0].numel() * 4
-        if needed > LIMIT_BYTES:
-            raise UsageError(
-                f"model.cache_features: the features of {count:,} images take {needed / 2**30:.1f} GiB, more than "
-                f"{LIMIT_BYTES / 2**30:.0f}; begin the head with global_avg_pool, or set cache_features: false"
-            )
-        return torch.zeros(count, *maps.shape[1:], device=maps.device)
+        row = np.zeros(len(arrays.labels), np.int64)
+        row[indices] = np.arange(len(indices))
+        labels = torch.from_numpy(np.asarray(arrays.labels)[indices])
+        return whole, labels.to(whole.device), torch.from_numpy(row).to(whole.device)
 
     def batches(self, arrays: Arrays, epoch: int, first: int) -> Iterator[Batch]:
         """This rank's shard of the same global batches that a pipeline of images delivers."""
-        features, labels = self.of(arrays)
+        features, labels, row = self.of(arrays, some=True)
         samples, positions = self._epochs.samples_of(epoch, first)
-        chosen = torch.from_numpy(samples).to(features.device)
+        chosen = row[torch.from_numpy(samples).to(row.device)]
         start = 0
         for number, global_size, count in positions:
             part = chosen[start : start + count]
             start += count
             yield Batch(features[part], labels[part], number, global_size)
 
-    def evaluation_batches(self, arrays: Arrays, indices: npt.ArrayLike, batch_size: int) -> Iterator[Batch]:
+    def evaluation_batches(self, arrays: Arrays, indices: npt.ArrayLike, batch_size: int, *, some: bool) -> Iterator[Batch]:
         """This rank's share of ``indices``, in order."""
-        features, labels = self.of(arrays)
-        samples = torch.from_numpy(np.asarray(indices, dtype=np.int64)).to(features.device)
+        features, labels, row = self.of(arrays, some=some)
+        samples = row[torch.from_numpy(np.asarray(indices, dtype=np.int64)).to(row.device)]
         begin, end = shard(len(samples), self._world.size, self._world.rank)
         for number, start in enumerate(range(begin, end, batch_size)):
             part = samples[start : min(start + batch_size, end)]
             yield Batch(features[part], labels[part], number, len(samples))
+
+    def fits(self, arrays: Arrays) -> str:
+        """Why they take too much memory, "" if they do not."""
+        needed = self.bytes_of(arrays, len(self._used))
+        if needed <= LIMIT_BYTES:
+            return ""
+        return (
+            f"the features of {len(self._used):,} images take {needed / 2**30:.1f} GiB, more than {LIMIT_BYTES / 2**30:.0f}; "
+            "begin the head with global_avg_pool to cache them"
+        )
 
 
 class FeaturePipeline:

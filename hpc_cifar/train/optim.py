@@ -41,8 +41,14 @@ def _groups(config: Optimizer, parameters: list[nn.Parameter], rules: Sequence[R
         rule = of.get(id(parameter), Rule(parameter))
         # the gradient of l2 x the sum of squares is 2 x l2 x weight
         group = {"weight_decay": config.weight_decay + 2 * rule.l2, LR_FACTOR: rule.lr_factor}
-        if isinstance(config, Muon) and parameter.dim() < 2:
-            group |= {"use_fallback": True, LR_FACTOR: rule.lr_factor * config.other_lr / config.lr}
+        if isinstance(config, Muon):
+            group["use_muon"] = parameter.dim() > 1
+            if parameter.dim() < 2:
+                group[LR_FACTOR] *= config.other_lr / config.lr
+        if isinstance(config, LARS):  # biases and normalisations are neither adapted nor decayed, as in the paper's followers
+            group["always_adapt"] = parameter.dim() > 1
+            if parameter.dim() < 2:
+                group["weight_decay"] = 0.0
         groups.setdefault(tuple(group.items()), group | {"params": []})["params"].append(parameter)
     return list(groups.values())
 

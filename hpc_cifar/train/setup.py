@@ -136,15 +136,16 @@ def _first_weights(
             from ..models import weights
 
             weights.load(experiment.model, network, weights_root)
-        build.initialise_from_images(experiment.model, network, lambda: first_images(prepared, WHITENING_IMAGES))
+        build.initialise_from_images(experiment.model, network, lambda: some_images(prepared, WHITENING_IMAGES))
     except HpcCifarError as error:
         return error
     return None
 
 
-def first_images(prepared: Prepared, count: int) -> Tensor:
-    """float32 (n, c, h, w): the first training images as the network gets them, not augmented."""
-    chosen = np.sort(prepared.train_indices)[:count]
+def some_images(prepared: Prepared, count: int) -> Tensor:
+    """float32 (n, c, h, w): training images as the network gets them, not augmented; stores may lie class by class."""
+    every = np.sort(prepared.train_indices)
+    chosen = every[np.linspace(0, len(every) - 1, min(count, len(every))).astype(np.int64)]
     images = torch.from_numpy(np.array(prepared.store.train.images[chosen])).permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.from_numpy(np.asarray(values)).float()[:, None, None] for values in (prepared.mean, prepared.std))
     return (images - mean) / std

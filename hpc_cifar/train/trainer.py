@@ -10,13 +10,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from .. import files
 from ..config.experiment import Experiment
+from ..config.model import PretrainedModel
 from ..data import pipeline as data
 from ..data.store import Arrays
-from ..errors import HpcCifarError, NonFiniteLoss, RunError
+from ..errors import HpcCifarError, NonFiniteLoss, RunError, UsageError
 from ..evaluate.accuracy import evaluate
 from ..models import build
 from ..models.pretrained import Pretrained
@@ -145,20 +147,28 @@ class Trainer:
 
     def _pipeline(self) -> data.Pipeline | FeaturePipeline:
         experiment, train = self.experiment, self.prepared.store.train
+        too_large = ""
         if wanted(experiment):
-            began = time.perf_counter()
+            network, indices = self.session.network, self.prepared.train_indices
+            assert isinstance(network, Pretrained) and isinstance(experiment.model, PretrainedModel)
+            used = np.union1d(indices, self.prepared.validation_indices)
             inference = partial(autocast, self.precision, self.world.device)
-            network = self.session.network
-            assert isinstance(network, Pretrained)
-            self.features = Features(
-                experiment, network, self.world, self.prepared.train_indices, inference, self._data_arguments()
+            features = Features(
+                experiment, network, self.world, indices, used, inference, self._data_arguments(), self.watchdog.moved
             )
-            self.features.of(train)
-            why = f"the backbone is frozen: computed once, in {time.perf_counter() - began:.1f} s"
-            self.records.pipeline(FeaturePipeline.name, why)
-            return FeaturePipeline(self.features, train)
+            too_large = features.fits(train)
+            if not too_large:
+                began = time.perf_counter()
+                with self.watchdog.phase("features"):
+                    features.of(train, some=True)
+                network.takes_features, self.features = True, features
+                why = f"the backbone is frozen: computed once, in {time.perf_counter() - began:.1f} s"
+                self.records.pipeline(FeaturePipeline.name, why)
+                return FeaturePipeline(features, train)
+            if experiment.model.cache_features is True:
+                raise UsageError(f"model.cache_features: {too_large}")
         images = data.build(experiment.data, train, self.prepared.train_indices, seed=experiment.seed, **self._data_arguments())
-        self.records.pipeline(images.name, images.choice.why)
+        self.records.pipeline(images.name, "; ".join(filter(None, (images.choice.why, too_large))))
         return images
 
     def _is_through(self) -> bool:
@@ -278,7 +288,7 @@ class Trainer:
 
     def _evaluation_batches(self, arrays: Arrays, indices: Any) -> Iterator[data.Batch]:
         if self.features is not None:
-            return self.features.evaluation_batches(arrays, indices, 1000)
+            return self.features.evaluation_batches(arrays, indices, 1000, some=arrays is self.prepared.store.train)
         return data.evaluation_batches(self.experiment.data, arrays, indices, batch_size=1000, **self._data_arguments())
 
     def _test(self) -> tuple[float, float]:

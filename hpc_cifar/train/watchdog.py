@@ -92,6 +92,10 @@ class Watchdog:
         finally:
             self._phase, self._moved = before, time.monotonic()
 
+    def moved(self) -> None:
+        """Within a phase of many parts: one of them is done."""
+        self._moved = time.monotonic()
+
     # ---- the thread ----------------------------------------------------------------------------------------------------
 
     @property

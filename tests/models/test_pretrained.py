@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torchvision
 from torch import nn
 
 from hpc_cifar.cli.main import main
+from hpc_cifar.cli.submit import with_weights
 from hpc_cifar.config.experiment import Experiment
 from hpc_cifar.config.load import load_experiment
 from hpc_cifar.config.model import PretrainedModel
@@ -72,6 +74,24 @@ def test_statistics_may_be_frozen_though_the_layers_are_trained() -> None:
     kinds = {type(m).__name__: m.training for m in network.backbone.modules() if isinstance(m, nn.BatchNorm2d | nn.Conv2d)}
     assert kinds == {"BatchNorm2d": False, "Conv2d": True}
     assert trained(network.backbone) == sum(p.numel() for p in network.backbone.parameters())
+
+
+def test_a_shard_of_one_image_or_none_moves_no_statistics() -> None:
+    """As a rank may get of a small last batch; the library's own normalisation raises for one value a channel."""
+    network = made(model(train="all")).train()
+    before = network.backbone.get_buffer("bn1.running_mean").clone()
+    for count in (1, 0):
+        network(torch.randn(count, 3, 32, 32)).sum().backward()
+        assert torch.equal(network.backbone.get_buffer("bn1.running_mean"), before)
+    network(torch.randn(2, 3, 64, 64))
+    assert not torch.equal(network.backbone.get_buffer("bn1.running_mean"), before)
+
+
+def test_layers_of_timm_that_contain_their_activation_are_counted() -> None:
+    network = made(model(family="timm", name="tf_efficientnet_lite0", train="last2"))
+    names = [type(layer).__name__ for layer in pretrained.counted_layers(network.backbone)]
+    assert names[-2:] == ["Conv2d", "BatchNormAct2d"]
+    assert trained(network.backbone) == 320 * 1280 + 2 * 1280
 
 
 @pytest.mark.parametrize(
@@ -134,6 +154,7 @@ def test_heads_of_layers() -> None:
         ({"name": "vit_b_16"}, "vit_b_16 delivers no maps; use family: timm"),
         ({"name": "swin_t"}, "swin_t delivers no maps; use family: timm"),
         ({"family": "timm", "name": "vit_tiny_patch16_224", "resize": 224}, "vit_tiny_patch16_224 delivers no maps"),
+        ({"family": "timm", "name": "resnet18.nope"}, "timm's resnet18 has no weights 'nope'; there are resnet18."),
         ({"train": "last400"}, r"last400 is more than the \d+ layers of the backbone; use all"),
         ({"head": [{"max_pool": {"size": 3}}, "flatten", {"dense": {"units": 10}}]}, r"model.head\[0\]: max_pool of size 3"),
     ],
@@ -289,3 +310,56 @@ def test_prepare_names_what_it_cannot_fetch(
         assert main(["prepare", "--weights", name, "--root", str(tmp_path)]) == 2
         said = capsys.readouterr().err
         assert words in said and said.count("\n") == 1
+
+
+def test_submit_copies_weights_to_where_all_nodes_see_them(resnet: Path, tmp_path: Path, digits_data: Path) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(digits_data, root)
+    values = experiment_with(resnet)
+    [one, two] = with_weights([values, values.model_copy(update={"seed": 3})], root)
+    assert isinstance(one.model, PretrainedModel) and one.model.weights is not None
+    path = Path(one.model.weights)
+    assert path.is_relative_to(root) and path.read_bytes() == resnet.read_bytes() and one.model == two.model
+    again = with_weights([one], root)[0].model
+    assert again == one.model and len(list((root / "weights").iterdir())) == 1
+
+
+def experiment_with(weights_file: Path) -> Experiment:
+    return Experiment.model_validate(
+        {
+            "name": "x",
+            "epochs": 1,
+            "model": {"family": "torchvision", "name": "resnet18", "weights": str(weights_file)},
+            "data": {"dataset": "digits", "batch_size": 64},
+            "optimizer": {"name": "sgd", "lr": 0.1},
+        }
+    )
+
+
+@pytest.mark.parametrize("how", ["missing", "truncated", "another"])
+def test_submit_finds_bad_weights_before_anything_is_made(
+    how: str,
+    resnet: Path,
+    tmp_path: Path,
+    digits_data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("HPC_CIFAR_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("HPC_CIFAR_DATA", str(digits_data))
+    path = resnet
+    if how == "missing":
+        path = tmp_path / "nowhere.pth"
+    elif how == "truncated":
+        path = damage(resnet, "truncated", tmp_path / "bad.pth")
+    name = "resnet34" if how == "another" else "resnet18"
+    job = tmp_path / "job.yaml"
+    job.write_text(
+        f"name: x\nepochs: 1\nmodel: {{family: torchvision, name: {name}, weights: {path}}}\n"
+        "data: {dataset: digits, batch_size: 64}\noptimizer: {name: sgd, lr: 0.1}\n"
+    )
+    assert main(["submit", str(job), "--cluster", "local"]) == 2
+    words = {"missing": "there is no file", "truncated": "truncated or damaged", "another": "are not the weights of resnet34"}
+    said = capsys.readouterr().err
+    assert words[how] in said and said.count("\n") == 1
+    assert not (tmp_path / "runs").exists()

@@ -27,13 +27,13 @@ EVERY_LAYER: list[Any] = [
     "relu",
     {"conv": {"filters": 8, "kernel": 4, "stride": 2, "padding": 1}},
     "gelu",
+    {"drop_block": {"rate": 0.1, "size": 3}},
     {"avg_pool": {"size": 2}},
     "silu",
     {"conv": {"filters": 9}},
     {"max_pool": {"size": 3}},
     {"dropout": {"rate": 0.5}},
     "tanh",
-    {"drop_block": {"rate": 0.1, "size": 2}},
     {"aptx": {"beta": 0.5}},
     "flatten",
     {"dense": {"units": 20, "bias": False}},
@@ -58,6 +58,7 @@ def test_shapes_and_counts_by_arithmetic_are_those_of_torch(pool: str) -> None:
         assert sum(p.numel() for p in module.parameters()) == spec.parameters, spec
         x = module(x)
         assert tuple(x.shape[1:]) == tuple(spec.out_shape), spec
+    assert build(config, (3, 32, 32)).train()(torch.randn(4, 3, 32, 32)).shape == (4, 10)
 
 
 def test_every_layer_is_built() -> None:

@@ -176,7 +176,7 @@ def test_optimizers_of_timm_learn_and_restore(name: str) -> None:
     first = steps(ours, optimizer)
     assert sum(first[-2:]) < 0.8 * sum(first[:2]), first
     groups = optimizer.param_groups
-    assert [group["lr_factor"] for group in groups] == pytest.approx([1.0, 0.2] if name == "muon" else [1.0])
+    assert [group["lr_factor"] for group in groups] == pytest.approx([1.0, 0.2] if name == "muon" else [1.0, 1.0])
     other = network()
     other.load_state_dict(ours.state_dict())
     buffer = io.BytesIO()
@@ -186,6 +186,22 @@ def test_optimizers_of_timm_learn_and_restore(name: str) -> None:
     restored.load_state_dict(torch.load(buffer, weights_only=True))
     assert steps(ours, optimizer) == steps(other, restored)
     assert torch.equal(weights, other.get_parameter("1.weight"))
+
+
+def test_lars_steps_are_relative_to_the_weights() -> None:
+    """With no decay at all, too; biases take plain steps."""
+    ours = network()
+    before = {name: p.detach().clone() for name, p in ours.named_parameters()}
+    stepper = stepper_of(configured({"name": "lars", "lr": 2.0, "momentum": 0.0, "trust_coefficient": 0.01}), ours, [])
+    [batch] = batches(1)
+    stepper(batch, 0)
+    theirs = network()
+    F.cross_entropy(theirs(batch.images), batch.labels).backward()
+    for name, parameter in theirs.named_parameters():
+        assert parameter.grad is not None
+        scale = 0.01 * before[name].norm() / parameter.grad.norm() if parameter.dim() > 1 else 1.0
+        expected = before[name] - 2.0 * scale * parameter.grad
+        torch.testing.assert_close(ours.get_parameter(name), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_rates_grow_with_the_batch() -> None:

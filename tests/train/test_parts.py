@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import types
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -14,9 +16,11 @@ from pydantic import TypeAdapter
 from torch import nn
 
 from hpc_cifar.config.optimization import EarlyStopping, ScheduleConfig
+from hpc_cifar.data.store import Arrays
 from hpc_cifar.track.metrics import MetricsLog
 from hpc_cifar.train.optim import EMA
 from hpc_cifar.train.schedule import factor, stopped_early
+from hpc_cifar.train.setup import Prepared, some_images
 from hpc_cifar.train.step import seed_device, seed_of_step
 
 
@@ -193,3 +197,13 @@ def test_damaged_metrics_never_stop_a_resume(tmp_path: Path, content: bytes) -> 
     log.close()
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert rows[0]["step"] == 1 and rows[-1]["step"] == 2
+
+
+def test_whitening_looks_at_all_classes() -> None:
+    """A store of class folders lies class by class."""
+    images = np.repeat(np.arange(10, dtype=np.uint8) * 25, 50)[:, None, None, None] * np.ones((1, 8, 8, 3), np.uint8)
+    arrays = Arrays(images, np.repeat(np.arange(10), 50), np.zeros((500, 2, 3), np.int64))
+    store: Any = types.SimpleNamespace(train=arrays)
+    prepared = Prepared(store, np.arange(500), np.arange(0), np.zeros(3), np.ones(3))
+    found = (some_images(prepared, 20)[:, 0, 0, 0] * 255 / 25).round().int()
+    assert found.tolist() == [label for label in range(10) for _ in range(2)]

@@ -15,6 +15,7 @@ from hpc_cifar.config.experiment import Experiment
 from hpc_cifar.config.load import load_experiment
 from hpc_cifar.config.packaged import job_files
 from hpc_cifar.data.prepare import prepare
+from hpc_cifar.train import evaluation, trained
 
 pytestmark = [pytest.mark.slow, pytest.mark.component("archive")]
 JOBS = [path for path in job_files() if path.stem != "quickstart-digits"]  # its images are no photographs
@@ -82,3 +83,5 @@ def test_a_job_trains_resumes_and_is_evaluated(path: Path, real_images: Path, tm
     assert 0 <= result["test_accuracy"] <= 1 and result["test_loss"] > 0
     assert sorted(ranks.losses(run)) == [1, 2, 3]
     assert "resuming at step 2 of 3" in ranks.logs(run)
+    found, _ = evaluation.evaluate(trained.load(run, real_images), "test", tta=False, pictures=False, maps_of=None)
+    assert found["accuracy"] == pytest.approx(result["test_accuracy"], abs=1e-9) and found["images"] == 100

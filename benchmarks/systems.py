@@ -1,0 +1,140 @@
+"""Train the published systems and put what their sources claim beside what was measured.
+
+    python benchmarks/systems.py ann-1 cnn-3 --json docs/results/systems.json
+    python benchmarks/systems.py --seeds 3 --json docs/results/systems.json        every system that has a claim
+
+One after another, each in a process of its own on this machine, on the GPU if there is one. Runs lie in HPC_CIFAR_RUNS and are
+continued if this program is started again; figures of runs that were not made with the present files are kept as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hpc_cifar import files
+from hpc_cifar.config.experiment import Experiment
+from hpc_cifar.config.load import load_experiment
+from hpc_cifar.data import bench
+from hpc_cifar.runs import Run
+
+JOBS = Path(__file__).resolve().parents[1] / "jobs"
+FIGURES = ("train_accuracy", "train_loss", "val_accuracy", "val_loss", "test_accuracy", "test_loss")
+
+
+def claimed() -> list[str]:
+    """Systems with a claim, in the order of the sources."""
+    found = [(load_experiment(path), path.stem) for path in sorted(JOBS.glob("*.yaml"))]
+    return [
+        name for experiment, name in sorted(found, key=lambda pair: getattr(pair[0].claim, "source", "")) if experiment.claim
+    ]
+
+
+def train(job: Path, name: str, sets: list[str]) -> bool:
+    """Whether it could be trained to its end; what it said has been printed."""
+    changes = [part for change in sets for part in ("--set", change)]
+    done = subprocess.run([sys.executable, "-m", "hpc_cifar", "train", str(job), "--name", name, *changes], check=False)
+    return done.returncode == 0
+
+
+def on_the_gpu(experiment: Experiment) -> list[str]:
+    """A job that asks for no GPU is trained on one where there is one."""
+    if torch.cuda.is_available() and not experiment.resources.gpus_per_node:
+        return ["resources.gpus_per_node=1", "resources.processes_per_node=null"]
+    return []
+
+
+def measured(run: Run) -> dict[str, Any]:
+    """The figures of a finished run's selected epoch, and its test."""
+    result = run.result() or {}
+    rows = [row for row in files.read_json_lines(run.metrics_file) if row["kind"] == "epoch"]
+    chosen, checkpoint = rows[-1], run.experiment().checkpoint
+    if checkpoint.select == "best":  # the first of equal ones, as the run chose
+        sign = -1.0 if checkpoint.monitor == "val_loss" else 1.0
+        chosen = max((row for row in rows if checkpoint.monitor in row), key=lambda row: sign * row[checkpoint.monitor])
+    figures = {**chosen, **result}
+    return {
+        **{name: figures.get(name) for name in FIGURES},
+        "epochs": result.get("epochs"),
+        "seconds": result.get("seconds"),
+        "restarts": result.get("restarts"),
+        "data": result.get("data"),
+        "selected": result.get("selected"),
+    }
+
+
+def text(value: float | None, name: str) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2%}" if name.endswith("accuracy") else f"{value:.4f}"
+
+
+def lines(results: dict[str, Any]) -> list[str]:
+    """A Markdown table: claimed / measured, mean and spread over the seeds."""
+    table = ["| job | n | " + " | ".join(f"{name.replace('_', ' ')}" for name in FIGURES) + " | epochs | time |"]
+    table.append("|---" * (len(FIGURES) + 4) + "|")
+    for name, entry in results.items():
+        cells = []
+        for figure in FIGURES:
+            values = [one[figure] for one in entry["measured"] if one[figure] is not None]
+            mean = statistics.mean(values) if values else None
+            spread = f" ± {text(statistics.stdev(values), figure)}" if len(values) > 1 else ""
+            claim = (entry["claim"] or {}).get(figure)
+            cells.append(f"{text(claim, figure)} / {text(mean, figure)}{spread}")
+        epochs = statistics.mean(one["epochs"] for one in entry["measured"])
+        seconds = statistics.mean(one["seconds"] for one in entry["measured"])
+        claim = entry["claim"] or {}
+        when = f"{claim['hours'] * 60:.0f} min" if claim.get("hours") else "-"
+        row = [
+            name,
+            str(len(entry["measured"])),
+            *cells,
+            f"{claim.get('epochs') or '-'} / {epochs:g}",
+            f"{when} / {seconds:.0f} s",
+        ]
+        table.append("| " + " | ".join(row) + " |")
+    return table
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("jobs", nargs="*", help="names in jobs/; every one with a claim unless some are named")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each, from the file's seed on")
+    parser.add_argument("--set", action="append", default=[], dest="sets", help="a.b=value, as for submit; noted in the result")
+    parser.add_argument("--suffix", default="", help="of the names of runs, and of the jobs in the result")
+    parser.add_argument("--json", type=Path, help="where the figures are added to")
+    options = parser.parse_args()
+    kept = (files.read_json(options.json) or {}) if options.json else {}
+    failed: list[str] = []
+    results: dict[str, Any] = kept.get("systems", {})
+    for name in options.jobs or claimed():
+        experiment: Experiment = load_experiment(JOBS / f"{name}.yaml", options.sets)
+        found = []
+        for seed in range(experiment.seed, experiment.seed + options.seeds):
+            run = f"{name}{options.suffix}-s{seed}"
+            if train(JOBS / f"{name}.yaml", run, [*on_the_gpu(experiment), *options.sets, f"seed={seed}"]):
+                found.append(measured(Run(files.runs_root() / run)) | {"seed": seed})
+        if not found:
+            failed.append(name)
+            continue
+        claim = experiment.claim.model_dump(exclude_none=True, exclude={"inferred"}) if experiment.claim else None
+        results[name + options.suffix] = {
+            "claim": claim, "set": options.sets, "measured": found, "hardware": bench.hardware(), "versions": bench.versions(),
+        }  # fmt: skip
+        if options.json:  # after each: a session may end at any time
+            files.write_json(options.json.absolute(), {"systems": results})
+        print("\n".join(lines({name + options.suffix: results[name + options.suffix]})), flush=True)
+    print("\n".join(["", *lines(results)]))
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return len(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
