@@ -30,13 +30,13 @@ def batch_files(count: int = 20, **options: Any) -> dict[str, bytes]:
     return made
 
 
-def hundred_files(count: int = 60, **changes: Any) -> dict[str, bytes]:
-    """CIFAR-100's layout with 20 classes."""
-    names = [f"class {number}".encode() for number in range(20)]
+def hundred_files(count: int = 60, classes: int = 20, **changes: Any) -> dict[str, bytes]:
+    """CIFAR-100's layout with ``classes`` classes."""
+    names = [f"class {number}".encode() for number in range(classes)]
     made = {}
     for number, name in enumerate(("train", "test")):
         pixels = np.random.default_rng(number).integers(0, 256, (count, 3072), dtype=np.uint8)
-        labels = [row % 20 for row in range(count)]
+        labels = [row % classes for row in range(count)]
         fields = {b"data": pixels, b"fine_labels": labels, b"coarse_labels": [label // 5 for label in labels]}
         made[name] = pickle.dumps(fields | {key.encode(): value for key, value in changes.items()}, protocol=2)
     made["meta"] = pickle.dumps({b"fine_label_names": names, b"coarse_label_names": names[:4]}, protocol=2)

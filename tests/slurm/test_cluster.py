@@ -86,7 +86,7 @@ def test_crash_and_boot_of_a_node(slurm_cluster: SlurmCluster) -> None:
     slurm_cluster.until(lambda: "n3 idle" in slurm_cluster.testbed("status"), 60, "n3 is back")
 
 
-def testbed(verb: str, folder: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def own_cluster(verb: str, folder: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(TESTBED), verb, "--dir", str(folder), *options]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, check=False)
 
@@ -98,15 +98,15 @@ def test_a_dirty_stop_is_cleaned_up_by_the_next_start(
     """Of a second cluster on the same machine, whose daemons but the first one die."""
     own = tmp_path / "c"
     try:
-        assert testbed("up", own, *options).returncode == 0
+        assert own_cluster("up", own, *options).returncode == 0
         pids = [pid for pid, _ in json.loads((own / "daemons.json").read_text()).values()]
         assert len(pids) == (7 if options else 5)
         for pid in pids[1:]:
             os.kill(pid, signal.SIGKILL)
-        assert testbed("up", own, *options).returncode == 0
-        assert testbed("status", own).stdout.count("idle") == 3
+        assert own_cluster("up", own, *options).returncode == 0
+        assert own_cluster("status", own).stdout.count("idle") == 3
     finally:
-        assert testbed("down", own).returncode == 0
+        assert own_cluster("down", own).returncode == 0
     assert list(own.iterdir()) == []
     for other in (slurm_cluster, accounting_session):
         assert "n1" in other.testbed("status"), "the session's clusters are untouched"
@@ -114,7 +114,7 @@ def test_a_dirty_stop_is_cleaned_up_by_the_next_start(
 
 def test_what_is_missing_is_named(slurm_cluster: SlurmCluster, tmp_path: Path) -> None:
     """By the names of Debian's packages, before anything is made."""
-    done = testbed("up", tmp_path / "c", PATH="/nowhere")  # /usr/sbin is searched anyway
+    done = own_cluster("up", tmp_path / "c", PATH="/nowhere")  # /usr/sbin is searched anyway
     assert done.returncode == 1 and not (tmp_path / "c").exists()
     install = "apt-get install --no-install-recommends slurm-wlm util-linux"
     assert done.stderr == f"cluster: missing slurm-wlm, util-linux: {install}\n"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,6 +42,8 @@ def record_batches(path: Path) -> None:
 
 def as_rank(arguments: list[str], environment: dict[str, str], log: str) -> None:
     """Train; ends the process with the exit code the command line would give. Output is appended to ``log``."""
+    # the server that this process is forked from may have been begun by a pipeline, whose workers hear no signals
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
     os.environ.update(environment)
     stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(stream, 1)

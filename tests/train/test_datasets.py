@@ -62,7 +62,7 @@ def test_prepare_and_train(tmp_path: Path, dataset: str, other: str) -> None:
     if other in ("ffcv", "dali") and importlib.util.find_spec({"ffcv": "ffcv", "dali": "nvidia.dali"}[other]) is None:
         pytest.skip(f"{other} is not installed")
     if dataset == "cifar100":
-        source, classes, size = makers.write_tar(tmp_path / "hundred.tar.gz", makers.hundred_files()), 20, (32, 32)
+        source, classes, size = makers.write_tar(tmp_path / "hundred.tar.gz", makers.hundred_files(200, 100)), 100, (32, 32)
     else:
         files = makers.image_files(each=12, classes=("oak", "ash", "yew"), size=(28, 20), kind="PNG")
         source, classes, size = makers.write_folder(tmp_path / "leaves", files), 3, (20, 28)
