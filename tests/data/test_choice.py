@@ -71,6 +71,7 @@ def test_a_gpu_that_is_not_there(arrays: Arrays, name: str) -> None:
         make(arrays, name, device="cuda")
 
 
+@pytest.mark.slow
 def test_a_killed_worker_process_is_an_error(arrays: Arrays) -> None:
     import multiprocessing
 
@@ -85,6 +86,7 @@ def test_a_killed_worker_process_is_an_error(arrays: Arrays) -> None:
     one.close()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="a small /dev/shm needs root")
 @pytest.mark.parametrize("name", ["resident", "reference", FFCV, DALI])
 def test_no_room_in_shared_memory(name: str, readable: Callable[[str], Arrays]) -> None:
@@ -168,6 +170,7 @@ def test_bench_and_preview(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     assert main(["prepare", "digits", "--preview", str(tmp_path / "no" / "sheet.png")]) == 2
 
 
+@pytest.mark.slow
 def test_bench_goes_on_without_a_pipeline_that_cannot_begin(arrays: Arrays, monkeypatch: pytest.MonkeyPatch) -> None:
     def cannot(*_: Any) -> None:
         raise DataError("data.pipeline: reference: no luck\nmore words")

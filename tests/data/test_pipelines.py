@@ -185,6 +185,7 @@ def test_dali_works_ahead(readable: Readable) -> None:
     one.close()
 
 
+@pytest.mark.slow
 def test_worker_processes_change_nothing_and_end(arrays: Arrays) -> None:
     import multiprocessing
 

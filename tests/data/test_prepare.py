@@ -210,6 +210,7 @@ def test_a_second_prepare_is_told_who_works(tmp_path: Path, archive: Path, conso
     assert left_in(root) == [".digits.lock", "cifar10", "digits"]
 
 
+@pytest.mark.slow
 def test_waiting_for_the_other_prepare(tmp_path: Path, archive: Path, console: Console) -> None:
     root = tmp_path / "root"
     with slow_prepare(archive, root, 1.5) as first:

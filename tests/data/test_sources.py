@@ -128,6 +128,7 @@ def test_wrong_sets_of_batches(tmp_path: Path) -> None:
         assert message in one_line(error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1017, 10_000])
 def test_known_counts_with_other_bytes_are_altered(tmp_path: Path, count: int) -> None:
     with pytest.raises(DataError, match="data_batch_1: altered") as error:

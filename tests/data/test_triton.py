@@ -56,6 +56,7 @@ def test_the_kernel_gives_the_same_pixels(arrays: Arrays, augment: Augment) -> N
             assert mine.images.is_contiguous(memory_format=layout)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("triton_kernel")
 @pytest.mark.parametrize("shape", [(32, 32, 3), (20, 28, 1), (33, 17, 4)])
 def test_ranks_together_have_the_whole_batch_of_images_of_any_shape(shape: tuple[int, int, int]) -> None:

@@ -170,6 +170,7 @@ def test_a_refusal_is_one_line_and_the_run_says_so(site: Site) -> None:
     assert runs.all_runs(site.runs) == [run], "what is refused beforehand leaves nothing"
 
 
+@pytest.mark.slow
 def test_what_sbatch_gets_is_what_the_dry_run_shows(site: Site) -> None:
     command(
         site.folder / "bin", "sbatch", f'cp "$1" {site.folder}/got.sh; env > {site.folder}/env; echo Submitted batch job 77'

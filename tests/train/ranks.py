@@ -17,7 +17,7 @@ from hpc_cifar.config.experiment import Experiment
 from hpc_cifar.runs import Run
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["hpc_cifar.train.loop", "hpc_cifar.data.kernels"])
+CONTEXT.set_forkserver_preload(["hpc_cifar.train.loop", "hpc_cifar.data.kernels", "hpc_cifar.data.reference"])
 
 
 def experiment(**changes: Any) -> Experiment:
