@@ -107,29 +107,30 @@ def main() -> int:
     parser.add_argument("jobs", nargs="*", help="names in jobs/; every one with a claim unless some are named")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each, from the file's seed on")
     parser.add_argument("--set", action="append", default=[], dest="sets", help="a.b=value, as for submit; noted in the result")
-    parser.add_argument("--suffix", default="", help="of the names of runs, and of the jobs in the result")
+    parser.add_argument("--suffix", default="", help="word behind the names of runs, and of the jobs in the result")
     parser.add_argument("--json", type=Path, help="where the figures are added to")
     options = parser.parse_args()
     kept = (files.read_json(options.json) or {}) if options.json else {}
     failed: list[str] = []
+    suffix = f"-{options.suffix}" if options.suffix else ""
     results: dict[str, Any] = kept.get("systems", {})
     for name in options.jobs or claimed():
         experiment: Experiment = load_experiment(JOBS / f"{name}.yaml", options.sets)
         found = []
         for seed in range(experiment.seed, experiment.seed + options.seeds):
-            run = f"{name}{options.suffix}-s{seed}"
+            run = f"{name}{suffix}-s{seed}"
             if train(JOBS / f"{name}.yaml", run, [*on_the_gpu(experiment), *options.sets, f"seed={seed}"]):
                 found.append(measured(Run(files.runs_root() / run)) | {"seed": seed})
         if not found:
             failed.append(name)
             continue
         claim = experiment.claim.model_dump(exclude_none=True, exclude={"inferred"}) if experiment.claim else None
-        results[name + options.suffix] = {
+        results[name + suffix] = {
             "claim": claim, "set": options.sets, "measured": found, "hardware": bench.hardware(), "versions": bench.versions(),
         }  # fmt: skip
         if options.json:  # after each: a session may end at any time
             files.write_json(options.json.absolute(), {"systems": results})
-        print("\n".join(lines({name + options.suffix: results[name + options.suffix]})), flush=True)
+        print("\n".join(lines({name + suffix: results[name + suffix]})), flush=True)
     print("\n".join(["", *lines(results)]))
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)

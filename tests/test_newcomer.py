@@ -96,7 +96,7 @@ def test_the_wheel_holds_the_job_files_and_runs(repository: Path, tmp_path: Path
     [
         ("epoch.py", ["--job", "quickstart-digits", "--steps", "2", "--rounds", "1"]),
         ("data.py", ["--images", "600", "--rounds", "1"]),
-        ("systems.py", ["quickstart-digits", "--seeds", "2", "--set", "epochs=1", "--suffix", "-short"]),
+        ("systems.py", ["quickstart-digits", "--seeds", "2", "--set", "epochs=1", "--suffix", "short"]),
     ],
 )
 def test_benchmarks_run(repository: Path, tmp_path: Path, digits_data: Path, script: str, options: list[str]) -> None:
