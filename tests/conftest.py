@@ -92,6 +92,15 @@ def cifar_archive() -> Path:
 
 
 @pytest.fixture(scope="session")
+def lossless_archive(cifar_archive: Path) -> Path:
+    """The lossless subset, which lies beside the archive that HPC_CIFAR_ARCHIVE names where both are at hand."""
+    path = cifar_archive if "lossless" in cifar_archive.name else cifar_archive.parent / "cifar10-lossless-subset.tar.gz"
+    if not path.is_file():
+        pytest.skip(f"{path.name} is not beside HPC_CIFAR_ARCHIVE")
+    return path
+
+
+@pytest.fixture(scope="session")
 def cifar_data(cifar_archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store root with CIFAR-10 prepared from the archive; read only."""
     from rich.console import Console

@@ -34,9 +34,9 @@ class Augment(Model):
 
     ``padding_value`` is the raw pixel value, 0 to 255, one for all channels or one each, of ``padding_mode: constant``.
     ``flip: alternating`` mirrors every image in every other epoch. The rotation is up to so many degrees either way, the shift
-    up to that fraction of the size, both ways and both directions; they interpolate, on the device, after all else, and
-    ``warp_fill`` is what comes into view: the nearest pixel, a reflection (which repeats the edge, as that of the padding does
-    not), or black.
+    up to that fraction of the size, both ways, in both directions or ``[vertical, horizontal]``. They interpolate, on the
+    device, after all else, and ``warp_fill`` is what comes into view: the nearest pixel, a reflection (which repeats the edge,
+    as that of the padding does not), or black.
     """
 
     crop_padding: Annotated[Whole, Field(ge=0, le=256)] = 0

@@ -6,6 +6,7 @@ but the draws.
 
 from __future__ import annotations
 
+import mmap
 import multiprocessing
 import signal
 from collections.abc import Iterator
@@ -41,7 +42,8 @@ class _Augmented(Dataset[tuple[torch.Tensor, int]]):
     def __getstate__(self) -> dict[str, Any]:
         """What a worker process gets: where a memory-mapped file lies instead of what is in it."""
         images = self._images
-        mapped = isinstance(images, np.memmap) and images.flags.c_contiguous and images.filename is not None
+        # a part of a mapped array has the offset of the whole one; its base is that array, and not the file
+        mapped = isinstance(images, np.memmap) and isinstance(images.base, mmap.mmap)
         place = (str(images.filename), images.dtype, images.offset, images.shape) if mapped else None  # type: ignore[attr-defined]
         return self.__dict__ | {"_images": None if place else images, "_place": place}
 

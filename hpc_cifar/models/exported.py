@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from .. import files
 from ..config.model import ModelConfig, PretrainedModel
-from ..errors import DataError
+from ..errors import DataError, first_line
 from . import build
 
 FORMAT = "hpc-cifar-1"
@@ -89,8 +89,8 @@ def load(path: Path) -> tuple[nn.Module, Exported]:
     try:
         fields = {name: json.loads(words[name]) for name in ("model", "classes", "mean", "std", "image", "facts")}
         model = TypeAdapter(ModelConfig).validate_python(fields["model"])
-    except (KeyError, ValueError, ValidationError) as error:
-        raise DataError(f"{path}: its header is damaged: {error}") from None
+    except (KeyError, ValueError) as error:  # pydantic's are ValueErrors
+        raise DataError(f"{path}: its header is damaged ({first_line(error)})") from None
     model = model.model_copy(update={"weights": None}) if isinstance(model, PretrainedModel) else model
     about = Exported(
         model,
@@ -104,5 +104,5 @@ def load(path: Path) -> tuple[nn.Module, Exported]:
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
-        raise DataError(f"{path}: its weights do not fit its network: {str(error).splitlines()[0]}") from None
+        raise DataError(f"{path}: its weights do not fit its network ({first_line(error)})") from None
     return network.eval(), about

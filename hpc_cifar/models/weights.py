@@ -244,7 +244,7 @@ def fetch(model: PretrainedModel, data_root: Path) -> tuple[Path, str]:
     from safetensors.torch import save
 
     target = kept(model, data_root)
-    source = next((path for path in _cached(model) if path.is_file()), None)
+    source = next((path for path in (target, *_cached(model)) if path.is_file()), None)
     try:
         if source is None:
             source = _download(model)
@@ -256,6 +256,8 @@ def fetch(model: PretrainedModel, data_root: Path) -> tuple[Path, str]:
     with torch.device("meta"):
         library = whole(model)
     state = matched(read(source), library, source, model.name)
+    if source == target:
+        return target, "an earlier prepare"
     target.parent.mkdir(parents=True, exist_ok=True)
     with files.atomic_file(target) as stream:
         stream.write(save({name: tensor.contiguous().clone() for name, tensor in state.items()}))

@@ -27,15 +27,6 @@ def no_archive(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HPC_CIFAR_ARCHIVE", raising=False)
 
 
-@pytest.fixture
-def lossless_archive(cifar_archive: Path) -> Path:
-    """The lossless subset, which lies beside the archive that HPC_CIFAR_ARCHIVE names where both are at hand."""
-    path = cifar_archive if "lossless" in cifar_archive.name else cifar_archive.parent / "cifar10-lossless-subset.tar.gz"
-    if not path.is_file():
-        pytest.skip(f"{path.name} is not beside HPC_CIFAR_ARCHIVE")
-    return path
-
-
 @pytest.fixture(scope="session")
 def arrays() -> Arrays:
     """Random images as a memory-mapped store holds them."""

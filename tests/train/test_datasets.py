@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -16,6 +15,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
 
 import makers
+
+from hpc_cifar.data.choice import problem
 
 pytestmark = pytest.mark.slow
 FFCV = pytest.param("ffcv", marks=pytest.mark.component("ffcv"))
@@ -59,8 +60,8 @@ def results(folder: Path, dataset: str, classes: int, pipelines: list[str]) -> l
 @pytest.mark.parametrize("dataset", ["cifar100", "leaves"])
 def test_prepare_and_train(tmp_path: Path, dataset: str, other: str) -> None:
     """Any pipeline ends with the loss of ``resident``."""
-    if other in ("ffcv", "dali") and importlib.util.find_spec({"ffcv": "ffcv", "dali": "nvidia.dali"}[other]) is None:
-        pytest.skip(f"{other} is not installed")
+    if why := problem(other):
+        pytest.skip(why)
     if dataset == "cifar100":
         source, classes, size = makers.write_tar(tmp_path / "hundred.tar.gz", makers.hundred_files(200, 100)), 100, (32, 32)
     else:

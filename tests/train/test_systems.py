@@ -17,18 +17,15 @@ from hpc_cifar.config.packaged import job_files
 from hpc_cifar.data.prepare import prepare
 from hpc_cifar.train import evaluation, trained
 
-pytestmark = [pytest.mark.slow, pytest.mark.component("archive")]
+pytestmark = pytest.mark.slow
 JOBS = [path for path in job_files() if path.stem != "quickstart-digits"]  # its images are no photographs
 
 
 @pytest.fixture(scope="module")
-def real_images(cifar_archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def real_images(lossless_archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """500 training and 100 test images of CIFAR-10."""
-    path = cifar_archive if "lossless" in cifar_archive.name else cifar_archive.parent / "cifar10-lossless-subset.tar.gz"
-    if not path.is_file():
-        pytest.skip(f"{path.name} is not beside HPC_CIFAR_ARCHIVE")
     root, few = tmp_path_factory.mktemp("subset"), tmp_path_factory.mktemp("few")
-    with tarfile.open(path) as archive:
+    with tarfile.open(lossless_archive) as archive:
         for member in archive:
             name = Path(member.name).name
             if name.startswith(("data_batch_", "test_batch")) and (stream := archive.extractfile(member)):
