@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -82,6 +82,8 @@ def submit(
     ]
     root, data_root = files.runs_root(), files.data_root()
     if not dry_run:
+        from ..launch.weights import with_weights
+
         experiments = with_weights(experiments, data_root)
     elements = expand(experiments, seeds=seeds, folds=kfold)
     chosen = with_overrides(
@@ -116,40 +118,6 @@ def _load(paths: list[Path], sets: list[str]) -> list[Experiment]:
     if problems:
         raise ConfigError(problems)
     return [experiment for _, experiment in loaded]
-
-
-def with_weights(experiments: Sequence[Experiment], data_root: Path) -> list[Experiment]:
-    """Experiments that name the files of their pretrained weights, each of which fits its network and dataset.
-
-    Raises:
-        UsageError: what is wrong with any of them, a line each.
-    """
-    from ..config.model import PretrainedModel
-    from ..errors import DataError, UsageError
-
-    if not any(isinstance(one.model, PretrainedModel) for one in experiments):
-        return list(experiments)
-    from ..data.store import Store
-    from ..models import weights  # imports torch, which takes a second or two
-
-    known: dict[tuple[Any, str], Path | None] = {}
-    made, problems = [], []
-    for one in experiments:
-        model, key = one.model, (one.model, one.data.dataset)
-        if isinstance(model, PretrainedModel):
-            try:
-                if key not in known:
-                    store = Store.open(data_root, one.data.dataset)
-                    known[key] = weights.below(model, data_root, store.image_shape, len(store.classes))
-                path = known[key]
-            except (UsageError, DataError) as error:
-                problems.append(str(error))
-                continue
-            one = one.model_copy(update={"model": model.model_copy(update={"weights": str(path) if path else None})})
-        made.append(one)
-    if problems:
-        raise UsageError("\n".join(dict.fromkeys(problems)))
-    return made
 
 
 def with_resources(experiment: Experiment, **changes: Any) -> Experiment:

@@ -162,8 +162,8 @@ def _find_or_create(
     from ..launch import provenance
     from ..launch import submit as launch
     from ..launch.status import is_live, status
+    from ..launch.weights import with_weights, without_weights
     from ..plan import make_plan
-    from .submit import with_weights
 
     found = runs.named(root, name)
     exists = found.experiment_file.is_file()
@@ -179,23 +179,13 @@ def _find_or_create(
         exists = False
     placement, notes = _placement(experiment, world, local_world)
     if exists:
-        if runs.experiment_text(_without_weights(found.experiment())) != runs.experiment_text(_without_weights(experiment)):
+        if runs.experiment_text(without_weights(found.experiment())) != runs.experiment_text(without_weights(experiment)):
             raise RunError(f"{found.id} trains another experiment; use --fresh to start over or --name with another name")
         return found
     stored = launch.checked_train_images(experiment, data_root)
     [experiment] = with_weights([experiment], data_root)
     plan = make_plan(experiment, placement, stored, notes)
     return runs.create(root, name, experiment, plan.as_dict(), provenance.collect())
-
-
-def _without_weights(experiment: Experiment) -> Experiment:
-    """Where pretrained weights lie does not matter to a run that goes on from its checkpoint."""
-    from ..config.model import PretrainedModel
-
-    model = experiment.model
-    if not isinstance(model, PretrainedModel):
-        return experiment
-    return experiment.model_copy(update={"model": model.model_copy(update={"weights": None})})
 
 
 def _placement(experiment: Experiment, world: int, local_world: int) -> tuple[Placement, tuple[str, ...]]:

@@ -279,7 +279,7 @@ class Experiment(Model):
         return self
 
     @model_validator(mode="after")
-    def _decay_that_adamw_would_not_make(self) -> Experiment:
+    def _l2_is_a_part_of_the_gradient(self) -> Experiment:
         model = self.model
         field, layers = ("head", model.head or ()) if isinstance(model, PretrainedModel) else ("layers", model.layers)
         if isinstance(self.optimizer, AdamW | Muon) and any(getattr(layer, "l2", 0.0) for layer in layers):

@@ -54,25 +54,26 @@ class SGD(AnyOptimizer):
         return self
 
 
-class Adam(AnyOptimizer):
+class AnyAdam(AnyOptimizer):
+    """Fields of Adam and AdamW."""
+
+    lr: Positive = 1e-3
+    beta1: Share = 0.9
+    beta2: Share = 0.999
+    eps: Positive = 1e-8
+
+
+class Adam(AnyAdam):
     """Adam; ``weight_decay`` is added to the gradient (L2)."""
 
     name: Literal["adam"]
-    lr: Positive = 1e-3
-    beta1: Share = 0.9
-    beta2: Share = 0.999
-    eps: Positive = 1e-8
     weight_decay: NotNegative = 0.0
 
 
-class AdamW(AnyOptimizer):
+class AdamW(AnyAdam):
     """Adam with decoupled weight decay."""
 
     name: Literal["adamw"]
-    lr: Positive = 1e-3
-    beta1: Share = 0.9
-    beta2: Share = 0.999
-    eps: Positive = 1e-8
     weight_decay: NotNegative = 1e-2
 
 

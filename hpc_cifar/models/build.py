@@ -34,7 +34,7 @@ def build(
     """The network of a job file, initialised from torch's current random state; (n, c, h, w) -> (n, classes) logits.
 
     Args:
-        joint_batch_norm: BatchNorm takes its statistics over all ranks, not over each rank's own batch.
+        joint_batch_norm: BatchNorm takes its statistics over all ranks, not over each rank's own batch; not in a backbone.
         classes: for the usual head of a backbone; layers in the job file name their units.
     """
     match model:
@@ -43,7 +43,7 @@ def build(
         case PretrainedModel():
             from . import pretrained  # torchvision and timm take seconds to import
 
-            return pretrained.build(model, input_shape, classes, joint_batch_norm)
+            return pretrained.build(model, input_shape, classes)
 
 
 def rules(model: ModelConfig, network: nn.Module) -> list[Rule]:

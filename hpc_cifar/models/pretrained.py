@@ -53,13 +53,9 @@ class Pretrained(nn.Module):
         """(n, channels, height, width) of images."""
         if self._resize is not None:
             images = F.interpolate(images, size=(self._resize, self._resize), mode="bilinear", antialias=False)
-        if self.training and len(images) < 2:  # a rank's share of a small last batch: too few for statistics of their own
-            with self._keeping_statistics():
-                return self._maps(images)
-        return self._maps(images)
-
-    def _maps(self, images: Tensor) -> Tensor:
-        maps: Tensor = self.backbone(images)
+        few = self.training and len(images) < 2  # a rank's share of a small last batch: too few for statistics of their own
+        with self._keeping_statistics() if few else contextlib.nullcontext():
+            maps: Tensor = self.backbone(images)
         return maps
 
     @contextlib.contextmanager
@@ -78,16 +74,12 @@ class Pretrained(nn.Module):
         return logits
 
 
-def build(model: PretrainedModel, input_shape: tuple[int, int, int], classes: int, joint_batch_norm: bool) -> Pretrained:
+def build(model: PretrainedModel, input_shape: tuple[int, int, int], classes: int) -> Pretrained:
     """The network with random weights, initialised from torch's current random state.
 
     Raises:
         UsageError: the library has no such backbone, it cannot take such images, or the head does not fit its maps.
     """
-    if joint_batch_norm:
-        raise UsageError(
-            f"training.batch_norm: global goes with family: sequential; {model.name} of {model.family} has its library's own"
-        )
     backbone = backbone_of(whole(model), model)
     side = model.resize
     shape = (input_shape[0], side, side) if side else input_shape

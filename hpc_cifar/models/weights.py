@@ -169,7 +169,7 @@ def check(model: PretrainedModel, data_root: Path, image: tuple[int, int, int] =
         DataError: they are truncated or damaged.
     """
     with torch.device("meta"):
-        build(model, image, classes, False)
+        build(model, image, classes)
         library = whole(model)
     path = find(model, data_root)
     if path is not None:

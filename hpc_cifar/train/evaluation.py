@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from .. import files
+from ..data.store import Arrays
 from ..errors import UsageError
 from ..evaluate import figures, maps, metrics
 from ..evaluate.predict import PLAIN, probabilities, tta_views
@@ -32,12 +34,12 @@ def evaluate(trained: Trained, split: str, *, tta: bool, pictures: bool, maps_of
     Raises:
         UsageError: there is no such split or image.
     """
-    arrays, indices = _images(trained, split)
+    arrays, indices = trained.images(split)
     if maps_of is not None and not 0 <= maps_of < len(indices):
         raise UsageError(f"--image {maps_of}: the {split} images are numbered 0 to {len(indices) - 1}")
     classes = trained.prepared.store.classes
     inference = partial(autocast, trained.precision, trained.device)
-    plain, labels = probabilities(trained.network, trained.batches(split), PLAIN, inference)
+    plain, labels = probabilities(trained.network, trained.batches(arrays, indices), PLAIN, inference)
     result: dict[str, Any] = {
         "run": trained.run.id, "split": split, "data": trained.prepared.store.label, "checkpoint": trained.which,
         "epoch": trained.epoch, "step": trained.step, "evaluated": now(), **metrics.summary(plain, labels, classes),
@@ -56,7 +58,7 @@ def evaluate(trained: Trained, split: str, *, tta: bool, pictures: bool, maps_of
     ]
     if tta:
         views = tta_views(SHIFT)
-        averaged, _ = probabilities(trained.network, trained.batches(split), views, inference)
+        averaged, _ = probabilities(trained.network, trained.batches(arrays, indices), views, inference)
         result["tta"] = {"views": len(views), **metrics.summary(averaged, labels, classes)}
     if pictures:
         figures.confusion(result["confusion"], classes, folder / "confusion.png")
@@ -65,48 +67,33 @@ def evaluate(trained: Trained, split: str, *, tta: bool, pictures: bool, maps_of
             figures.curves(trained.history, folder / "curves.png")
         if wrong:
             titles = [f"{row['class']}\n{row['predicted']} {row['confidence']:.0%}" for row in result["misclassified"]]
-            chosen = np.asarray(arrays.images)[np.asarray(indices)[wrong]]
-            figures.images(chosen, titles, folder / "misclassified.png", "Most confident mistakes: class, prediction")
+            figures.images(
+                arrays.images[indices[wrong]],
+                titles,
+                folder / "misclassified.png",
+                "Most confident mistakes: class, prediction",
+            )
     if maps_of is not None:
-        _draw_maps(trained, split, maps_of, np.asarray(arrays.images)[np.asarray(indices)[maps_of]], folder)
+        _draw_maps(trained, arrays, indices[maps_of : maps_of + 1], maps_of, folder)
     files.write_json(folder / "evaluation.json", result)
     return result, folder
 
 
-def _images(trained: Trained, split: str) -> tuple[Any, Any]:
-    store = trained.prepared.store
-    if split == "test":
-        return store.test, np.arange(len(store.test.labels))
-    if not len(trained.prepared.validation_indices):
-        raise UsageError("--split validation: this run held no images out (data.validation: test); use --split test")
-    return store.train, trained.prepared.validation_indices
-
-
-def _draw_maps(trained: Trained, split: str, number: int, picture: Any, folder: Path) -> None:
-    """The kernels of the first convolution, the image, and the maps of every convolution and pool for it."""
+def _draw_maps(trained: Trained, arrays: Arrays, chosen: npt.NDArray[np.int64], number: int, folder: Path) -> None:
+    """The kernels of the first convolution, the chosen image, and the maps of every convolution and pool for it."""
     for old in folder.glob("maps-*.png"):
         old.unlink()
     kernels = maps.first_kernels(trained.network)
     if kernels is not None:
         figures.maps(kernels, folder / "kernels.png", f"{len(kernels)} kernels of the first convolution")
-    image = _input(trained, split, number)
+    image = next(trained.batches(arrays, chosen)).images
     with torch.no_grad(), autocast(trained.precision, trained.device):
         logits = trained.network(image).float().softmax(1)[0]
         found = maps.feature_maps(trained.network, image)
     name = trained.prepared.store.classes[int(logits.argmax())]
-    figures.images(
-        picture[None], [f"image {number}: {name} {float(logits.max()):.0%}"], folder / "maps-00-image.png", columns=1
-    )
+    title = f"image {number}: {name} {float(logits.max()):.0%}"
+    figures.images(arrays.images[chosen], [title], folder / "maps-00-image.png", columns=1)
     for layer, (words, values) in enumerate(found, 1):
         plain = words.partition(" ")[0].replace(".", "_")
         shape = "x".join(map(str, values.shape))
         figures.maps(values, folder / f"maps-{layer:02}-{plain}.png", f"image {number}, layer {words}: {shape}")
-
-
-def _input(trained: Trained, split: str, number: int) -> torch.Tensor:
-    """Image ``number`` of the split as the network gets it, (1, c, h, w)."""
-    for batch in trained.batches(split):
-        if number < len(batch.labels):
-            return batch.images[number : number + 1]
-        number -= len(batch.labels)
-    raise UsageError("there is no such image")

@@ -7,13 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
 from ..config.experiment import Experiment
 from ..data import pipeline as data
 from ..data.pipeline import Batch
-from ..errors import CheckpointError, RunError
+from ..data.store import Arrays
+from ..errors import CheckpointError, RunError, UsageError
 from ..runs import Run
 from . import checkpoint
 from .distributed import World, device_for
@@ -43,11 +46,21 @@ class Trained:
     step: int
     history: list[dict[str, Any]]
 
-    def batches(self, split: str) -> Iterator[Batch]:
-        """Images of ``test`` or ``validation``, in the order of the store, as the network gets them."""
-        store = self.prepared.store
-        arrays = store.test if split == "test" else store.train
-        indices = range(len(arrays.labels)) if split == "test" else self.prepared.validation_indices
+    def images(self, split: str) -> tuple[Arrays, npt.NDArray[np.int64]]:
+        """The arrays that hold ``test`` or ``validation``, and the indices of its images there.
+
+        Raises:
+            UsageError: the run held no images out.
+        """
+        store, held_out = self.prepared.store, self.prepared.validation_indices
+        if split == "test":
+            return store.test, np.arange(len(store.test.labels))
+        if not len(held_out):
+            raise UsageError("--split validation: this run held no images out (data.validation: test); use --split test")
+        return store.train, held_out
+
+    def batches(self, arrays: Arrays, indices: npt.NDArray[np.int64]) -> Iterator[Batch]:
+        """Some images in their order, as the network gets them."""
         return data.evaluation_batches(
             self.experiment.data, arrays, indices, batch_size=BATCH, rank=0, world_size=1, device=self.device,
             dtype=self.precision, channels_last=self.channels_last, mean=self.prepared.mean, std=self.prepared.std,

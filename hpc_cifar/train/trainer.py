@@ -10,24 +10,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from .. import files
 from ..config.experiment import Experiment
-from ..config.model import PretrainedModel
 from ..data import pipeline as data
 from ..data.store import Arrays
-from ..errors import HpcCifarError, NonFiniteLoss, RunError, UsageError
+from ..errors import HpcCifarError, NonFiniteLoss, RunError
 from ..evaluate.accuracy import evaluate
 from ..models import build
-from ..models.pretrained import Pretrained
 from ..plan import Plan
 from ..runs import Run, now
 from ..track.wandb_run import new_id
-from . import checkpoint, optim
+from . import checkpoint, features, optim
 from .distributed import World, gradient_sync
-from .features import FeaturePipeline, Features, wanted
 from .records import Records
 from .schedule import stopped_early
 from .session import Session
@@ -50,7 +46,7 @@ class Trainer:
     """Rank-local objects of one segment, and the loop over epochs."""
 
     watchdog: Watchdog
-    features: Features | None = None  # of a frozen backbone
+    cached: features.Features | None = None  # of a frozen backbone
 
     def __init__(self, run: Run, world: World, flag: StopFlag, max_steps: int | None, data_root: Path, console: bool) -> None:
         self.run, self.world = run, world
@@ -145,30 +141,16 @@ class Trainer:
             pipeline.close()
             self.records.close()
 
-    def _pipeline(self) -> data.Pipeline | FeaturePipeline:
-        experiment, train = self.experiment, self.prepared.store.train
-        too_large = ""
-        if wanted(experiment):
-            network, indices = self.session.network, self.prepared.train_indices
-            assert isinstance(network, Pretrained) and isinstance(experiment.model, PretrainedModel)
-            used = np.union1d(indices, self.prepared.validation_indices)
-            inference = partial(autocast, self.precision, self.world.device)
-            features = Features(
-                experiment, network, self.world, indices, used, inference, self._data_arguments(), self.watchdog.moved
-            )
-            too_large = features.fits(train)
-            if not too_large:
-                began = time.perf_counter()
-                with self.watchdog.phase("features"):
-                    features.of(train, some=True)
-                network.takes_features, self.features = True, features
-                why = f"the backbone is frozen: computed once, in {time.perf_counter() - began:.1f} s"
-                self.records.pipeline(FeaturePipeline.name, why)
-                return FeaturePipeline(features, train)
-            if experiment.model.cache_features is True:
-                raise UsageError(f"model.cache_features: {too_large}")
-        images = data.build(experiment.data, train, self.prepared.train_indices, seed=experiment.seed, **self._data_arguments())
-        self.records.pipeline(images.name, "; ".join(filter(None, (images.choice.why, too_large))))
+    def _pipeline(self) -> data.Pipeline | features.Features:
+        experiment, prepared, arguments = self.experiment, self.prepared, self._data_arguments()
+        inference = partial(autocast, self.precision, self.world.device)
+        network = self.session.network
+        self.cached, why = features.begin(experiment, network, prepared, self.world, inference, arguments, self.watchdog)
+        if self.cached is not None:
+            self.records.pipeline(self.cached.name, why)
+            return self.cached
+        images = data.build(experiment.data, prepared.store.train, prepared.train_indices, seed=experiment.seed, **arguments)
+        self.records.pipeline(images.name, "; ".join(filter(None, (images.choice.why, why))))
         return images
 
     def _is_through(self) -> bool:
@@ -176,7 +158,7 @@ class Trainer:
         stopped = stopped_early(self.experiment.training.early_stopping, self.session.history)
         return stopped or self.session.position.epoch >= self.experiment.epochs
 
-    def _epoch(self, pipeline: data.Pipeline | FeaturePipeline) -> str:
+    def _epoch(self, pipeline: data.Pipeline | features.Features) -> str:
         """Train the rest of the current epoch; the reason if the ranks agreed to stop in it."""
         session, position, every = self.session, self.session.position, self.experiment.checkpoint.every_steps
         self.epoch_clock = time.perf_counter()
@@ -287,8 +269,8 @@ class Trainer:
         return loss, accuracy
 
     def _evaluation_batches(self, arrays: Arrays, indices: Any) -> Iterator[data.Batch]:
-        if self.features is not None:
-            return self.features.evaluation_batches(arrays, indices, 1000, some=arrays is self.prepared.store.train)
+        if self.cached is not None:
+            return self.cached.evaluation_batches(arrays, indices, 1000)
         return data.evaluation_batches(self.experiment.data, arrays, indices, batch_size=1000, **self._data_arguments())
 
     def _test(self) -> tuple[float, float]:

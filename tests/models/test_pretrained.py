@@ -14,12 +14,12 @@ import torchvision
 from torch import nn
 
 from hpc_cifar.cli.main import main
-from hpc_cifar.cli.submit import with_weights
 from hpc_cifar.config.experiment import Experiment
 from hpc_cifar.config.load import load_experiment
 from hpc_cifar.config.model import PretrainedModel
 from hpc_cifar.config.packaged import job_files
 from hpc_cifar.errors import DataError, UsageError
+from hpc_cifar.launch.weights import with_weights
 from hpc_cifar.models import build, pretrained, weights
 
 pytestmark = pytest.mark.slow  # seconds of imports and of random weights

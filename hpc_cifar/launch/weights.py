@@ -1,0 +1,50 @@
+"""Pretrained weights of experiments before they are submitted, and when a run is compared with its job file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..config.experiment import Experiment
+from ..config.model import PretrainedModel
+from ..data.store import Store
+from ..errors import DataError, UsageError
+
+
+def with_weights(experiments: Sequence[Experiment], data_root: Path) -> list[Experiment]:
+    """Experiments that name the files of their pretrained weights, each of which fits its network and dataset.
+
+    Raises:
+        UsageError: what is wrong with any of them, a line each.
+    """
+    if not any(isinstance(one.model, PretrainedModel) for one in experiments):
+        return list(experiments)
+    from ..models import weights  # imports torch, which takes a second or two
+
+    known: dict[tuple[Any, str], Path | None] = {}
+    made, problems = [], []
+    for one in experiments:
+        model, key = one.model, (one.model, one.data.dataset)
+        if isinstance(model, PretrainedModel):
+            try:
+                if key not in known:
+                    store = Store.open(data_root, one.data.dataset)
+                    known[key] = weights.below(model, data_root, store.image_shape, len(store.classes))
+                path = known[key]
+            except (UsageError, DataError) as error:
+                problems.append(str(error))
+                continue
+            one = one.model_copy(update={"model": model.model_copy(update={"weights": str(path) if path else None})})
+        made.append(one)
+    if problems:
+        raise UsageError("\n".join(dict.fromkeys(problems)))
+    return made
+
+
+def without_weights(experiment: Experiment) -> Experiment:
+    """Where pretrained weights lie does not matter to a run that goes on from its checkpoint."""
+    model = experiment.model
+    if not isinstance(model, PretrainedModel):
+        return experiment
+    return experiment.model_copy(update={"model": model.model_copy(update={"weights": None})})
