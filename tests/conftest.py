@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -28,6 +29,8 @@ _collected: Counter[str] = Counter()
 
 def pytest_configure(config: pytest.Config) -> None:
     """Point everything that could write or call outside to a temporary folder or a closed port, before torch is imported."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # begun by a shell in the background; tests send it to children
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     box = Path(tempfile.mkdtemp(prefix="hpc-cifar-tests-"))
     config.stash[BOX] = box
     archive = os.environ.get("HPC_CIFAR_ARCHIVE")

@@ -97,6 +97,10 @@ def test_the_wheel_holds_the_job_files_and_runs(repository: Path, tmp_path: Path
         ("epoch.py", ["--job", "quickstart-digits", "--steps", "2", "--rounds", "1"]),
         ("data.py", ["--images", "600", "--rounds", "1"]),
         ("systems.py", ["quickstart-digits", "--seeds", "2", "--set", "epochs=1", "--suffix", "short"]),
+        (
+            "transfer.py",
+            ["ann-1", "--set=data.dataset=digits", "--set=data.train_images=200", "--set=data.batch_size=50", "--set=epochs=2"],
+        ),
     ],
 )
 def test_benchmarks_run(repository: Path, tmp_path: Path, digits_data: Path, script: str, options: list[str]) -> None:

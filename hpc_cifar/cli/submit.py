@@ -81,10 +81,7 @@ def submit(
         for experiment in _load([find_job(name) for name in job], sets or [])
     ]
     root, data_root = files.runs_root(), files.data_root()
-    if not dry_run:
-        from ..launch.weights import with_weights
-
-        experiments = with_weights(experiments, data_root)
+    experiments = _with_weights(experiments, data_root, dry_run)
     elements = expand(experiments, seeds=seeds, folds=kfold)
     chosen = with_overrides(
         _cluster(cluster, dry_run),
@@ -118,6 +115,20 @@ def _load(paths: list[Path], sets: list[str]) -> list[Experiment]:
     if problems:
         raise ConfigError(problems)
     return [experiment for _, experiment in loaded]
+
+
+def _with_weights(experiments: list[Experiment], data_root: Path, dry_run: bool) -> list[Experiment]:
+    from ..errors import UsageError
+    from ..launch.weights import with_weights
+
+    try:
+        return with_weights(experiments, data_root, copy=not dry_run)
+    except UsageError as error:
+        if not dry_run:  # which works before anything is prepared
+            raise
+        for line in str(error).splitlines():
+            typer.echo(f"warning: submit would refuse this: {line}", err=True)
+        return experiments
 
 
 def with_resources(experiment: Experiment, **changes: Any) -> Experiment:

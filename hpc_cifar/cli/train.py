@@ -5,6 +5,7 @@ The same command starts a run and continues it: its directory is named after the
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import secrets
@@ -59,6 +60,7 @@ def train(
     name = name or run_name(experiment)
     root = files.runs_root()
 
+    gc.disable()  # as in launch/job.py
     from ..train.distributed import connected
     from ..train.loop import train as train_run
     from ..train.loop import wants_gpu

@@ -6,6 +6,7 @@ modules can still be read after a requeue.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import signal
@@ -52,6 +53,7 @@ class TrainJob:
     def __call__(self) -> dict[str, Any]:
         import submitit
 
+        gc.disable()  # collections while torch is imported find nothing and take a tenth of the start; the trainer enables them
         env = submitit.JobEnvironment()
         usr: signal.Signals = env._usr_sig()
         hand_over = signal.getsignal(usr)  # submitit's own handler, before the training loop installs its flag

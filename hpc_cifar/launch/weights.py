@@ -12,8 +12,11 @@ from ..data.store import Store
 from ..errors import DataError, UsageError
 
 
-def with_weights(experiments: Sequence[Experiment], data_root: Path) -> list[Experiment]:
+def with_weights(experiments: Sequence[Experiment], data_root: Path, *, copy: bool = True) -> list[Experiment]:
     """Experiments that name the files of their pretrained weights, each of which fits its network and dataset.
+
+    Args:
+        copy: copy those that not every node sees to below ``data_root``.
 
     Raises:
         UsageError: what is wrong with any of them, a line each.
@@ -22,6 +25,7 @@ def with_weights(experiments: Sequence[Experiment], data_root: Path) -> list[Exp
         return list(experiments)
     from ..models import weights  # imports torch, which takes a second or two
 
+    place = weights.below if copy else weights.check
     known: dict[tuple[Any, str], Path | None] = {}
     made, problems = [], []
     for one in experiments:
@@ -30,7 +34,7 @@ def with_weights(experiments: Sequence[Experiment], data_root: Path) -> list[Exp
             try:
                 if key not in known:
                     store = Store.open(data_root, one.data.dataset)
-                    known[key] = weights.below(model, data_root, store.image_shape, len(store.classes))
+                    known[key] = place(model, data_root, store.image_shape, len(store.classes))
                 path = known[key]
             except (UsageError, DataError) as error:
                 problems.append(str(error))

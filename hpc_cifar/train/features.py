@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,6 +23,7 @@ from ..models.pretrained import Pretrained
 from ..plan import shard
 from .distributed import World
 from .setup import Prepared
+from .stop import StopAsked
 from .watchdog import Watchdog
 
 LIMIT_BYTES = 4 * 2**30  # of the features of one split; more would not fit beside the network on many GPUs
@@ -36,14 +38,17 @@ def begin(
     inference: Callable[[], Any],
     arguments: dict[str, Any],
     watchdog: Watchdog,
+    stopping: Callable[[], str],
 ) -> tuple[Features | None, str]:
     """The features of the training images, if the backbone is frozen and no epoch changes an image; and why, or why not.
 
     Args:
         inference: a context in which the backbone is run, such as autocast.
         arguments: what the data pipelines take.
+        stopping: asked after every batch, equally often on every rank; why to stop, or "".
 
     Raises:
+        StopAsked: there is a reason to stop.
         UsageError: the job file insists on them, and they would take too much memory.
     """
     model = experiment.model
@@ -58,7 +63,7 @@ def begin(
         return None, too_large
     began = time.perf_counter()
     with watchdog.phase("features"):
-        made.of(prepared.store.train)
+        made.of(prepared.store.train, stopping)
     network.takes_features = True
     return made, f"the backbone is frozen: computed once, in {time.perf_counter() - began:.1f} s"
 
@@ -96,14 +101,14 @@ class Features:
         self._epochs = data.Epochs(experiment.data, prepared.train_indices, experiment.seed, world.rank, world.size, 1, 1)
         self._known: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
-    def of(self, arrays: Arrays) -> tuple[Tensor, Tensor, Tensor]:
+    def of(self, arrays: Arrays, stopping: Callable[[], str] = str) -> tuple[Tensor, Tensor, Tensor]:
         """Features, labels, and the row of each image of the store; call on every rank.
 
         Of the training part only the images that the run looks at are there; of the others the row is 0.
         """
         if id(arrays) not in self._known:
             whole = np.arange(len(arrays.labels))
-            self._known[id(arrays)] = self._computed(arrays, self._used if arrays is self._store.train else whole)
+            self._known[id(arrays)] = self._computed(arrays, self._used if arrays is self._store.train else whole, stopping)
         return self._known[id(arrays)]
 
     def too_large(self) -> str:
@@ -133,14 +138,21 @@ class Features:
         maps = maps.to(next(self._network.head.parameters()).dtype)
         return maps.mean((2, 3), keepdim=True) if self._pooled else maps
 
-    def _computed(self, arrays: Arrays, indices: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor]:
+    def _computed(
+        self, arrays: Arrays, indices: npt.NDArray[np.int64], stopping: Callable[[], str]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         start, end = shard(len(indices), self._world.size, self._world.rank)
         example = self._example(arrays)
         whole = example.new_zeros(len(indices), *example.shape[1:])
-        for batch in self._batches(arrays, indices[start:end]):
-            whole[start : start + len(batch.labels)] = self._maps(batch.images)
-            start += len(batch.labels)
+        batches = self._batches(arrays, indices[start:end])
+        largest = math.ceil(len(indices) / self._world.size)  # share of a rank
+        for _ in range(0, largest, BATCH):
+            if batch := next(batches, None):
+                whole[start : start + len(batch.labels)] = self._maps(batch.images)
+                start += len(batch.labels)
             self._progress()
+            if reason := stopping():
+                raise StopAsked(reason)
         if self._world.size > 1:
             self._world.sum(whole)
         row = np.zeros(len(arrays.labels), np.int64)

@@ -22,6 +22,14 @@ def preemption_signal() -> signal.Signals:
     return signal.Signals.__members__.get(name, signal.SIGUSR2)
 
 
+class StopAsked(Exception):
+    """The ranks agreed to stop where no step can be broken off; ``reason`` is the agreement's."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
 class StopFlag:
     """While active, INT, TERM and the preemption signal only set a flag; a second INT ends the process at once."""
 

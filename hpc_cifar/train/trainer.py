@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import math
 import os
 import time
@@ -38,7 +40,7 @@ from .setup import (
     split_digest,
 )
 from .step import PendingWindow, Stepper, autocast
-from .stop import StopAgreement, StopFlag
+from .stop import StopAgreement, StopAsked, StopFlag
 from .watchdog import Watchdog
 
 
@@ -128,24 +130,33 @@ class Trainer:
     # ---- the whole run -------------------------------------------------------------------------------------------
 
     def train(self) -> dict[str, Any]:
-        session, position = self.session, self.session.position
-        pipeline = self._pipeline()
-        reason = ""
-        try:
-            session.network.train()
-            while not self._is_through() and position.step < self.last_step and not reason:
-                reason = self._epoch(pipeline)
+        with contextlib.ExitStack() as opened:
+            opened.callback(self.records.close)
+            try:
+                reason = self._epochs(opened.enter_context(contextlib.closing(self._pipeline())))
+            except StopAsked as asked:  # before the first step
+                reason = asked.reason
             late = self.agreement.settle()  # on every rank: an exchange is always in flight after a boundary
             return self._end(reason or late)
-        finally:
-            pipeline.close()
-            self.records.close()
+
+    def _epochs(self, pipeline: data.Pipeline | features.Features) -> str:
+        """Train to the end of the run; the reason if the ranks agreed to stop before."""
+        self.session.network.train()
+        if not gc.isenabled():  # by who began this process: what is here now stays, and no collection need look at it
+            gc.freeze()
+            gc.enable()
+        reason = ""
+        while not self._is_through() and self.session.position.step < self.last_step and not reason:
+            reason = self._epoch(pipeline)
+        return reason
 
     def _pipeline(self) -> data.Pipeline | features.Features:
         experiment, prepared, arguments = self.experiment, self.prepared, self._data_arguments()
         inference = partial(autocast, self.precision, self.world.device)
         network = self.session.network
-        self.cached, why = features.begin(experiment, network, prepared, self.world, inference, arguments, self.watchdog)
+        self.cached, why = features.begin(
+            experiment, network, prepared, self.world, inference, arguments, self.watchdog, self.agreement.at_boundary
+        )
         if self.cached is not None:
             self.records.pipeline(self.cached.name, why)
             return self.cached

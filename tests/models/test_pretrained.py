@@ -363,4 +363,6 @@ def test_submit_finds_bad_weights_before_anything_is_made(
     words = {"missing": "there is no file", "truncated": "truncated or damaged", "another": "are not the weights of resnet34"}
     said = capsys.readouterr().err
     assert words[how] in said and said.count("\n") == 1
+    assert main(["submit", str(job), "--cluster", "local", "--dry-run"]) == 0
+    assert f"warning: submit would refuse this: {said.removeprefix('hpc-cifar: error: ')}" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()

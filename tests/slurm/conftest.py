@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from slurm_site import EPOCHS, Site, SlurmCluster, running_cluster
+from slurm_site import CHAIN, PROFILE, Begun, Site, SlurmCluster, running_cluster
 
 
 @contextlib.contextmanager
@@ -63,15 +65,30 @@ def accounting_cluster(
 def undisturbed(
     slurm_cluster_session: SlurmCluster, digits_data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[int, dict[str, Any]]:
-    """Results of runs that nothing happened to, by number of ranks; each rank on a node of its own. ``epoch_s`` is added."""
+    """Results of runs that nothing happened to, by number of ranks; each rank on a node of its own."""
     site = Site(slurm_cluster_session, tmp_path_factory.mktemp("undisturbed"), digits_data)
-    submitted = {
-        ranks: site.submit("--partition", "high", "--nodes", str(ranks), "--set", f"epochs={epochs}")[0]
-        for ranks, epochs in EPOCHS.items()
-    }
-    site.call("wait", *submitted.values())
-    times = {ranks: [row["time"] for row in site.rows(run, "epoch")] for ranks, run in submitted.items()}
-    return {
-        ranks: site.result(run) | {"epoch_s": (times[ranks][-1] - times[ranks][0]) / (EPOCHS[ranks] - 1)}
-        for ranks, run in submitted.items()
-    }
+    site.hasten()
+    runs = {ranks: site.submit("--partition", "high", "--nodes", str(ranks))[0] for ranks in (1, 2)}
+    return dict(zip(runs, site.finished(*runs.values()), strict=True))
+
+
+@pytest.fixture(scope="session")
+def begun(accounting_session: SlurmCluster, digits_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Begun:
+    """What the last tests of test_limits.py look at; all of it is waiting, so other tests run meanwhile.
+
+    ``requeued`` and ``chained`` are told at most 30 s after their start, and need longer. ``unheard`` misses the signal, as one
+    that comes before Python can hear it; Slurm ends it after 90 s at the latest.
+    """
+    site = Site(accounting_session, tmp_path_factory.mktemp("limited"), digits_data)
+    site.step_takes(0.6)  # and an epoch 5.4 s
+    site.profile("chain", CHAIN)
+    site.profile("deaf", PROFILE + 'setup: ["export SUBMITIT_PREEMPT_SIGNAL=USR1"]\n')
+    runs = {}
+    runs["hung"], hung_job = site.submit("--set", "resources.hang_timeout_s=10")
+    for name, profile, epochs in (("requeued", "testbed", 8), ("chained", "chain", 8), ("unheard", "deaf", 18)):
+        limited = ("--time", "00:01:00", "--nodes", "1", "--set", f"epochs={epochs}")
+        [(runs[name], _)] = site.submit_many(*limited, profile=profile)
+    site.until_epoch(1, runs["hung"])
+    hung = json.loads((site.runs / runs["hung"] / "heartbeat" / "rank-1.json").read_text())
+    os.kill(hung["pid"], signal.SIGSTOP)
+    return Begun(site, runs, hung_job, hung)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from hpc_cifar import files
 
 TESTBED = Path(__file__).resolve().parents[2] / "slurm" / "testbed" / "cluster.py"
 FINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
@@ -121,11 +124,11 @@ def running_cluster(folder: Path, *options: str) -> Iterator[SlurmCluster]:
         call_testbed("down", "--dir", str(folder / "c"))
 
 
-EPOCHS = {1: 24, 2: 20}  # by number of ranks: one rank alone is quicker
+EPOCHS = 6
 JOB = f"""\
 name: small
 seed: 5
-epochs: {EPOCHS[2]}
+epochs: {EPOCHS}
 model:
   family: sequential
   layers:
@@ -135,8 +138,8 @@ model:
     - avg_pool: {{size: 4}}
     - flatten
     - dense: {{units: 10}}
-data: {{dataset: digits, batch_size: 48, augment: {{crop_padding: 1}}}}
-optimizer: {{name: sgd, lr: 0.01, momentum: 0.9}}
+data: {{dataset: digits, batch_size: 144, augment: {{crop_padding: 1}}}}
+optimizer: {{name: sgd, lr: 0.03, momentum: 0.9}}
 schedule: {{name: cosine}}
 resources: {{nodes: 2, processes_per_node: 1, time: "00:10:00"}}
 """
@@ -148,6 +151,38 @@ gpu_request: none
 cpus_per_process: 1
 preemptible: true
 signal_delay_s: 30
+"""
+CHAIN = """\
+executor: slurm
+partition: low
+gpu_request: none
+cpus_per_process: 1
+requeue: false
+chain_links: 10
+"""
+STEP_S = 0.15
+EPOCH_STEPS = 9  # of the job above
+# Training that waits after every step takes the same time on every machine, and leaves the processor to others. Ranks wait as
+# long as the file beside this module says: after a step of their first epoch, after another one.
+PACE = f"""\
+import pathlib, sys, threading, time
+
+STEP_S, steps = pathlib.Path(__file__).with_name("step_s"), 0
+
+
+def rest(*_):
+    global steps
+    steps += 1
+    time.sleep(float(STEP_S.read_text().split()[steps > {EPOCH_STEPS}]))
+
+
+def hook():
+    while not hasattr(optimizer := sys.modules.get("torch.optim.optimizer"), "register_optimizer_step_post_hook"):
+        time.sleep(0.05)
+    optimizer.register_optimizer_step_post_hook(rest)
+
+
+threading.Thread(target=hook, daemon=True).start()
 """
 
 
@@ -165,7 +200,24 @@ class Site:
             "HPC_CIFAR_RUNS": str(self.runs),
         }
         (folder / "job.yaml").write_text(JOB)
-        (folder / "testbed.yaml").write_text(PROFILE)
+        (folder / "pace").mkdir()
+        (folder / "pace" / "sitecustomize.py").write_text(PACE)  # Python imports this before anything else
+        self.step_takes(STEP_S)
+        self.profile("testbed", PROFILE)
+
+    def profile(self, name: str, text: str) -> None:
+        """Write a profile, for ``submit_many``; its jobs train at the pace of this site."""
+        pace = json.dumps(str(self.folder / "pace"))
+        (self.folder / f"{name}.yaml").write_text(f"{text}environment: {{PYTHONPATH: {pace}}}\n")
+
+    def step_takes(self, seconds: float, after_an_epoch: float | None = None) -> None:
+        """The least time of a training step, from now on."""
+        later = seconds if after_an_epoch is None else after_an_epoch
+        files.write_text(self.folder / "pace" / "step_s", f"{seconds} {later}", durable=False)
+
+    def hasten(self) -> None:
+        """What was to be disturbed was: train as quickly as can be."""
+        self.step_takes(0)
 
     def run(self, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "hpc_cifar", *arguments]
@@ -174,6 +226,11 @@ class Site:
         )
         assert done.returncode == code, f"{arguments}: {done.returncode}\n{done.stdout}\n{done.stderr}\n{self.logs()}"
         return done
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """The same in the background; its output is a pipe."""
+        command = [sys.executable, "-m", "hpc_cifar", *arguments]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=self.environment, cwd=self.folder)
 
     def call(self, *arguments: str, code: int = 0) -> str:
         return self.run(*arguments, code=code).stdout
@@ -235,6 +292,16 @@ class Site:
     def logs(self) -> str:
         texts = [f"-- {path.name}\n{path.read_text()[-1500:]}" for path in sorted(self.runs.glob("*/submitit/*_log.*"))]
         return "\n".join(texts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Begun:
+    """Runs on a cluster of their own, by name: under a time limit of a minute, and one of which a rank hangs."""
+
+    site: Site
+    runs: dict[str, str]
+    hung_job: str
+    hung: dict[str, Any]  # the heartbeat of the rank
 
 
 def assert_same(disturbed: dict[str, Any], undisturbed: dict[str, Any]) -> None:

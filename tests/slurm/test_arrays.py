@@ -35,9 +35,9 @@ class ArraySite(Site):
 
     def __init__(self, cluster: SlurmCluster, folder: Path, data: Path) -> None:
         super().__init__(cluster, folder, data, runs="my runs")
-        (folder / "testbed.yaml").write_text(PROFILE)
-        (folder / "held.yaml").write_text(PROFILE + "sbatch_extra: {hold: true}\n")
-        for name, epochs, lr in (("short", 2, 0.01), ("bad", 2, 1e30), ("long", 60, 0.01)):
+        self.profile("testbed", PROFILE)
+        self.profile("held", PROFILE + "sbatch_extra: {hold: true}\n")
+        for name, epochs, lr in (("short", 2, 0.01), ("bad", 2, 1e30), ("long", 12, 0.01)):
             (folder / f"{name}.yaml").write_text(ELEMENT.format(name=name, epochs=epochs, lr=lr))
 
     def queued(self) -> list[str]:
@@ -147,8 +147,7 @@ def test_one_element_fails_one_is_requeued_one_is_cancelled_and_the_others_go_on
     assert site.cluster.job(later_job)["Dependency"].startswith(f"afterok:{array}_1")
     site.until_reason(later, "Dependency")
 
-    site.until_epoch(2, requeued)
-    site.until_epoch(2, cancelled)
+    site.until_epoch(1, requeued, cancelled)
     site.cluster.call("scontrol", "requeue", jobs[2])
     site.cluster.wait(jobs[2], {"PENDING"})
     # asked for the state of this number alone, Slurm tells of all elements, and first of the one that waits
@@ -158,6 +157,7 @@ def test_one_element_fails_one_is_requeued_one_is_cancelled_and_the_others_go_on
     site.call("wait", cancelled, code=1)
     assert site.statuses(cancelled)[0]["reason"] == "cancelled with scancel"
     assert site.cluster.job(jobs[3])["Restarts"] == "0"
+    site.hasten()
     site.call("resume", cancelled)
     [row] = site.statuses(cancelled)
     assert "_" not in row["job_id"], "a plain job of its own"

@@ -91,6 +91,7 @@ def own_cluster(verb: str, folder: Path, *options: str, **environment: str) -> s
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, check=False)
 
 
+@pytest.mark.usefixtures("begun")  # they wait while these tests do, and all that follow
 @pytest.mark.parametrize("options", [(), ("--accounting",)])
 def test_a_dirty_stop_is_cleaned_up_by_the_next_start(
     slurm_cluster: SlurmCluster, accounting_session: SlurmCluster, tmp_path: Path, options: tuple[str, ...]

@@ -68,7 +68,10 @@ def test_another_partition_and_its_limit(slurm_cluster: SlurmCluster, tmp_path: 
     assert wrong == "hpc-cifar: error: --partition: no partition named 'hihg'; there are low, low0, low6, mid, high\n"
 
 
-def test_accounts_where_the_site_keeps_them(accounting_cluster: SlurmCluster, tmp_path: Path) -> None:
+def test_accounts_where_the_site_keeps_them(
+    accounting_session: SlurmCluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SLURM_CONF", accounting_session.environment["SLURM_CONF"])
     cli(tmp_path, "init")
     path = tmp_path / "slurm" / "testbed.yaml"
     made = load_cluster(path)
@@ -92,7 +95,8 @@ def test_a_machine_without_slurm_says_so_in_one_line(tmp_path: Path) -> None:
 def test_a_cluster_that_is_down_is_one_line_too(slurm_cluster: SlurmCluster, tmp_path: Path) -> None:
     conf = (slurm_cluster.folder / "slurm.conf").read_text()
     port = next(line for line in conf.splitlines() if line.startswith("SlurmctldPort="))
-    (tmp_path / "slurm.conf").write_text(conf.replace(port, "SlurmctldPort=9"))  # discard: nobody listens
+    # discard: nobody listens; Slurm's commands try for as long as a message may take
+    (tmp_path / "slurm.conf").write_text(conf.replace(port, "SlurmctldPort=9") + "MessageTimeout=2\n")
     said = cli(tmp_path, "init", code=1, SLURM_CONF=str(tmp_path / "slurm.conf")).stderr
     assert said.startswith("hpc-cifar: error: no Slurm cluster answers here: run init on its login node (")
     assert said.count("\n") == 1

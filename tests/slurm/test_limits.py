@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
-import os
-import signal
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
-from slurm_site import EPOCHS, PROFILE, Site, SlurmCluster, assert_same
+from slurm_site import CHAIN, EPOCHS, Begun, Site, SlurmCluster, assert_same
 
 from hpc_cifar import files
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
-
-
-CHAIN = """\
-executor: slurm
-partition: low
-gpu_request: none
-cpus_per_process: 1
-requeue: false
-chain_links: 10
-"""
 
 
 # A signal that comes before srun has begun is heard by nobody; the job ends at its limit then. Slurm looks every 30 s for jobs
@@ -37,77 +24,25 @@ def jobs_of(site: Site, run: str) -> list[str]:
     return [str(row["job_id"]) for row in files.read_json_lines(site.runs / run / "jobs.jsonl")]
 
 
-@dataclasses.dataclass(frozen=True)
-class Limited:
-    """Runs under a time limit of a minute, on a cluster of their own: run by name, and the epochs of each."""
-
-    site: Site
-    runs: dict[str, str]
-    epochs: dict[str, int]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def begun(
-    accounting_session: SlurmCluster,
-    undisturbed: dict[int, dict[str, Any]],
-    digits_data: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Limited:
-    """What the last tests of this file look at; most of it is waiting, so the other tests run meanwhile.
-
-    ``requeued`` and ``chained`` are told at most 30 s after their start, and need longer, however quick the machine is.
-    ``unheard`` misses the signal, as one that comes before Python can hear it; Slurm ends it after 90 s at the latest.
-    """
-    site = Site(accounting_session, tmp_path_factory.mktemp("limited"), digits_data)
-    (site.folder / "chain.yaml").write_text(CHAIN)
-    (site.folder / "deaf.yaml").write_text(PROFILE + 'setup: ["export SUBMITIT_PREEMPT_SIGNAL=USR1"]\n')
-    runs, epochs = {}, {}
-    for name, profile, seconds in (("requeued", "testbed", 45), ("chained", "chain", 45), ("unheard", "deaf", 100)):
-        epochs[name] = math.ceil(seconds / undisturbed[1]["epoch_s"])
-        limited = ("--time", "00:01:00", "--nodes", "1", "--set", f"epochs={epochs[name]}")
-        [(runs[name], _)] = site.submit_many(*limited, profile=profile)
-    return Limited(site, runs, epochs)
-
-
 @pytest.fixture(scope="module")
-def limited(begun: Limited) -> Limited:
-    """All three have finished."""
+def limited(begun: Begun) -> Begun:
+    """All have finished."""
     assert begun.site.status(begun.runs["chained"])["job_id"] in jobs_of(begun.site, begun.runs["chained"])
     begun.site.call("wait", *begun.runs.values())
     return begun
-
-
-def test_a_hung_rank_is_recorded_and_the_run_restarts(
-    slurm_cluster: SlurmCluster, undisturbed: dict[int, dict[str, Any]], tmp_path: Path, digits_data: Path
-) -> None:
-    site = Site(slurm_cluster, tmp_path, digits_data)
-    run, job = site.submit("--set", "resources.hang_timeout_s=3")
-    site.until_epoch(3, run)
-    beat = json.loads((site.runs / run / "heartbeat" / "rank-1.json").read_text())
-    os.kill(beat["pid"], signal.SIGSTOP)
-    slurm_cluster.until(lambda: slurm_cluster.job(job)["Restarts"] == "1", 40, "the hung job is requeued")
-    site.call("wait", run)
-    assert site.epochs(run) == list(range(1, EPOCHS[2] + 1))
-    assert_same(site.result(run), undisturbed[2])
-    (folder,) = (site.runs / run / "hangs").iterdir()
-    assert folder.name == f"{job}.0"
-    assert f"rank 1 on {beat['host']}" in json.loads((folder / "report.json").read_text())["reason"]
-    assert "distributed_c10d.py" in (folder / "rank-0.txt").read_text()
-    assert "watchdog" in (folder / "rank-1.txt").read_text()  # on another node: it was let go, and told too
 
 
 @pytest.fixture
 def chained(slurm_cluster: SlurmCluster, tmp_path: Path, digits_data: Path) -> Site:
     """A user of a site that forbids requeueing."""
     site = Site(slurm_cluster, tmp_path, digits_data)
-    (tmp_path / "testbed.yaml").write_text(CHAIN)
+    site.profile("testbed", CHAIN)
     return site
 
 
 def test_a_chain_goes_on_where_nodes_have_no_slurm_programs(chained: Site) -> None:
     """As often as needed; each link is told to stop as a time limit or a preemption would tell it."""
-    profile = (chained.folder / "testbed.yaml").read_text().replace("requeue: false", "requeue: true")
-    (chained.folder / "testbed.yaml").write_text(profile.replace("chain_links: 10", "chain_links: 3"))
+    chained.profile("testbed", CHAIN.replace("requeue: false", "requeue: true").replace("links: 10", "links: 2"))
     for node in ("n1", "n2", "n3"):
         chained.cluster.hide(node, "scontrol", "squeue", "sbatch", "scancel")
     try:
@@ -127,7 +62,7 @@ def test_a_chain_goes_on_where_nodes_have_no_slurm_programs(chained: Site) -> No
     steps = [row["step"] for row in chained.rows(run, "step")]
     assert steps == sorted(set(steps)) and chained.state(run)["lost_steps"] == 0
     started = [row for row in chained.rows(run, "event") if row["event"] == "started"]
-    assert len(started) == len(used) == 4
+    assert len(started) == len(used) == 3
 
 
 @pytest.mark.parametrize("raw", [True, False])
@@ -147,6 +82,7 @@ def test_a_cancelled_chain_stays_cancelled(chained: Site, raw: bool) -> None:
 def test_a_time_limit_below_one_checkpoint_is_refused(slurm_cluster: SlurmCluster, tmp_path: Path, digits_data: Path) -> None:
     """Once a run of the same work has shown how fast it is."""
     site = Site(slurm_cluster, tmp_path, digits_data)
+    site.hasten()
     run, _ = site.submit("--nodes", "1", "--partition", "high")
     site.call("wait", run)
     job = (tmp_path / "job.yaml").read_text()
@@ -158,29 +94,44 @@ def test_a_time_limit_below_one_checkpoint_is_refused(slurm_cluster: SlurmCluste
 
 
 @pytest.mark.parametrize("how", ["requeued", "chained", "unheard"])
-def test_a_run_longer_than_its_time_limit_goes_on(limited: Limited, how: str) -> None:
+def test_a_run_longer_than_its_time_limit_goes_on(limited: Begun, how: str) -> None:
     """Slurm sends the signal up to a minute early, so with a limit of one minute it may come at any time. Where it was not
     heard, the TERM at the limit itself is that of a cancel, but Slurm gives the reason.
     """
     result = limited.site.result(limited.runs[how])
     assert result["state"] == "finished" and result["restarts"] >= 1 and result["lost_steps"] == 0
-    assert limited.site.epochs(limited.runs[how]) == list(range(1, limited.epochs[how] + 1))
+    assert limited.site.epochs(limited.runs[how]) == list(range(1, result["epochs"] + 1))
     steps = [row["step"] for row in limited.site.rows(limited.runs[how], "step")]
     assert steps == sorted(set(steps))
 
 
 @pytest.mark.parametrize("how", ["requeued", "unheard"])
-def test_a_requeued_run_has_one_job(limited: Limited, how: str) -> None:
+def test_a_requeued_run_has_one_job(limited: Begun, how: str) -> None:
     [job] = jobs_of(limited.site, limited.runs[how])
     assert limited.site.cluster.wait(job) in TRAINED
     # the signal may come before training began, which is then no restart of the training
     assert int(limited.site.cluster.job(job)["Restarts"]) >= limited.site.result(limited.runs[how])["restarts"] >= 1
 
 
-def test_links_submitted_beforehand_end_at_once_when_they_are_not_needed(limited: Limited) -> None:
+def test_links_submitted_beforehand_end_at_once_when_they_are_not_needed(limited: Begun) -> None:
     ids = jobs_of(limited.site, limited.runs["chained"])
     used = 1 + limited.site.result(limited.runs["chained"])["restarts"]
     assert len(ids) == 11 and 2 <= used <= 11
     for number, job in enumerate(ids):
         assert limited.site.cluster.wait(job) in (TRAINED if number < used else {"COMPLETED"})
         assert limited.site.cluster.job(job)["Restarts"] == "0"
+
+
+def test_a_hung_rank_is_recorded_and_the_run_restarts(limited: Begun, undisturbed: dict[int, dict[str, Any]]) -> None:
+    site, run, beat = limited.site, limited.runs["hung"], limited.hung
+    assert site.cluster.job(limited.hung_job)["Restarts"] == "1"
+    assert site.epochs(run) == list(range(1, EPOCHS + 1))
+    assert_same(site.result(run), undisturbed[2])
+    (folder,) = (site.runs / run / "hangs").iterdir()
+    assert folder.name == f"{limited.hung_job}.0"
+    report = json.loads((folder / "report.json").read_text())
+    assert f"rank 1 on {beat['host']}" in report["reason"]
+    assert "distributed_c10d.py" in (folder / "rank-0.txt").read_text()
+    assert "watchdog" in (folder / "rank-1.txt").read_text()  # on another node: it was let go, and told too
+    silent_s = datetime.fromisoformat(report["time"]) - datetime.fromisoformat(beat["time"])
+    assert silent_s.total_seconds() < 40

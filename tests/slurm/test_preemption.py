@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from slurm_site import EPOCHS, Site, SlurmCluster, assert_same, running_cluster
+from slurm_site import EPOCHS, STEP_S, Site, SlurmCluster, assert_same, running_cluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400), pytest.mark.component("slurm")]
 
-LONG = 100  # epochs: what begins with the signals cannot end in a grace time of 6 s
 KINDS = {
     "two nodes": ("--nodes", "2"),
     "two tasks": ("--nodes", "1", "--set", "resources.processes_per_node=2"),
-    "elements": ("--nodes", "1", "--seeds", "2", "--set", f"epochs={EPOCHS[1]}"),
+    "elements": ("--nodes", "1", "--seeds", "2"),
 }
 
 
@@ -36,58 +36,79 @@ def segments(site: Site, run: str) -> list[tuple[int, int | None]]:
     return [(start, next((stop for stop in stops if stop >= start), None)) for start in starts]
 
 
-def watch(site: Site, runs: Iterable[str], seconds: float) -> dict[str, list[str]]:
-    """Until all have finished; the states that ``status`` showed of each, in order."""
+def watch(site: Site, high: str, runs: Iterable[str]) -> dict[str, list[str]]:
+    """Until all have finished; the states that ``status`` showed of each, in order. They hasten when ``high`` is through."""
     seen: dict[str, list[str]] = {run: [] for run in runs}
-    deadline = time.monotonic() + seconds
-    while any(states[-1:] != ["finished"] for states in seen.values()):
-        assert time.monotonic() < deadline, f"{seen}\n{site.logs()}"
-        for row in site.statuses():  # one question for all of them
-            if seen[row["run"]][-1:] != [row["state"]]:
-                seen[row["run"]].append(row["state"])
-        time.sleep(0.5)
+    hastened = False
+    with site.start("status", "--watch", "--every", "0.5", "--json") as watching:
+        assert watching.stdout is not None
+        for line in watching.stdout:
+            for row in json.loads(line):
+                if seen[row["run"]][-1:] != [row["state"]]:
+                    seen[row["run"]].append(row["state"])
+            if not hastened and site.cluster.state(high) == "COMPLETED":
+                site.hasten()
+                hastened = True
+    assert {states[-1] for states in seen.values()} == {"finished"}, f"{seen}\n{site.logs()}"
     return seen
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_cell_resumes_and_ends_like_the_undisturbed(
-    cluster: SlurmCluster, undisturbed: dict[int, dict[str, Any]], tmp_path: Path, digits_data: Path, kind: str
-) -> None:
-    """Jobs of one kind at a time: they are about equally quick, so that none has ended when all are preempted."""
-    site = Site(cluster, tmp_path, digits_data)
-    cells: dict[tuple[str, str], str] = {}
-    for partition in ("low0", "low6"):  # GraceTime 0 and 6 s
-        cells |= dict.fromkeys(site.submit_many("--partition", partition, *KINDS[kind]), partition)
-    site.until_epoch(1, *(run for run, _ in cells))  # there is a checkpoint, which those without a grace time need
-    beginning = None
-    if kind == "two tasks":  # one more, whose processes have just begun: the signals come before Python can listen to them
-        beginning = site.submit("--partition", "low6", "--nodes", "1", "--set", f"epochs={LONG}")
-        cluster.wait(beginning[1], {"RUNNING"})
-        cells[beginning] = "low6"
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+    """Runs of every kind that were preempted at the same time, and what became of them."""
+
+    site: Site
+    cells: list[tuple[str, str, str, str]]  # kind, partition, run, job
+    seen: dict[str, list[str]]
+    job_ids: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def matrix(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory, digits_data: Path) -> Matrix:
+    site = Site(cluster, tmp_path_factory.mktemp("matrix"), digits_data)
+    site.step_takes(STEP_S, after_an_epoch=1.0)  # none ends before all train
+    cells = [
+        (kind, partition, run, job)
+        for kind, options in KINDS.items()
+        for partition in ("low0", "low6")  # GraceTime 0 and 6 s
+        for run, job in site.submit_many("--partition", partition, *options)
+    ]
+    site.until_epoch(1, *(run for _, _, run, _ in cells))  # there is a checkpoint, which those without a grace time need
+    # one more, whose processes have just begun: the signals come before Python can listen to them
+    run, job = site.submit("--partition", "low6", "--nodes", "1")
+    cluster.wait(job, {"RUNNING"})
+    cells.append(("beginning", "low6", run, job))
     high = cluster.batch("--partition=high", "--nodes=3", "--exclusive", script="sleep 1")
-    seen = watch(site, (run for run, _ in cells), 240)
+    seen = watch(site, high, [run for _, _, run, _ in cells])
     assert cluster.wait(high) == "COMPLETED"
-    job_ids = {row["run"]: row["job_id"] for row in site.statuses()}
-    for (run, job), partition in cells.items():
-        cell = f"{partition}, {job}: {seen[run]}"
-        ranks = 1 if kind == "elements" or (run, job) == beginning else 2
-        epochs = list(range(1, (LONG if (run, job) == beginning else EPOCHS[ranks]) + 1))
-        assert {"failed", "cancelled", "stopped"}.isdisjoint(seen[run]), cell
-        assert seen[run].index("finished") == len(seen[run]) - 1, cell  # never reported done before it was
+    return Matrix(site, cells, seen, {row["run"]: row["job_id"] for row in site.statuses()})
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "beginning"])
+def test_every_cell_resumes_and_ends_like_the_undisturbed(
+    matrix: Matrix, undisturbed: dict[int, dict[str, Any]], kind: str
+) -> None:
+    site, cluster = matrix.site, matrix.site.cluster
+    for partition, run, job in (cell[1:] for cell in matrix.cells if cell[0] == kind):
+        seen = matrix.seen[run]
+        cell = f"{partition}, {job}: {seen}"
+        epochs = list(range(1, EPOCHS + 1))
+        assert {"failed", "cancelled", "stopped"}.isdisjoint(seen), cell
+        assert seen.index("finished") == len(seen) - 1, cell  # never reported done before it was
         assert cluster.wait(job) == "COMPLETED", cell  # Slurm says so a moment after the run does
-        assert job_ids[run] == job and cluster.job(job)["Restarts"] == "1", cell
+        assert matrix.job_ids[run] == job and cluster.job(job)["Restarts"] == "1", cell
         steps = [row["step"] for row in site.rows(run, "step")]
         assert steps == sorted(set(steps)), f"{cell}: a step was logged twice"
         assert site.epochs(run) == epochs, cell
         assert [row["event"] for row in site.rows(run, "event")].count("finished") == 1, cell
         result = site.result(run)
-        if (run, job) != beginning and not job.endswith("_1"):  # the second element has another seed
-            assert_same(result, undisturbed[ranks])
+        if not job.endswith("_1"):  # the second element has another seed
+            assert_same(result, undisturbed[2 if kind.startswith("two") else 1])
         # a run that was preempted before its training began has trained in one stretch
-        assert result["restarts"] == 1 or ((run, job) == beginning and result["restarts"] == 0), cell
+        assert result["restarts"] == 1 or (kind == "beginning" and result["restarts"] == 0), cell
         logged = re.findall(r"^epoch (\d+)/", site.call("logs", run), re.MULTILINE)
         assert list(dict.fromkeys(logged)) == [str(epoch) for epoch in epochs], f"{cell}: one log, in order"
-        if (run, job) == beginning:
+        if kind == "beginning":
             continue
         (_, stopped), (resumed, _) = segments(site, run)
         assert resumed > 0, f"{cell}: trained from zero again"
@@ -95,25 +116,6 @@ def test_every_cell_resumes_and_ends_like_the_undisturbed(
             assert stopped == resumed and result["lost_steps"] == 0, f"{cell}: lost steps though there was a grace time"
         else:  # a checkpoint after every epoch
             assert result["lost_steps"] < 1.5 * result["steps"] / len(epochs), cell
-
-
-def test_a_raw_scancel_never_resurrects(cluster: SlurmCluster, tmp_path: Path, digits_data: Path) -> None:
-    """It sends the TERM that a preemption sends too, and leaves no marker in the run directory. One job has a grace time, one
-    has none, one waits for its second start.
-    """
-    site = Site(cluster, tmp_path, digits_data)
-    options = ("--nodes", "1", "--set", "epochs=3000")
-    pairs = [site.submit("--partition", partition, *options) for partition in ("low6", "low0", "low6")]
-    site.until_epoch(1, *(run for run, _ in pairs))
-    requeued = pairs[-1][1]
-    cluster.call("scontrol", "requeuehold", requeued)
-    cluster.wait(requeued, {"PENDING", "REQUEUE_HOLD"})
-    cluster.call("scancel", *(job for _, job in pairs))
-    cluster.until(lambda: not cluster.call("squeue", "--noheader"), 60, "the jobs leave the queue")
-    # they are no longer COMPLETING, so that no process of them is left that could requeue one
-    for run, job in pairs:
-        assert cluster.state(job) == "CANCELLED" and cluster.job(job)["Restarts"] == str(int(job == requeued))
-        assert site.status(run)["state"] == "cancelled"
 
 
 def test_cancel_during_the_grace_time_of_a_preemption(cluster: SlurmCluster, tmp_path: Path, digits_data: Path) -> None:
@@ -127,3 +129,23 @@ def test_cancel_during_the_grace_time_of_a_preemption(cluster: SlurmCluster, tmp
     cluster.until(lambda: not cluster.call("squeue", "--noheader"), 60, "an empty queue")
     assert cluster.job(job)["JobState"] == "CANCELLED"
     assert site.status(run)["state"] == "cancelled"
+
+
+def test_a_raw_scancel_never_resurrects(slurm_cluster: SlurmCluster, tmp_path: Path, digits_data: Path) -> None:
+    """It sends the TERM that a preemption sends too, and leaves no marker in the run directory. One job has a grace time, one
+    has none, one waits for its second start.
+    """
+    cluster = slurm_cluster
+    site = Site(cluster, tmp_path, digits_data)
+    options = ("--nodes", "1", "--set", "epochs=3000")
+    pairs = [site.submit("--partition", partition, *options) for partition in ("low6", "low0", "low6")]
+    site.until_epoch(1, *(run for run, _ in pairs))
+    requeued = pairs[-1][1]
+    cluster.call("scontrol", "requeuehold", requeued)
+    cluster.wait(requeued, {"PENDING", "REQUEUE_HOLD"})
+    cluster.call("scancel", *(job for _, job in pairs))
+    cluster.until(lambda: not cluster.call("squeue", "--noheader"), 60, "the jobs leave the queue")
+    # they are no longer COMPLETING, so that no process of them is left that could requeue one
+    for run, job in pairs:
+        assert cluster.state(job) == "CANCELLED" and cluster.job(job)["Restarts"] == str(int(job == requeued))
+        assert site.status(run)["state"] == "cancelled"

@@ -27,21 +27,22 @@ class NodesSite(Site):
         shutil.copytree(data, self.data)
         self.scratch.mkdir()
         super().__init__(cluster, folder, self.data)
+        self.hasten()
 
     def with_profile(self, profile: str, *options: str) -> tuple[str, str]:
         """Submit one epoch with these lines added to the profile; run and job id."""
-        profile = profile.replace("SCRATCH", str(self.scratch))
-        (self.folder / "testbed.yaml").write_text(PROFILE + profile)
+        self.profile("testbed", PROFILE + profile.replace("SCRATCH", str(self.scratch)))
         return self.submit("--set", "epochs=1", *options)
 
-    def processes(self, node: str) -> list[int]:
-        """Ranks of ours on a node."""
+    def processes(self, run: str, node: str) -> list[int]:
+        """Ranks of a run on a node."""
         namespace = Path(f"/proc/{self.cluster.slurmd(node)}/ns/mnt").readlink()
         found = []
         for entry in Path("/proc").iterdir():
             try:
                 here = entry.name.isdigit() and (entry / "ns/mnt").readlink() == namespace
-                if here and b"submitit.core._submit" in (entry / "cmdline").read_bytes().split(b"\0"):
+                command = (entry / "cmdline").read_text().split("\0")
+                if here and "submitit.core._submit" in command and f"/{run}/" in command[-2]:
                     found.append(int(entry.name))
             except OSError:
                 continue
@@ -89,13 +90,26 @@ def bad(
 ) -> Iterator[dict[str, tuple[NodesSite, str, str]]]:
     """Runs that each meet a bad node, at the same time since most of it is waiting; site, run and job of each."""
     made = {}
-    for name, (node, part, profile, options) in BAD.items():
+
+    def user(name: str) -> NodesSite:
         folder = tmp_path_factory.mktemp(name.replace(" ", "-"))
-        site = NodesSite(SlurmCluster(slurm_cluster_session.folder, folder), folder, digits_data)
+        return NodesSite(SlurmCluster(slurm_cluster_session.folder, folder), folder, digits_data)
+
+    silent = user("no answer")
+    made["no answer"] = (silent, *silent.with_profile("preflight_timeout_s: 6\n"))
+    stopped: list[int] = []  # before they reach the others
+    deadline = time.monotonic() + 30
+    while not stopped and time.monotonic() < deadline:
+        for pid in silent.processes(made["no answer"][1], "n2"):
+            os.kill(pid, signal.SIGSTOP)
+            stopped.append(pid)
+    assert stopped
+    for name, (node, part, profile, options) in BAD.items():
+        site = user(name)
         site.cover(node, getattr(site, part), *(["-o", "size=64k"] if part == "scratch" else []))
         made[name] = (site, *site.with_profile(profile, *options))
-    for site, run, _ in made.values():
-        site.call("wait", run, code=1 if site.runs == made["no other choice"][0].runs else 0)
+    for name, (site, run, _) in made.items():
+        site.call("wait", run, code=int(name == "no other choice"))
     yield made
     for site, _, _ in made.values():
         site.cluster.show_again()
@@ -165,17 +179,10 @@ def test_a_second_failure_ends_the_run(bad: Bad) -> None:
     assert site.cluster.job(job)["Restarts"] == "1"
 
 
-def test_a_node_that_does_not_answer_is_named(site: NodesSite) -> None:
-    """Its processes are frozen before they reach the others."""
-    run, job = site.with_profile("preflight_timeout_s: 6\n")
-    stopped: list[int] = []
-    deadline = time.monotonic() + 30
-    while not stopped and time.monotonic() < deadline:
-        for pid in site.processes("n2"):
-            os.kill(pid, signal.SIGSTOP)
-            stopped.append(pid)
-    assert stopped
+def test_a_node_that_does_not_answer_is_named(bad: Bad) -> None:
+    """Its processes were frozen before they reached the others."""
+    site, run, job = bad["no answer"]
     site.requeued(job, excluding={"n2"})
     assert "n2: no answer within 6 s" in site.failures(run)[0]["reason"]
-    site.call("wait", run)
+    assert site.result(run)["state"] == "finished"
     assert site.cluster.job(job)["NodeList"] == "n[1,3]"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from slurm_site import EPOCHS, PROFILE, Site, SlurmCluster, assert_same
+from slurm_site import EPOCHS, PROFILE, STEP_S, Site, SlurmCluster, assert_same
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -17,50 +18,69 @@ def site(slurm_cluster: SlurmCluster, tmp_path: Path, digits_data: Path) -> Site
 
 
 def test_two_nodes_finish(undisturbed: dict[int, dict[str, Any]]) -> None:
-    for ranks, result in undisturbed.items():
-        assert (result["state"], result["epochs"], result["restarts"]) == ("finished", EPOCHS[ranks], 0)
+    for result in undisturbed.values():
+        assert (result["state"], result["epochs"], result["restarts"]) == ("finished", EPOCHS, 0)
         assert result["test_accuracy"] > 0.8
 
 
-def test_a_lost_node_costs_no_result(site: Site, undisturbed: dict[int, dict[str, Any]]) -> None:
-    """A rank on another node can ask for the requeue; the job that was on that node alone comes back when Slurm notices."""
-    both, both_job = site.submit("--nodes", "2")
-    site.until_epoch(1, both)
+@pytest.fixture(scope="module")
+def disturbed(
+    slurm_cluster_session: SlurmCluster, tmp_path_factory: pytest.TempPathFactory, digits_data: Path
+) -> Iterator[tuple[Site, dict[str, tuple[str, str]]]]:
+    """Runs that all met something else at the same time, and finished; run and job of each by what it met."""
+    site = Site(slurm_cluster_session, tmp_path_factory.mktemp("disturbed"), digits_data)
+    site.step_takes(STEP_S, after_an_epoch=1.0)
+    made = {"lost a node": site.submit("--nodes", "2")}
+    both_job = made["lost a node"][1]
+    site.cluster.wait(both_job, {"RUNNING"})
     node = site.cluster.job(both_job)["BatchHost"]  # where rank 0 is, and so the meeting point
-    (site.folder / "there.yaml").write_text(PROFILE + f"nodelist: {node}\n")
-    [(alone, alone_job)] = site.submit_many("--nodes", "1", "--set", f"epochs={EPOCHS[1]}", profile="there")
-    site.until_epoch(3, both, alone)
+    site.profile("there", PROFILE + f"nodelist: {node}\n")
+    site.profile("elsewhere", PROFILE + f"exclude: {node}\n")
+    [made["lost all"]] = site.submit_many("--nodes", "1", profile="there")
+    for name in ("requeued", "cancelled"):  # through torch's own DDP, whose sums of two ranks are those of the undisturbed run
+        [made[name]] = site.submit_many("--set", "training.gradient_sync=ddp", profile="elsewhere")
+    site.until_epoch(1, *(run for run, _ in made.values()))
     site.cluster.testbed("crash", node)
     try:
-        for job in (both_job, alone_job):
+        site.cluster.call("scontrol", "requeue", made["requeued"][1])
+        site.call("cancel", made["cancelled"][0])
+        site.hasten()
+        cancelled, cancelled_job = made["cancelled"]
+        site.call("wait", cancelled, code=1)
+        assert site.cluster.wait(cancelled_job) == "CANCELLED"
+        assert site.status(cancelled)["state"] == "cancelled"
+        assert not (site.runs / cancelled / "result.json").exists() or site.result(cancelled)["state"] != "finished"
+        assert site.cluster.job(cancelled_job)["Restarts"] == "0"
+        site.call("resume", cancelled)
+        for name in ("lost a node", "lost all"):
+            job = made[name][1]
             site.cluster.until(lambda job=job: site.cluster.job(job)["Restarts"] == "1", 90, "the job is requeued")  # type: ignore[misc]
-        assert {row["state"] for row in site.statuses()} <= {"pending", "requeued", "running"}
+        assert {row["state"] for row in site.statuses()} <= {"pending", "requeued", "running", "finished"}
         site.cluster.wait(both_job, {"RUNNING", "COMPLETED"}, 60)
         assert node not in site.cluster.hosts(both_job)
     finally:
         site.cluster.testbed("boot", node)
-    for result, ranks in zip(site.finished(both, alone), (2, 1), strict=True):
-        assert_same(result, undisturbed[ranks])
+    site.call("wait", *(run for run, _ in made.values()))
+    yield site, made
 
 
-def test_a_requeued_run_and_one_that_was_cancelled_and_resumed(site: Site, undisturbed: dict[int, dict[str, Any]]) -> None:
-    """Through torch's own DDP, whose sums of two ranks are those of the undisturbed run."""
-    requeued, requeued_job = site.submit("--set", "training.gradient_sync=ddp")
-    cancelled, cancelled_job = site.submit("--set", "training.gradient_sync=ddp")
-    site.until_epoch(3, requeued, cancelled)
-    site.cluster.call("scontrol", "requeue", requeued_job)
-    site.call("cancel", cancelled)
-    site.call("wait", cancelled, code=1)
-    assert site.cluster.wait(cancelled_job) == "CANCELLED"
-    assert site.status(cancelled)["state"] == "cancelled"
-    assert not (site.runs / cancelled / "result.json").exists() or site.result(cancelled)["state"] != "finished"
-    assert site.cluster.job(cancelled_job)["Restarts"] == "0"
-
-    site.call("resume", cancelled)
-    for result in site.finished(requeued, cancelled):
-        assert_same(result, undisturbed[2])
-    assert site.cluster.job(requeued_job)["Restarts"] == "1"
-    assert site.cluster.job(cancelled_job)["Restarts"] == "0"
+@pytest.mark.parametrize(
+    ("met", "ranks", "restarts"), [("lost a node", 2, 1), ("lost all", 1, 1), ("requeued", 2, 1), ("cancelled", 2, 0)]
+)
+def test_what_it_met_costs_no_result(
+    disturbed: tuple[Site, dict[str, tuple[str, str]]],
+    undisturbed: dict[int, dict[str, Any]],
+    met: str,
+    ranks: int,
+    restarts: int,
+) -> None:
+    """A rank on another node can ask for the requeue; the job that was on a lost node alone comes back when Slurm notices. The
+    job of a cancelled run never does: resumed, it has another one.
+    """
+    site, made = disturbed
+    run, job = made[met]
+    assert_same(site.result(run), undisturbed[ranks])
+    assert site.cluster.job(job)["Restarts"] == str(restarts)
 
 
 def test_a_run_cancelled_in_the_queue_never_starts(site: Site) -> None:

@@ -174,7 +174,7 @@ def test_a_requeued_job(slurm_cluster: SlurmCluster, site: Site) -> None:
 
 def test_a_finished_run_that_slurm_starts_again_stays_as_it_is(slurm_cluster: SlurmCluster, site: Site) -> None:
     """As Slurm does to a job that was preempted and finished in its grace time. Its log was followed to the end."""
-    run = submit(site, epochs=100)
+    run = submit(site, epochs=10)
     log = site.cli("logs", "--follow", run.id).stdout
     assert log.count(f"training {run.id} from step 0") == 1
     assert seen(site, run)["state"] == "finished"

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -127,15 +128,18 @@ def logs(run: Run) -> str:
     return "\n".join(f"--- {path.name}\n{path.read_text()}" for path in sorted(run.path.glob("rank-*.log")))
 
 
-def wait_for_step(run: Run, step: int, processes: list[Rank], timeout: float = 60) -> None:
+def wait_for_step(run: Run, step: int, processes: list[Rank]) -> None:
     """Return as soon as metrics.jsonl shows that ``step`` updates were made."""
+    eventually(lambda: any(int(row.get("step", 0)) >= step for row in files.read_json_lines(run.metrics_file)), processes, run)
+
+
+def eventually(condition: Callable[[], bool], processes: list[Rank], run: Run, timeout: float = 60) -> None:
+    """Return as soon as ``condition`` holds, of processes that all live."""
     deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        if any(int(row.get("step", 0)) >= step for row in files.read_json_lines(run.metrics_file)):
-            return
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {timeout:g} s\n{logs(run)}"
         assert all(process.poll() is None for process in processes), logs(run)
         time.sleep(0.002)
-    raise AssertionError(f"step {step} was not reached\n{logs(run)}")
 
 
 def kill_all(processes: list[Rank]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import tarfile
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import ranks
 from rich.console import Console
 
+from hpc_cifar import files
 from hpc_cifar.config.experiment import Experiment
 from hpc_cifar.config.load import load_experiment
 from hpc_cifar.config.packaged import job_files
@@ -82,3 +84,16 @@ def test_a_job_trains_resumes_and_is_evaluated(path: Path, real_images: Path, tm
     assert "resuming at step 2 of 3" in ranks.logs(run)
     found, _ = evaluation.evaluate(trained.load(run, real_images), "test", tta=False, pictures=False, maps_of=None)
     assert found["accuracy"] == pytest.approx(result["test_accuracy"], abs=1e-9) and found["images"] == 100
+
+
+def test_a_published_system_in_full(cifar_data: Path, tmp_path: Path) -> None:
+    """What its source claims of ten epochs on 50,000 images, and no test set that is easier than it should be."""
+    [path] = [path for path in JOBS if path.stem == "ann-1"]
+    experiment = load_experiment(path)
+    run = ranks.new_run(tmp_path, experiment)
+    result = ranks.complete(run, cifar_data, 1)
+    last = [row for row in files.read_json_lines(run.metrics_file) if row["kind"] == "epoch"][-1]
+    assert experiment.claim is not None and experiment.claim.train_accuracy is not None
+    assert (result["state"], result["epochs"], result["steps"]) == ("finished", 10, 10 * math.ceil(50_000 / 32))
+    assert last["train_accuracy"] == pytest.approx(experiment.claim.train_accuracy, abs=0.04)
+    assert 0.30 < last["val_accuracy"] == result["test_accuracy"] < last["train_accuracy"] + 0.01

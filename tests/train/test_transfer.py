@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -81,3 +82,21 @@ def test_only_the_images_that_are_asked_for_are_trained_on(tmp_path: Path, digit
     run, result = complete(tmp_path, digits_data, experiment({}))
     assert result["steps"] == 6  # 300 images, batches of 100, 2 epochs
     assert "300 training images" in ranks.logs(run)
+
+
+def test_a_stop_is_heard_while_features_are_computed(tmp_path: Path, digits_data: Path) -> None:
+    """Every rank leaves, though only one was told; the run goes on as if it had not been."""
+    config = experiment({"resize": 96}, data={"train_images": None})
+    run = ranks.new_run(tmp_path, config)
+    processes = ranks.start(run, digits_data, 2)
+    beat = run.path / "heartbeat" / "rank-1.json"
+    ranks.eventually(lambda: (files.read_json(beat) or {}).get("phase") == "features", processes, run)
+    processes[1].send_signal(signal.SIGTERM)
+    assert ranks.finish(processes) == [0, 0], ranks.logs(run)
+    stopped = run.result() or {}
+    assert (stopped["state"], stopped["steps"]) == ("stopped", 0)
+    undisturbed, expected = complete(tmp_path, digits_data, config, 2)
+    result = ranks.complete(run, digits_data, 2)
+    assert (result["state"], result["restarts"]) == ("finished", 1)
+    assert ranks.losses(run) == ranks.losses(undisturbed)
+    assert result["test_loss"] == expected["test_loss"]
