@@ -20,11 +20,13 @@ pytestmark = pytest.mark.slow
 BACKBONE = {"family": "timm", "name": "resnet10t", "weights": None}
 
 
-def experiment(model: dict[str, Any], augment: dict[str, Any] | None = None, **changes: Any) -> Experiment:
+def experiment(
+    model: dict[str, Any], augment: dict[str, Any] | None = None, images: int | None = 300, **changes: Any
+) -> Experiment:
     values = ranks.experiment(training={"ema_decay": None}, optimizer={"lr": 0.02}, **changes).model_dump()
     values["model"] = BACKBONE | model
     values["data"]["augment"] = augment or {}
-    values["data"]["train_images"] = 300
+    values["data"]["train_images"] = images
     return Experiment.model_validate(values)
 
 
@@ -86,7 +88,7 @@ def test_only_the_images_that_are_asked_for_are_trained_on(tmp_path: Path, digit
 
 def test_a_stop_is_heard_while_features_are_computed(tmp_path: Path, digits_data: Path) -> None:
     """Every rank leaves, though only one was told; the run goes on as if it had not been."""
-    config = experiment({"resize": 96}, data={"train_images": None})
+    config = experiment({"resize": 80}, images=None)
     run = ranks.new_run(tmp_path, config)
     processes = ranks.start(run, digits_data, 2)
     beat = run.path / "heartbeat" / "rank-1.json"
