@@ -91,8 +91,7 @@ def test_a_stop_is_heard_while_features_are_computed(tmp_path: Path, digits_data
     config = experiment({"resize": 80}, images=None)
     run = ranks.new_run(tmp_path, config)
     processes = ranks.start(run, digits_data, 2)
-    beat = run.path / "heartbeat" / "rank-1.json"
-    ranks.eventually(lambda: (files.read_json(beat) or {}).get("phase") == "features", processes, run)
+    ranks.eventually(lambda: bool(files.read_json_lines(run.metrics_file)), processes, run)  # it started: features are next
     processes[1].send_signal(signal.SIGTERM)
     assert ranks.finish(processes) == [0, 0], ranks.logs(run)
     stopped = run.result() or {}
