@@ -94,7 +94,7 @@ def test_the_wheel_holds_the_job_files_and_runs(repository: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("script", "options"),
     [
-        ("epoch.py", ["--job", "quickstart-digits", "--steps", "2", "--rounds", "1"]),
+        ("step.py", ["--job=quickstart-digits", "--steps=2", "--rounds=1", "--rungs=channels_last,eager fused"]),
         ("data.py", ["--images", "600", "--rounds", "1"]),
         ("systems.py", ["quickstart-digits", "--seeds", "2", "--set", "epochs=1", "--suffix", "short"]),
         (
@@ -105,8 +105,7 @@ def test_the_wheel_holds_the_job_files_and_runs(repository: Path, tmp_path: Path
 )
 def test_benchmarks_run(repository: Path, tmp_path: Path, digits_data: Path, script: str, options: list[str]) -> None:
     out = tmp_path / "figures.json"
-    flag = "--out" if script == "epoch.py" else "--json"
-    command = [sys.executable, str(repository / "benchmarks" / script), *options, flag, str(out)]
+    command = [sys.executable, str(repository / "benchmarks" / script), *options, "--json", str(out)]
     call(*command, cwd=tmp_path, HPC_CIFAR_DATA=str(digits_data), HPC_CIFAR_RUNS=str(tmp_path / "runs"))
     figures = json.loads(out.read_text())
     assert figures

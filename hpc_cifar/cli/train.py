@@ -47,7 +47,9 @@ def train(
     hpc-cifar train quickstart
     torchrun --nproc-per-node 2 -m hpc_cifar train jobs/deep300.yaml --max-steps 20
     """
-    from .. import files
+    from .. import files, stages
+
+    stages.done("process")
     from ..config.load import load_experiment
     from ..config.packaged import find_job
     from ..errors import RunError
@@ -65,6 +67,7 @@ def train(
     from ..train.loop import train as train_run
     from ..train.loop import wants_gpu
 
+    stages.done("imports")
     with connected(wants_gpu(experiment)) as world:
         found, segment = _agree(world, root, name, experiment, data_root, fresh=fresh)
         if world.share(found.finished()):

@@ -12,9 +12,10 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from .fields import Count, Duration, Flag, Model, Positive, Real, Share, Whole, matching, shown
+from .fields import Count, Duration, Model, Positive, Real, Whole, matching, shown
 from .model import ModelConfig, PretrainedModel
-from .optimization import AdamW, Constant, EarlyStopping, Fraction, Muon, Optimizer, Plateau, ScheduleConfig, Staged, Step
+from .optimization import LARS, AdamW, Constant, Fraction, Muon, Optimizer, Plateau, ScheduleConfig, Staged, Step
+from .training import Checkpoint, Loss, Training
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -112,42 +113,6 @@ class Data(Model):
 # ---- the rest ------------------------------------------------------------------------------------------------------
 
 
-class Loss(Model):
-    """Cross entropy, with label smoothing if wanted."""
-
-    label_smoothing: Share = 0.0
-
-
-class Training(Model):
-    """How a step is computed.
-
-    ``precision: auto`` is bf16 autocast on a GPU that has it, else float32; ``float64`` is slow, and tells rounding noise from
-    a real difference between two runs. ``batch_norm: global`` takes the statistics over the batches of all ranks.
-    ``gradient_sync: flat`` is one all-reduce in a fixed order (reproducible at any world size); ``ddp`` is torch's
-    DistributedDataParallel with overlapping buckets; ``auto`` is flat below 4 million parameters.
-    """
-
-    precision: Literal["auto", "float32", "bf16", "float64"] = "auto"
-    channels_last: Literal["auto"] | Flag = "auto"
-    batch_norm: Literal["local", "global"] = "local"
-    gradient_sync: Literal["auto", "flat", "ddp"] = "auto"
-    clip_grad_norm: Positive | None = None
-    ema_decay: Annotated[Real, Field(gt=0, lt=1)] | None = None
-    early_stopping: EarlyStopping | None = None
-    log_every_steps: Count = 10
-    evaluate_every_epochs: Count = 1
-
-
-class Checkpoint(Model):
-    """How often to save, how many to keep, and which weights count: those of the last step or the best on validation."""
-
-    every_epochs: Count = 1
-    every_steps: Count | None = None
-    keep_last: Count = 3
-    select: Literal["last", "best"] = "last"
-    monitor: Literal["val_accuracy", "val_loss"] = "val_accuracy"
-
-
 class Tracking(Model):
     """Weights & Biases; a missing login or network never stops a run."""
 
@@ -231,6 +196,22 @@ class Experiment(Model):
         if isinstance(self.model, PretrainedModel) and self.model.cache_features is True and self.data.augment != Augment():
             raise ValueError("model.cache_features: true needs data.augment: {}, since every epoch's images differ otherwise")
         return self
+
+    @model_validator(mode="after")
+    def _a_graph_decides_nothing_on_the_host(self) -> Experiment:
+        if self.training.graph is True and (reason := self.no_graph):
+            raise ValueError(f"training.graph: {reason}")
+        return self
+
+    @property
+    def no_graph(self) -> str:
+        """Why a step of this experiment cannot be a CUDA graph, "" if it can."""
+        if isinstance(self.optimizer, Muon | LARS) or self.optimizer.lookahead is not None:
+            name = self.optimizer.name if isinstance(self.optimizer, Muon | LARS) else "lookahead"
+            return f"{name} counts its steps and rates on the host; use sgd, adam or adamw without lookahead"
+        if self.training.gradient_sync == "ddp":
+            return "gradient_sync: ddp changes its buckets after the first step; use gradient_sync: flat"
+        return ""
 
     @model_validator(mode="after")
     def _statistics_over_all_ranks_are_ours(self) -> Experiment:

@@ -6,11 +6,8 @@ batch to memory five times.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
-import os
-import stat
 import tempfile
 import types
 from collections.abc import Callable, Iterator
@@ -109,19 +106,8 @@ def _fill(
 
 
 def _cache_folders() -> Iterator[Path]:
-    """Where compiled code may be kept, best first. It is loaded and run, so each is one that only this user can write."""
     config: Any = numba_config
-    if config.CACHE_DIR:  # the user's own NUMBA_CACHE_DIR
-        yield Path(config.CACHE_DIR)
-        return
-    with contextlib.suppress(RuntimeError):  # no home folder at all, as in some containers
-        yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    temporary = Path(tempfile.gettempdir()) / f"hpc-cifar-{os.getuid()}"
-    with contextlib.suppress(OSError):
-        temporary.mkdir(mode=0o700, exist_ok=True)
-        facts = temporary.lstat()
-        if stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid() and not facts.st_mode & 0o077:
-            yield temporary
+    return iter([Path(config.CACHE_DIR)]) if config.CACHE_DIR else files.cache_folders()  # the user's own NUMBA_CACHE_DIR
 
 
 def _at_a_fixed_path(function: Any) -> Kernel | None:

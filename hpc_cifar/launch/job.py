@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from .. import stages
 from . import chain
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class TrainJob:
             self.after = tuple(str(path) for path in after)
 
     def __call__(self) -> dict[str, Any]:
+        stages.done("process")
         import submitit
 
         gc.disable()  # collections while torch is imported find nothing and take a tenth of the start; the trainer enables them
@@ -106,7 +108,9 @@ class TrainJob:
         from ..train.loop import train
         from . import preflight, requeue
 
+        stages.done("imports")
         with preflight.ready(run, env, Path(self.data_root)) as node:
+            stages.done("preflight")
             try:
                 # rank 0 prints plain lines to the job's log
                 return train(

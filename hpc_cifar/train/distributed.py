@@ -34,6 +34,10 @@ class World:
     def main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
     def gather(self, value: Any) -> list[Any] | None:
         """Every rank's ``value`` in rank order on rank 0, None elsewhere."""
         if self.control is None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .. import stages
 from ..config.experiment import Experiment
 from ..errors import HpcCifarError, LostRank, first_line
 from ..runs import Run
@@ -54,6 +55,7 @@ def train(
             options: dict[str, Any] = {"max_steps": max_steps, "data_root": data_root, "console": console}
             return train(run, **options, world=world, begin=begin, segment=segment, on_hang=on_hang)
     try:
+        stages.done("process group")
         with StopFlag() as flag, RunLock(run.path, world):
             if begin is not None and world.main:
                 begin()

@@ -16,16 +16,19 @@ LR_FACTOR = "lr_factor"
 """Name of the factor on the rate in a group of parameters."""
 
 
-def build(config: Optimizer, parameters: Iterable[nn.Parameter], rules: Sequence[Rule] = ()) -> torch.optim.Optimizer:
+def build(
+    config: Optimizer, parameters: Iterable[nn.Parameter], rules: Sequence[Rule] = (), capturable: bool = False
+) -> torch.optim.Optimizer:
     """The optimizer over those of ``parameters`` that are trained.
 
     Its rate is set before every step from the schedule: in each group the rate times the group's ``lr_factor``.
 
     Args:
         rules: what holds for single parameters: L2 and a factor on the rate.
+        capturable: its step will be recorded in a CUDA graph.
     """
     groups = _groups(config, [p for p in parameters if p.requires_grad], rules)
-    made = _build(config, groups)
+    made = _build(config, groups, capturable)
     if config.lookahead is not None:
         from timm.optim.lookahead import Lookahead
 
@@ -53,13 +56,14 @@ def _groups(config: Optimizer, parameters: list[nn.Parameter], rules: Sequence[R
     return list(groups.values())
 
 
-def _build(config: Optimizer, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+def _build(config: Optimizer, groups: list[dict[str, Any]], capturable: bool) -> torch.optim.Optimizer:
     match config:
         case SGD():
             return _plain(torch.optim.SGD)(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
         case Adam() | AdamW():
             kind: type[torch.optim.Optimizer] = torch.optim.AdamW if isinstance(config, AdamW) else torch.optim.Adam
-            return _plain(kind)(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+            betas = (config.beta1, config.beta2)
+            return _plain(kind)(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True, capturable=capturable)
         case Muon():
             from timm.optim.muon import Muon as TimmMuon
 
@@ -99,19 +103,36 @@ class EMA:
     Args:
         parameters: the live parameters, in a fixed order.
         decay: share of the old average kept at every step, once enough steps are behind it.
+        on_device: keep the share of an update in device memory, so that :meth:`apply` can be replayed in a CUDA graph.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], decay: float) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], decay: float, on_device: bool = False) -> None:
         self._live = [p for p in parameters if p.requires_grad]
         self.shadow = [p.detach().clone() for p in self._live]
         self.decay = decay
         self.updates = 0
+        self._share = 0.0  # of the live parameters
+        self._share_on_device = torch.zeros((), device=self.shadow[0].device) if on_device else None
+
+    def prepare(self) -> None:
+        """Count an update, whose share of the live parameters follows from the count: short at first, as in TensorFlow's
+        num_updates rule.
+        """
+        self.updates += 1
+        self._share = 1 - min(self.decay, (self.updates - 1) / (self.updates + 8))
+        if self._share_on_device is not None:
+            self._share_on_device.fill_(self._share)
 
     @torch.no_grad()
-    def update(self) -> None:
-        self.updates += 1
-        decay = min(self.decay, (self.updates - 1) / (self.updates + 8))  # short at first, as in TensorFlow's num_updates rule
-        torch._foreach_lerp_(self.shadow, [p.detach() for p in self._live], 1 - decay)
+    def apply(self) -> None:
+        """The device's part of an update."""
+        live = [p.detach() for p in self._live]
+        if self._share_on_device is None:
+            torch._foreach_lerp_(self.shadow, live, self._share)
+            return
+        moves = torch._foreach_sub(live, self.shadow)
+        torch._foreach_mul_(moves, self._share_on_device)
+        torch._foreach_add_(self.shadow, moves)
 
     @torch.no_grad()
     def swap(self) -> None:

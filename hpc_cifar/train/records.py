@@ -77,6 +77,13 @@ class Records:
         self.progress.say(f"pipeline: {name} ({why})")
         self.event("pipeline", pipeline=name, why=why)
 
+    def startup(self, seconds: dict[str, float]) -> None:
+        """How long this rank took to its first step, by stage."""
+        slowest = sorted(seconds, key=lambda stage: -seconds[stage])[:3]
+        parts = ", ".join(f"{stage} {seconds[stage]:.1f} s" for stage in slowest)
+        self.progress.say(f"first step after {sum(seconds.values()):.1f} s ({parts})")
+        self.event("first step", seconds=seconds)
+
     def window(self, epoch: int, step: int, losses: list[float], accuracy: float, rate: float, seconds: float) -> None:
         """A ``step`` row over the last ``len(losses)`` steps, which took ``seconds``."""
         self.rate = len(losses) * self._plan.batch_size / max(seconds, 1e-9)

@@ -52,9 +52,12 @@ class Session:
             model = {name: tensor.cpu().clone() for name, tensor in self.network.state_dict().items()}
         if not self.world.main:
             return None
+        optimizer = self.optimizer.state_dict()
+        for group in optimizer["param_groups"]:  # set anew before every step; a tensor where the step is a CUDA graph
+            group["lr"] = float(group["lr"])
         return {
             "model": model,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer,
             "ema": None if self.ema is None else {"shadow": self.ema.shadow, "updates": self.ema.updates},
             "position": {"epoch": self.position.epoch, "batch": self.position.batch, "step": self.position.step},
             "per_rank": per_rank,
@@ -79,7 +82,11 @@ class Session:
             )
         try:
             self.network.load_state_dict(state["model"])
+            capturable = [group.get("capturable") for group in self.optimizer.param_groups]
             self.optimizer.load_state_dict(state["optimizer"])
+            for group, flag in zip(self.optimizer.param_groups, capturable, strict=True):
+                if flag is not None:  # how this segment computes, not how the last one did
+                    group["capturable"] = flag
         except (RuntimeError, ValueError, KeyError) as error:
             first = str(error).strip().splitlines()[0]
             raise CheckpointError(f"the checkpoint does not fit this experiment's network or optimizer: {first}") from None

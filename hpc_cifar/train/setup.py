@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .. import files
 from ..config.experiment import Experiment
 from ..config.model import PretrainedModel
 from ..config.shapes import check_fits
@@ -100,6 +103,17 @@ def choose_channels_last(experiment: Experiment) -> bool:
     """``auto`` is channels_last, the layout convolutions are fastest in on tensor cores and in oneDNN."""
     wanted = experiment.training.channels_last
     return True if wanted == "auto" else wanted
+
+
+def compiled(module: nn.Module) -> nn.Module:
+    """torch.compile for the shapes of batches as they come; what it makes is kept for other runs, nodes and days."""
+    for folder in files.cache_folders():
+        kept = folder / "hpc-cifar" / "inductor"
+        with contextlib.suppress(OSError):
+            kept.mkdir(mode=0o700, parents=True, exist_ok=True)
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kept))
+    made: nn.Module = torch.compile(module, dynamic=False)  # type: ignore[assignment]
+    return made
 
 
 def make_network(

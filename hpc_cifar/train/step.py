@@ -18,6 +18,7 @@ from ..models.batch_norm import at_least_float32
 from ..models.build import Rule
 from ..plan import Plan, shard
 from .distributed import GradientSync, World
+from .graph import Graphs, Update
 from .optim import EMA, LR_FACTOR, keep_norms
 from .schedule import History, factor
 
@@ -51,9 +52,13 @@ def seed_device(seed: int, device: torch.device) -> None:
 class Stepper:
     """Makes optimizer steps and keeps their metrics on the device.
 
+    What the host decides of a step (its rate, its seed, the share of the average) is set before :meth:`_update`, which is the
+    device's part and may be replayed as a CUDA graph.
+
     Args:
         plan: gives the schedule its length, and every rank the same number of forward passes a step.
         rules: what holds for single parameters; the norms are kept after every update.
+        graph: replay the device's part; the rate is a tensor then.
     """
 
     def __init__(
@@ -66,6 +71,7 @@ class Stepper:
         precision: torch.dtype,
         plan: Plan,
         rules: Sequence[Rule] = (),
+        graph: bool = False,
     ) -> None:
         self._rules = [rule for rule in rules if rule.max_norm is not None]
         self._experiment = experiment
@@ -80,7 +86,10 @@ class Stepper:
         window = experiment.training.log_every_steps
         # per step of the window: this rank's part of the batch loss; then correct and seen images of the window
         self._window = torch.zeros(window + 2, dtype=torch.float64, device=world.device)
+        self._slot = torch.zeros(1, dtype=torch.int64, device=world.device)  # of the next step in the window
         self._seen = 0
+        self._rate_on_device = graph
+        self._run: Update = Graphs(self._update, world.device) if graph else self._update
         self.start_clock()
         # this rank's sums over the epoch: loss, correct, images
         self.epoch_sums = torch.zeros(3, dtype=torch.float64, device=world.device)
@@ -93,16 +102,33 @@ class Stepper:
         self.rate = experiment.lr * factor(
             experiment.schedule, step, plan.steps_per_epoch, plan.total_steps, lr=experiment.optimizer.lr, history=history
         )
+        self._set_rate()
+        if self._ema is not None:
+            self._ema.prepare()
+        self._run(batch.images, batch.labels, batch.global_size)
+        self._seen += 1
+        return self.rate
+
+    def _set_rate(self) -> None:
         for group in self._optimizer.param_groups:
-            group["lr"] = self.rate * group.get(LR_FACTOR, 1.0)  # a checkpoint of before has none
+            rate = self.rate * group.get(LR_FACTOR, 1.0)  # a checkpoint of before has none
+            if not self._rate_on_device:
+                group["lr"] = rate
+            elif isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = torch.tensor(rate, dtype=torch.float32, device=self._world.device)
+
+    def _update(self, images: Tensor, labels: Tensor, global_size: int) -> None:
+        """Gradients, their sum over the ranks, the update of the weights and of their average; nothing waits for the device."""
+        experiment, parts = self._experiment, self._plan.accumulation
         self._sync.zero()
-        count = len(batch.labels)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self._world.device)
         correct = torch.zeros((), device=self._world.device)
-        for index in range(plan.accumulation):
-            start, stop = shard(count, plan.accumulation, index)
-            with self._sync.micro_batch(last=index == plan.accumulation - 1):
-                part = self._micro_batch(batch.images[start:stop], batch.labels[start:stop], batch.global_size)
+        for index in range(parts):
+            start, stop = shard(len(labels), parts, index)
+            with self._sync.micro_batch(last=index == parts - 1):
+                part = self._micro_batch(images[start:stop], labels[start:stop], global_size)
             loss_sum += part[0]
             correct += part[1]
         self._sync.finish()
@@ -111,9 +137,8 @@ class Stepper:
         self._optimizer.step()
         keep_norms(self._rules)
         if self._ema is not None:
-            self._ema.update()
-        self._account(loss_sum, correct, count, batch.global_size)
-        return self.rate
+            self._ema.apply()
+        self._account(loss_sum, correct, len(labels), global_size)
 
     def _micro_batch(self, images: Tensor, labels: Tensor, global_size: int) -> tuple[Tensor, Tensor]:
         """Forward and backward of one micro-batch; (sum of losses, number of correct predictions), detached."""
@@ -126,8 +151,8 @@ class Stepper:
         return loss.detach(), (logits.detach().argmax(1) == labels).sum()
 
     def _account(self, loss_sum: Tensor, correct: Tensor, count: int, global_size: int) -> None:
-        self._window[self._seen] = loss_sum / global_size
-        self._seen += 1
+        self._window.index_copy_(0, self._slot, (loss_sum / global_size)[None])
+        self._slot += 1
         self._window[-2] += correct
         self._window[-1] += count
         self.epoch_sums[0] += loss_sum
@@ -153,6 +178,7 @@ class Stepper:
         pending = PendingWindow(totals, self._seen, self._begin)
         self._begin = pending.end
         self._window.zero_()
+        self._slot.zero_()
         self._seen = 0
         return pending
 

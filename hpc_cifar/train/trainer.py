@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import math
 import os
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .. import files
+from .. import files, stages
 from ..config.experiment import Experiment
 from ..data import pipeline as data
-from ..data.store import Arrays
 from ..errors import HpcCifarError, NonFiniteLoss, RunError
-from ..evaluate.accuracy import evaluate
 from ..models import build
 from ..plan import Plan
 from ..runs import Run, now
@@ -30,17 +28,18 @@ from .records import Records
 from .schedule import stopped_early
 from .session import Session
 from .setup import (
-    AveragedStatistics,
     Prepared,
     actual_plan,
     choose_channels_last,
     choose_precision,
+    compiled,
     make_network,
     prepare_data,
     split_digest,
 )
 from .step import PendingWindow, Stepper, autocast
 from .stop import StopAgreement, StopAsked, StopFlag
+from .validation import Validation
 from .watchdog import Watchdog
 
 
@@ -48,21 +47,25 @@ class Trainer:
     """Rank-local objects of one segment, and the loop over epochs."""
 
     watchdog: Watchdog
-    cached: features.Features | None = None  # of a frozen backbone
+    begun = False  # a step was made
 
     def __init__(self, run: Run, world: World, flag: StopFlag, max_steps: int | None, data_root: Path, console: bool) -> None:
         self.run, self.world = run, world
         self.experiment: Experiment = run.experiment()
         self.prepared: Prepared = prepare_data(self.experiment, data_root, world)
+        stages.done("data")
         self.plan: Plan = actual_plan(self.experiment, self.prepared, world)
         self.last_step = min(self.plan.total_steps, max_steps or self.plan.total_steps)
         self.precision = choose_precision(self.experiment, world.device)
         self.channels_last = choose_channels_last(self.experiment)
         self.agreement = StopAgreement(flag, world)
         self.session = self._make_session(data_root)
+        stages.done("network")
+        self.validation = Validation(self.experiment, self.prepared, self.session, self.precision, self.channels_last)
         self.saved_step = -1
         self.pending: list[tuple[PendingWindow, int, int, float]] = []  # with its epoch, step and learning rate
         notes = [*self.plan.notes, *self._resume()]
+        stages.done("resume")
         self.records = Records(
             run, world, self.experiment, self.plan, self.session, self.prepared.store.label, self.last_step, console
         )
@@ -74,11 +77,14 @@ class Trainer:
         fresh = world.share(not checkpoint.stored(self.run.checkpoints))
         network = make_network(experiment, self.prepared, world, self.channels_last, data_root if fresh else None)
         rules = build.rules(experiment.model, network)
-        optimizer = optim.build(experiment.optimizer, network.parameters(), rules)
+        graph = experiment.training.graph is True  # `auto` is off: no GPU has shown yet what it is worth
+        optimizer = optim.build(experiment.optimizer, network.parameters(), rules, capturable=graph and world.on_gpu)
         decay = experiment.training.ema_decay
-        ema = None if decay is None else optim.EMA(network.parameters(), decay)
-        sync = gradient_sync(experiment.training.gradient_sync, network, world)
-        stepper = Stepper(experiment, sync, optimizer, ema, world, self.precision, plan, rules)
+        ema = None if decay is None else optim.EMA(network.parameters(), decay, on_device=graph)
+        sync = gradient_sync("flat" if graph else experiment.training.gradient_sync, network, world)
+        if experiment.training.compile is True:
+            sync.module = compiled(sync.module)
+        stepper = Stepper(experiment, sync, optimizer, ema, world, self.precision, plan, rules, graph)
         return Session(
             network,
             optimizer,
@@ -141,9 +147,11 @@ class Trainer:
 
     def _epochs(self, pipeline: data.Pipeline | features.Features) -> str:
         """Train to the end of the run; the reason if the ranks agreed to stop before."""
+        stages.done("pipeline")
         self.session.network.train()
         if not gc.isenabled():  # by who began this process: what is here now stays, and no collection need look at it
-            gc.freeze()
+            gc.freeze()  # until the end: libraries in C++ complain then of what was not freed
+            atexit.register(gc.unfreeze)
             gc.enable()
         reason = ""
         while not self._is_through() and self.session.position.step < self.last_step and not reason:
@@ -151,15 +159,16 @@ class Trainer:
         return reason
 
     def _pipeline(self) -> data.Pipeline | features.Features:
-        experiment, prepared, arguments = self.experiment, self.prepared, self._data_arguments()
+        experiment, prepared, arguments = self.experiment, self.prepared, self.validation.arguments
         inference = partial(autocast, self.precision, self.world.device)
-        network = self.session.network
-        self.cached, why = features.begin(
-            experiment, network, prepared, self.world, inference, arguments, self.watchdog, self.agreement.at_boundary
-        )
-        if self.cached is not None:
-            self.records.pipeline(self.cached.name, why)
-            return self.cached
+        cached, why = features.begin(
+            experiment, self.session.network, prepared, self.world, inference, arguments, self.watchdog,
+            self.agreement.at_boundary,
+        )  # fmt: skip
+        if cached is not None:
+            self.validation.cached = cached
+            self.records.pipeline(cached.name, why)
+            return cached
         images = data.build(experiment.data, prepared.store.train, prepared.train_indices, seed=experiment.seed, **arguments)
         self.records.pipeline(images.name, "; ".join(filter(None, (images.choice.why, why))))
         return images
@@ -177,6 +186,8 @@ class Trainer:
         self.epoch_images = 0
         for batch in pipeline.batches(position.epoch, position.batch):
             rate = session.stepper(batch, position.step, session.history)
+            if not self.begun:
+                self._first_step_is_made()
             position.batch += 1
             position.step += 1
             self.watchdog.step(position.step)
@@ -192,6 +203,13 @@ class Trainer:
             if position.step >= self.last_step:
                 break
         return ""
+
+    def _first_step_is_made(self) -> None:
+        self.begun = True
+        if self.world.on_gpu:
+            torch.cuda.synchronize(self.world.device)
+        stages.done("first step")
+        self.records.startup(stages.taken())
 
     def _finish_epoch(self, rate: float) -> None:
         """Metrics, validation and checkpoint at the end of an epoch."""
@@ -252,47 +270,13 @@ class Trainer:
 
     # ---- evaluation and checkpoints ----------------------------------------------------------------------------------
 
-    def _data_arguments(self) -> dict[str, Any]:
-        return {
-            "rank": self.world.rank,
-            "world_size": self.world.size,
-            "device": self.world.device,
-            "dtype": self.precision,
-            "channels_last": self.channels_last,
-            "mean": self.prepared.mean,
-            "std": self.prepared.std,
-        }
-
-    def _evaluate(self, arrays: Arrays, indices: Any) -> tuple[float, float]:
-        """Loss and accuracy of the current weights (the average, if there is one) on some images."""
-        session = self.session
-        with self.watchdog.phase("evaluate"), AveragedStatistics(session.network, self.world, session.local_statistics):
-            if session.ema is not None:
-                session.ema.swap()
-            try:
-                with autocast(self.precision, self.world.device):
-                    loss, accuracy, _ = evaluate(
-                        session.network, self._evaluation_batches(arrays, indices), self.world.sum, self.world.device
-                    )
-            finally:
-                if session.ema is not None:
-                    session.ema.swap()
-        return loss, accuracy
-
-    def _evaluation_batches(self, arrays: Arrays, indices: Any) -> Iterator[data.Batch]:
-        if self.cached is not None:
-            return self.cached.evaluation_batches(arrays, indices, 1000)
-        return data.evaluation_batches(self.experiment.data, arrays, indices, batch_size=1000, **self._data_arguments())
-
     def _test(self) -> tuple[float, float]:
-        arrays = self.prepared.store.test
-        return self._evaluate(arrays, range(len(arrays.labels)))
+        with self.watchdog.phase("evaluate"):
+            return self.validation.test()
 
     def _validate(self) -> tuple[float, float]:
-        """On the validation split; with ``validation: test`` on the test set, by which nothing is chosen."""
-        if self.experiment.data.validation == "test":
-            return self._test()
-        return self._evaluate(self.prepared.store.train, self.prepared.validation_indices)
+        with self.watchdog.phase("evaluate"):
+            return self.validation()
 
     def _is_better(self, row: dict[str, Any]) -> bool:
         if self.experiment.data.validation == "test":

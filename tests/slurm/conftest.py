@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -14,9 +13,11 @@ from typing import Any
 
 import pytest
 
+from hpc_cifar import files
+
 sys.path.insert(0, str(Path(__file__).parent))
 
-from slurm_site import CHAIN, PROFILE, Begun, Site, SlurmCluster, running_cluster
+from slurm_site import CHAIN, EPOCH_STEPS, PROFILE, Begun, Site, SlurmCluster, running_cluster
 
 
 @contextlib.contextmanager
@@ -89,6 +90,13 @@ def begun(accounting_session: SlurmCluster, digits_data: Path, tmp_path_factory:
         limited = ("--time", "00:01:00", "--nodes", "1", "--set", f"epochs={epochs}")
         [(runs[name], _)] = site.submit_many(*limited, profile=profile)
     site.until_epoch(1, runs["hung"])
-    hung = json.loads((site.runs / runs["hung"] / "heartbeat" / "rank-1.json").read_text())
+    beat = site.runs / runs["hung"] / "heartbeat" / "rank-1.json"
+    hung: dict[str, Any] = {}
+
+    def trains() -> bool:  # and does not save, for which the watchdog gives five times as long
+        hung.update(files.read_json(beat) or {})
+        return hung.get("phase") == "train" and hung["step"] > EPOCH_STEPS
+
+    site.cluster.until(trains, 30, "a step of the next epoch")
     os.kill(hung["pid"], signal.SIGSTOP)
     return Begun(site, runs, hung_job, hung)

@@ -140,16 +140,22 @@ def test_early_stopping_waits_for_better_epochs() -> None:
     assert stopped_early(EarlyStopping(patience=1, monitor="val_accuracy"), [{"val_accuracy": 0.5}, {"val_accuracy": 0.5}])
 
 
-def test_average_swaps_and_restores() -> None:
+@pytest.mark.parametrize("on_device", [False, True])
+def test_average_swaps_and_restores(on_device: bool) -> None:
     parameter = nn.Parameter(torch.tensor([1.0]))
-    average = EMA([parameter], 0.9)
+    average = EMA([parameter], 0.9, on_device)
+
+    def update() -> None:
+        average.prepare()
+        average.apply()
+
     with torch.no_grad():
         parameter.fill_(2.0)
-    average.update()
+    update()
     assert float(average.shadow[0]) == 2.0  # the first update copies
     with torch.no_grad():
         parameter.fill_(3.0)
-    average.update()
+    update()
     with torch.no_grad():
         parameter.fill_(2.0)
     assert 2.0 < float(average.shadow[0]) < 3.0

@@ -1,0 +1,73 @@
+"""Loss and accuracy of the weights of a run, at the end of an epoch and at its own end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ..config.experiment import Experiment
+from ..data import pipeline as data
+from ..data.store import Arrays
+from ..evaluate.accuracy import evaluate
+from .features import Features
+from .session import Session
+from .setup import AveragedStatistics, Prepared
+from .step import autocast
+
+BATCH = 1000
+
+
+class Validation:
+    """Of the current weights, or of their average if there is one. Call on every rank.
+
+    Attributes:
+        cached: features of a frozen backbone, which take the place of images.
+        arguments: what the data pipelines take.
+    """
+
+    cached: Features | None = None
+
+    def __init__(
+        self, experiment: Experiment, prepared: Prepared, session: Session, precision: torch.dtype, channels_last: bool
+    ) -> None:
+        self._experiment, self._prepared, self._session, self._precision = experiment, prepared, session, precision
+        self.arguments: dict[str, Any] = {
+            "rank": session.world.rank,
+            "world_size": session.world.size,
+            "device": session.world.device,
+            "dtype": precision,
+            "channels_last": channels_last,
+            "mean": prepared.mean,
+            "std": prepared.std,
+        }
+
+    def __call__(self) -> tuple[float, float]:
+        """On the validation split; with ``validation: test`` on the test set, by which nothing is chosen."""
+        if self._experiment.data.validation == "test":
+            return self.test()
+        return self._of(self._prepared.store.train, self._prepared.validation_indices)
+
+    def test(self) -> tuple[float, float]:
+        arrays = self._prepared.store.test
+        return self._of(arrays, range(len(arrays.labels)))
+
+    def _of(self, arrays: Arrays, indices: Any) -> tuple[float, float]:
+        session = self._session
+        with AveragedStatistics(session.network, session.world, session.local_statistics):
+            if session.ema is not None:
+                session.ema.swap()
+            try:
+                with autocast(self._precision, session.world.device):
+                    batches = self._batches(arrays, indices)
+                    loss, accuracy, _ = evaluate(session.network, batches, session.world.sum, session.world.device)
+            finally:
+                if session.ema is not None:
+                    session.ema.swap()
+        return loss, accuracy
+
+    def _batches(self, arrays: Arrays, indices: Any) -> Iterator[data.Batch]:
+        if self.cached is not None:
+            return self.cached.evaluation_batches(arrays, indices, BATCH)
+        return data.evaluation_batches(self._experiment.data, arrays, indices, batch_size=BATCH, **self.arguments)
