@@ -1,4 +1,4 @@
-"""All that waits for a GPU, in one command: tests, kernel, data pipelines, and the published systems in full.
+"""All that waits for a GPU, in one command: tests, kernel, training step, data pipelines, and the published systems in full.
 
     python benchmarks/gpu_suite.py --out $OUT --parts tests,kernel,data
     python benchmarks/gpu_suite.py --out $OUT --parts systems --minutes 9
@@ -25,10 +25,13 @@ ROOT = Path(__file__).resolve().parents[1]
 def commands(out: Path) -> dict[str, list[str]]:
     """The parts, in the order of what they tell for their time."""
     here = [sys.executable, str(ROOT / "benchmarks")]
+    graph = ["--set=training.graph=true", "--set=training.compile=true", "--suffix=graph"]
     return {
         "kernel": [here[0], f"{here[1]}/kernel.py", "--rounds", "30", "--json", str(out / "kernel-gpu.json")],
         "tests": [sys.executable, "-m", "pytest", "-q", "-m", "component", "-k", "gpu", "tests/data", "tests/train"],
         "data": [sys.executable, "-m", "hpc_cifar", "bench", "data", "--json", str(out / "data-gpu.json")],
+        "step": [here[0], f"{here[1]}/step.py", "--steps", "100", "--json", str(out / "step-gpu.json")],
+        "deep300": [here[0], f"{here[1]}/systems.py", "deep300", *graph, "--json", str(out / "deep300-gpu.json")],
         "systems": [here[0], f"{here[1]}/systems.py", "--json", str(out / "systems-gpu.json")],
     }
 
@@ -36,7 +39,7 @@ def commands(out: Path) -> dict[str, list[str]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for logs and figures; runs lie in OUT/runs")
-    parser.add_argument("--parts", default="kernel,tests,data,systems")
+    parser.add_argument("--parts", default="kernel,tests,step,deep300,data,systems")
     parser.add_argument("--minutes", type=float, default=25, help="for each part")
     options = parser.parse_args()
     if not torch.cuda.is_available():

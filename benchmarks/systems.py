@@ -2,6 +2,7 @@
 
     python benchmarks/systems.py ann-1 cnn-3 --json docs/results/systems.json
     python benchmarks/systems.py --seeds 3 --json docs/results/systems.json        every system that has a claim
+    python benchmarks/systems.py --show --json docs/results/systems.json           the table of what was measured
 
 One after another, each in a process of its own on this machine, on the GPU if there is one. Runs lie in HPC_CIFAR_RUNS and are
 continued if this program is started again; figures of runs that were not made with the present files are kept as they are.
@@ -109,8 +110,12 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], dest="sets", help="a.b=value, as for submit; noted in the result")
     parser.add_argument("--suffix", default="", help="word behind the names of runs, and of the jobs in the result")
     parser.add_argument("--json", type=Path, help="where the figures are added to")
+    parser.add_argument("--show", action="store_true", help="train nothing")
     options = parser.parse_args()
     kept = (files.read_json(options.json) or {}) if options.json else {}
+    if options.show:
+        print("\n".join(lines(kept.get("systems", {}))))
+        return 0
     failed: list[str] = []
     suffix = f"-{options.suffix}" if options.suffix else ""
     results: dict[str, Any] = kept.get("systems", {})

@@ -109,3 +109,7 @@ def test_benchmarks_run(repository: Path, tmp_path: Path, digits_data: Path, scr
     call(*command, cwd=tmp_path, HPC_CIFAR_DATA=str(digits_data), HPC_CIFAR_RUNS=str(tmp_path / "runs"))
     figures = json.loads(out.read_text())
     assert figures
+    if script == "step.py":  # counts do not drift with the machine
+        counts = {name: row["per_step"] for name, row in figures["rungs"].items()}
+        assert {found["waits"] for found in counts.values()} == {0}, "no step reads a number from the device"
+        assert counts["eager fused"]["operations"] < 1.4 * counts["plain"]["operations"], counts

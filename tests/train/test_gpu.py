@@ -48,3 +48,16 @@ def test_no_gpus_asked_for_is_the_cpu(tmp_path: Path, digits_data: Path) -> None
     run = ranks.new_run(tmp_path, ranks.experiment(epochs=1))
     ranks.complete(run, digits_data, 1)
     assert run.state()["device"] == "cpu"
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_graph_makes_the_steps_of_the_eager_mode(tmp_path: Path, digits_data: Path, compiled: bool) -> None:
+    """In float64, in which rounding stays small; every step draws its dropout anew. It is resumed in the middle, too."""
+    losses = {}
+    for graph in (False, True):
+        training = {"precision": "float64", "graph": graph, "compile": compiled}
+        run = ranks.new_run(tmp_path, ranks.experiment(epochs=4, resources={"gpus_per_node": 1}, training=training))
+        ranks.complete(run, digits_data, 1, max_steps=20)
+        assert ranks.complete(run, digits_data, 1)["state"] == "finished"
+        losses[graph] = ranks.losses(run)
+    assert losses[True] == pytest.approx(losses[False], rel=1e-5)
