@@ -178,13 +178,20 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     }
 
 
-def peak_mib(on_gpu: bool) -> float:
-    """Of the device since the last call; on a CPU of the whole process so far."""
+def occupied_mib(on_gpu: bool) -> float:
+    """Memory of the device that is in use; on a CPU the most that the process has used so far."""
     if not on_gpu:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    peak = torch.cuda.max_memory_allocated() / 2**20
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    return peak
+    return torch.cuda.memory_allocated() / 2**20
+
+
+def peak_mib(on_gpu: bool) -> float:
+    """The most that was in use since :func:`occupied_mib`."""
+    if not on_gpu:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return torch.cuda.max_memory_allocated() / 2**20
 
 
 def experiment_of(options: argparse.Namespace) -> Experiment:
@@ -230,13 +237,14 @@ def main() -> int:
     for round_number in range(options.rounds + 1):
         for name, runner in runners.items():
             synchronise(on_gpu)
+            before = occupied_mib(on_gpu)
             began = time.perf_counter()
             images = sum(next(runner) for _ in range(options.steps))
             synchronise(on_gpu)
             if round_number:  # the first round warms up workers, compilers and caches
                 rates[name].append(images / (time.perf_counter() - began))
             else:
-                figures[name] = {"first_round_s": time.perf_counter() - began, "peak_mib": peak_mib(on_gpu)}
+                figures[name] = {"first_round_s": time.perf_counter() - began, "peak_mib": peak_mib(on_gpu) - before}
     size, flops = experiment.data.batch_size, flops_of_an_image(experiment, prepared)
     for name, runner in runners.items():
         rung = chosen[name] or Rung()

@@ -23,6 +23,7 @@ from hpc_cifar.config.experiment import Experiment
 from hpc_cifar.config.load import load_experiment
 from hpc_cifar.config.model import PretrainedModel
 from hpc_cifar.data import bench
+from hpc_cifar.errors import ConfigError
 from hpc_cifar.runs import Run
 
 PROBE = 2  # epochs by which the time of one is told; the first of them is not counted
@@ -43,10 +44,20 @@ def one(name: str, run: str, sets: list[str]) -> dict[str, Any] | None:
 def epoch_seconds(name: str, sets: list[str]) -> float | None:
     """Seconds of an epoch with its validation, without start and test."""
     run = f"{name}-probe"
-    if not train(JOBS / f"{name}.yaml", run, [*sets, f"epochs={PROBE}"]):
+    if not train(JOBS / f"{name}.yaml", run, with_epochs(name, sets, PROBE)):
         return None
     times = [row["time"] for row in files.read_json_lines(Run(files.runs_root() / run).metrics_file) if row["kind"] == "epoch"]
     return float(times[-1] - times[0]) / (PROBE - 1)
+
+
+def with_epochs(name: str, sets: list[str], count: int) -> list[str]:
+    """So many epochs; at a constant rate where they are fewer than the job's schedule has stages for."""
+    changes = [*sets, f"epochs={count}"]
+    try:
+        load_experiment(JOBS / f"{name}.yaml", changes)
+    except ConfigError:
+        return [*changes, "schedule={name: constant}"]
+    return changes
 
 
 def epochs_in(seconds: float, epoch_s: float, experiment: Experiment, share: float) -> int:
@@ -82,7 +93,7 @@ def main() -> int:
         found = None
         if epoch_s is not None:
             count = epochs_in(trained["seconds"], epoch_s, experiment, (backbone.data.train_images or 50_000) / 50_000)
-            found = one(name, f"{name}-few", [*same, f"epochs={count}"])
+            found = one(name, f"{name}-few", with_epochs(name, same, count))
         if found is None:
             failed.append(name)
         else:

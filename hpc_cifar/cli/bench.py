@@ -30,13 +30,58 @@ def data(
     from .. import files
     from ..data import bench
     from ..data.store import Store
-    from ..errors import UsageError
 
-    target = json.expanduser().absolute() if json else None
-    if target and not target.parent.is_dir():
-        raise UsageError(f"--json {json}: there is no folder {target.parent}")
+    target = _target(json)
     store = Store.open(root.expanduser().absolute() if root else files.data_root(), dataset)
     result = bench.run(store, images, batch_size, rounds, typer.echo)
     if target:
         files.write_json(target, result)
         typer.echo(f"wrote {json}")
+
+
+@app.command()
+def step(
+    job: Annotated[str, typer.Argument(help="A job file, or the name of a packaged job.")] = "deep300",
+    world_size: Annotated[str, typer.Option(help="Numbers of processes; those that are not here are modelled.")] = "1,2,4,8",
+    steps: Annotated[int, typer.Option(min=10, help="Steps of each; the first few are not counted.")] = 25,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a field, such as training.graph=true.")
+    ] = None,
+    link_gbytes: Annotated[float, typer.Option(min=0.001, help="GB/s between modelled processes.")] = 100.0,
+    link_latency_us: Annotated[float, typer.Option(min=0.0, help="Microseconds of each message between them.")] = 10.0,
+    root: Annotated[
+        Path | None, typer.Option(help="Folder of all datasets; HPC_CIFAR_DATA, else ./data.", show_default=False)
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Also write the figures there.", show_default=False)] = None,
+) -> None:
+    """Training steps on several numbers of processes: images per second, and what each process more is worth.
+
+    \b
+    hpc-cifar bench step quickstart --world-size 1,2
+    hpc-cifar bench step deep300 --world-size 1,2,4,8,16 --set training.compile=true --json scaling.json
+    """
+    from .. import files
+    from ..config.packaged import find_job
+    from ..data import bench
+    from ..errors import UsageError
+    from ..launch.scaling import Link, measure
+
+    target = _target(json)
+    parts = [part.strip() for part in world_size.split(",")]
+    if not all(part.isdigit() and int(part) for part in parts):
+        raise UsageError(f"--world-size {world_size}: should be whole numbers from 1 on, such as 1,2,4")
+    link = Link(link_gbytes * 1e9, link_latency_us / 1e6)
+    data_root = root.expanduser().absolute() if root else files.data_root()
+    result = measure(find_job(job), sets or [], [int(part) for part in parts], steps, data_root, link, typer.echo)
+    if target:
+        files.write_json(target, result | {"steps": steps, "hardware": bench.hardware(), "versions": bench.versions()})
+        typer.echo(f"wrote {json}")
+
+
+def _target(json: Path | None) -> Path | None:
+    from ..errors import UsageError
+
+    target = json.expanduser().absolute() if json else None
+    if target and not target.parent.is_dir():
+        raise UsageError(f"--json {json}: there is no folder {target.parent}")
+    return target

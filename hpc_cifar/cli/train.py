@@ -5,11 +5,13 @@ The same command starts a run and continues it: its directory is named after the
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
 import os
 import secrets
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -68,7 +70,7 @@ def train(
     from ..train.loop import wants_gpu
 
     stages.done("imports")
-    with connected(wants_gpu(experiment)) as world:
+    with _collecting_afterwards(), connected(wants_gpu(experiment)) as world:
         found, segment = _agree(world, root, name, experiment, data_root, fresh=fresh)
         if world.share(found.finished()):
             if world.main:
@@ -112,6 +114,14 @@ def _whole(name: str, default: int) -> int:
     if not text.isdigit():
         raise UsageError(f"{name}: should be a whole number as torchrun sets it, not {text!r}")
     return int(text)
+
+
+@contextlib.contextmanager
+def _collecting_afterwards() -> Iterator[None]:
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _check_ranks() -> None:

@@ -201,6 +201,8 @@ class Experiment(Model):
     def _a_graph_decides_nothing_on_the_host(self) -> Experiment:
         if self.training.graph is True and (reason := self.no_graph):
             raise ValueError(f"training.graph: {reason}")
+        if self.training.compile is True and self.training.batch_norm == "global":
+            raise ValueError("training.compile: does not go with batch_norm: global, whose collectives it cannot compile")
         return self
 
     @property

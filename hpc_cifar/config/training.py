@@ -23,7 +23,8 @@ class Training(Model):
     a real difference between two runs. ``batch_norm: global`` takes the statistics over the batches of all ranks.
     ``gradient_sync: flat`` is one all-reduce in a fixed order (reproducible at any world size); ``ddp`` is torch's
     DistributedDataParallel with overlapping buckets; ``auto`` is flat below 4 million parameters. ``compile`` is torch.compile;
-    ``graph`` replays the step as one CUDA graph, on a CPU as its eager twin. ``auto`` is off in both.
+    ``graph`` replays the step as one CUDA graph, on a CPU as its eager twin: each shape of a batch from its fourth step on,
+    and with flat gradients. ``auto`` is off in both.
     """
 
     precision: Literal["auto", "float32", "bf16", "float64"] = "auto"

@@ -89,6 +89,8 @@ class TrainJob:
                 raise SystemExit(0) from None
             record_failure(run, error, rank=env.global_rank, segment=segment())
             raise
+        finally:
+            gc.enable()
         ignore_signals()
         if requeue.wants_requeue(result, env.cluster) and not run.cancel_marker.exists():
             requeue.requeue(run, env, usr, hand_over, result)

@@ -90,7 +90,7 @@ class _JointBatchNorm(torch.autograd.Function):
         channels = x.shape[1]
         axes = [0, *range(2, x.dim())]
         wide = at_least_float32(x)
-        count = wide.new_tensor(x.numel() // channels)
+        count = wide.new_full((), x.numel() // channels)  # on the device: nothing is copied from the host
         if x.numel():
             mean, var = _mean_and_variance(wide, axes)
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from ..config.layers import Layer
@@ -44,6 +45,13 @@ def build(
             from . import pretrained  # torchvision and timm take seconds to import
 
             return pretrained.build(model, input_shape, classes)
+
+
+def trained_parameters(model: ModelConfig, input_shape: tuple[int, int, int], classes: int) -> int:
+    """How many numbers an optimizer changes; no memory is taken for them."""
+    with torch.device("meta"):
+        network = build(model, input_shape, classes=classes)
+    return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
 
 
 def rules(model: ModelConfig, network: nn.Module) -> list[Rule]:

@@ -21,11 +21,12 @@ WARM_UP = 3  # eager steps of a shape before it is recorded: torch allocates and
 
 @dataclass
 class Recorded:
-    """One graph and the memory that it reads; ``replay`` is None where there is nothing to replay."""
+    """One graph, if it is one, and the memory that it reads."""
 
     images: Tensor
     labels: Tensor
     replay: Callable[[], None]
+    graph: Any = None
 
 
 class Graphs:
@@ -66,6 +67,13 @@ class Graphs:
         """Graphs there are."""
         return len(self._recorded)
 
+    def close(self) -> None:
+        """Forget what was recorded: NCCL does not let go of a process group while a graph holds a collective of it."""
+        for known in self._recorded.values():
+            if known.graph is not None:
+                known.graph.reset()
+        self._recorded.clear()
+
     def _eager(self, images: Tensor, labels: Tensor, global_size: int) -> None:
         """On the stream of the recording: autograd remembers the stream on which a parameter was first used."""
         if self._stream is None:
@@ -85,4 +93,4 @@ class Graphs:
         # other threads (NCCL's, the pipelines') go on using the device meanwhile
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             self._update(images, labels, global_size)
-        return Recorded(images, labels, graph.replay)
+        return Recorded(images, labels, graph.replay, graph)

@@ -29,6 +29,7 @@ def build(
     """
     groups = _groups(config, [p for p in parameters if p.requires_grad], rules)
     made = _build(config, groups, capturable)
+    made._warned_capturable_if_run_uncaptured = True  # its first steps are not: train/graph.py
     if config.lookahead is not None:
         from timm.optim.lookahead import Lookahead
 
@@ -87,7 +88,7 @@ def keep_norms(rules: Sequence[Rule]) -> None:
 
 
 def _plain(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
-    """The optimizer without what it does for torch.compile, which nothing here uses.
+    """The optimizer without what it does for torch.compile, which compiles networks here and no optimizer.
 
     Its methods import torch's compiler, only to be left alone by it: a third of the time in which a rank starts. Each is
     replaced by the function of torch that it wraps; on a torch that wraps nothing this changes nothing.
@@ -112,7 +113,7 @@ class EMA:
         self.decay = decay
         self.updates = 0
         self._share = 0.0  # of the live parameters
-        self._share_on_device = torch.zeros((), device=self.shadow[0].device) if on_device else None
+        self._share_on_device = torch.zeros((), dtype=self.shadow[0].dtype, device=self.shadow[0].device) if on_device else None
 
     def prepare(self) -> None:
         """Count an update, whose share of the live parameters follows from the count: short at first, as in TensorFlow's

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,14 +107,25 @@ def choose_channels_last(experiment: Experiment) -> bool:
 
 
 def compiled(module: nn.Module) -> nn.Module:
-    """torch.compile for the shapes of batches as they come; what it makes is kept for other runs, nodes and days."""
-    for folder in files.cache_folders():
-        kept = folder / "hpc-cifar" / "inductor"
-        with contextlib.suppress(OSError):
-            kept.mkdir(mode=0o700, parents=True, exist_ok=True)
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kept))
+    """torch.compile for the shapes of batches as they come; what it makes is kept for other runs on processors of this kind."""
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ and (folder := _compile_cache()):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
     made: nn.Module = torch.compile(module, dynamic=False)  # type: ignore[assignment]
     return made
+
+
+def _compile_cache() -> Path | None:
+    """A folder that can be written, for this torch and this kind of processor: what is compiled is for it alone."""
+    with contextlib.suppress(OSError):
+        facts = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("model name", "flags"))]
+        kind = hashlib.sha256("\n".join([torch.__version__, *sorted(set(facts))]).encode()).hexdigest()[:12]
+        for folder in files.cache_folders():
+            kept = folder / "hpc-cifar" / f"inductor-{kind}"
+            with contextlib.suppress(OSError):
+                kept.mkdir(mode=0o700, parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=kept):
+                    return kept
+    return None  # torch's own, in the temporary folder
 
 
 def make_network(

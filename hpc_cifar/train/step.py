@@ -18,7 +18,7 @@ from ..models.batch_norm import at_least_float32
 from ..models.build import Rule
 from ..plan import Plan, shard
 from .distributed import GradientSync, World
-from .graph import Graphs, Update
+from .graph import Graphs
 from .optim import EMA, LR_FACTOR, keep_norms
 from .schedule import History, factor
 
@@ -89,7 +89,7 @@ class Stepper:
         self._slot = torch.zeros(1, dtype=torch.int64, device=world.device)  # of the next step in the window
         self._seen = 0
         self._rate_on_device = graph
-        self._run: Update = Graphs(self._update, world.device) if graph else self._update
+        self._graphs = Graphs(self._update, world.device) if graph else None
         self.start_clock()
         # this rank's sums over the epoch: loss, correct, images
         self.epoch_sums = torch.zeros(3, dtype=torch.float64, device=world.device)
@@ -105,7 +105,8 @@ class Stepper:
         self._set_rate()
         if self._ema is not None:
             self._ema.prepare()
-        self._run(batch.images, batch.labels, batch.global_size)
+        run = self._graphs or self._update
+        run(batch.images, batch.labels, batch.global_size)
         self._seen += 1
         return self.rate
 
@@ -158,6 +159,11 @@ class Stepper:
         self.epoch_sums[0] += loss_sum
         self.epoch_sums[1] += correct
         self.epoch_sums[2] += count
+
+    def close(self) -> None:
+        """Let go of what was recorded."""
+        if self._graphs is not None:
+            self._graphs.close()
 
     def start_clock(self) -> None:
         """The window's steps begin now: call after anything else has used the device."""

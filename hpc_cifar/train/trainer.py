@@ -8,6 +8,7 @@ import gc
 import math
 import os
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from ..runs import Run, now
 from ..track.wandb_run import new_id
 from . import checkpoint, features, optim
 from .distributed import World, gradient_sync
+from .graph import WARM_UP
 from .records import Records
 from .schedule import stopped_early
 from .session import Session
@@ -62,6 +64,8 @@ class Trainer:
         self.session = self._make_session(data_root)
         stages.done("network")
         self.validation = Validation(self.experiment, self.prepared, self.session, self.precision, self.channels_last)
+        self.prepares = self.experiment.training.compile is True or self.experiment.training.graph is True
+        self.shapes: Counter[torch.Size] = Counter()  # steps made with each
         self.saved_step = -1
         self.pending: list[tuple[PendingWindow, int, int, float]] = []  # with its epoch, step and learning rate
         notes = [*self.plan.notes, *self._resume()]
@@ -137,8 +141,10 @@ class Trainer:
 
     def train(self) -> dict[str, Any]:
         with contextlib.ExitStack() as opened:
+            opened.callback(self.session.stepper.close)
             opened.callback(self.records.close)
             try:
+                _collect_again()
                 reason = self._epochs(opened.enter_context(contextlib.closing(self._pipeline())))
             except StopAsked as asked:  # before the first step
                 reason = asked.reason
@@ -149,10 +155,6 @@ class Trainer:
         """Train to the end of the run; the reason if the ranks agreed to stop before."""
         stages.done("pipeline")
         self.session.network.train()
-        if not gc.isenabled():  # by who began this process: what is here now stays, and no collection need look at it
-            gc.freeze()  # until the end: libraries in C++ complain then of what was not freed
-            atexit.register(gc.unfreeze)
-            gc.enable()
         reason = ""
         while not self._is_through() and self.session.position.step < self.last_step and not reason:
             reason = self._epoch(pipeline)
@@ -185,7 +187,8 @@ class Trainer:
         session.stepper.start_clock()
         self.epoch_images = 0
         for batch in pipeline.batches(position.epoch, position.batch):
-            rate = session.stepper(batch, position.step, session.history)
+            with self._patience(batch):
+                rate = session.stepper(batch, position.step, session.history)
             if not self.begun:
                 self._first_step_is_made()
             position.batch += 1
@@ -203,6 +206,13 @@ class Trainer:
             if position.step >= self.last_step:
                 break
         return ""
+
+    def _patience(self, batch: data.Batch) -> contextlib.AbstractContextManager[None]:
+        """A shape that is new is compiled or recorded first, which takes long and is no hang."""
+        if not self.prepares:
+            return contextlib.nullcontext()
+        self.shapes[batch.images.shape] += 1
+        return self.watchdog.phase("compile") if self.shapes[batch.images.shape] <= WARM_UP + 1 else contextlib.nullcontext()
 
     def _first_step_is_made(self) -> None:
         self.begun = True
@@ -364,3 +374,11 @@ class Trainer:
             self.records.finish(result)
             self.world.barrier()
         return result
+
+
+def _collect_again() -> None:
+    """Collect garbage, if who began this process had switched that off: what is here now stays, and is not looked at again."""
+    if not gc.isenabled():
+        gc.freeze()
+        atexit.register(gc.unfreeze)  # libraries in C++ complain at the end of what was not freed
+        gc.enable()

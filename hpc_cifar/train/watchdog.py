@@ -84,7 +84,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Something slower than a step, such as ``evaluate`` or ``save``."""
+        """Something slower than a step, such as ``evaluate`` or ``save``; ``compile`` may take as long as a start."""
         before = self._phase
         self._phase, self._moved = name, time.monotonic()
         try:
@@ -102,7 +102,7 @@ class Watchdog:
     def limit_s(self) -> float:
         """How long the rank may stay where it is."""
         assert self._timeout_s is not None
-        if self._step < 0:
+        if self._step < 0 or self._phase == "compile":
             return max(START_S, self._timeout_s)
         return max(self._timeout_s, PATIENCE * self._longest_s) * (1.0 if self._phase == "train" else SLOW_PHASE)
 

@@ -95,7 +95,7 @@ def begun(accounting_session: SlurmCluster, digits_data: Path, tmp_path_factory:
 
     def trains() -> bool:  # and does not save, for which the watchdog gives five times as long
         hung.update(files.read_json(beat) or {})
-        return hung.get("phase") == "train" and hung["step"] > EPOCH_STEPS
+        return hung.get("phase") == "train" and hung["step"] > EPOCH_STEPS and 1 <= hung["step"] % EPOCH_STEPS <= 5
 
     site.cluster.until(trains, 30, "a step of the next epoch")
     os.kill(hung["pid"], signal.SIGSTOP)

@@ -134,4 +134,4 @@ def test_a_hung_rank_is_recorded_and_the_run_restarts(limited: Begun, undisturbe
     assert "distributed_c10d.py" in (folder / "rank-0.txt").read_text()
     assert "watchdog" in (folder / "rank-1.txt").read_text()  # on another node: it was let go, and told too
     silent_s = datetime.fromisoformat(report["time"]) - datetime.fromisoformat(beat["time"])
-    assert silent_s.total_seconds() < 40
+    assert silent_s.total_seconds() < 60

@@ -66,7 +66,7 @@ class Matrix:
 @pytest.fixture(scope="module")
 def matrix(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory, digits_data: Path) -> Matrix:
     site = Site(cluster, tmp_path_factory.mktemp("matrix"), digits_data)
-    site.step_takes(STEP_S, after_an_epoch=1.0)  # none ends before all train
+    site.step_takes(STEP_S, after_an_epoch=2.5)  # none ends before all train
     cells = [
         (kind, partition, run, job)
         for kind, options in KINDS.items()

@@ -41,8 +41,8 @@ class NodesSite(Site):
         for entry in Path("/proc").iterdir():
             try:
                 here = entry.name.isdigit() and (entry / "ns/mnt").readlink() == namespace
-                command = (entry / "cmdline").read_text().split("\0")
-                if here and "submitit.core._submit" in command and f"/{run}/" in command[-2]:
+                command = (entry / "cmdline").read_text(errors="replace").split("\0") if here else []
+                if "submitit.core._submit" in command and f"/{run}/" in command[-2]:
                     found.append(int(entry.name))
             except OSError:
                 continue

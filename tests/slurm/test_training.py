@@ -29,7 +29,7 @@ def disturbed(
 ) -> Iterator[tuple[Site, dict[str, tuple[str, str]]]]:
     """Runs that all met something else at the same time, and finished; run and job of each by what it met."""
     site = Site(slurm_cluster_session, tmp_path_factory.mktemp("disturbed"), digits_data)
-    site.step_takes(STEP_S, after_an_epoch=1.0)
+    site.step_takes(STEP_S, after_an_epoch=2.5)
     made = {"lost a node": site.submit("--nodes", "2")}
     both_job = made["lost a node"][1]
     site.cluster.wait(both_job, {"RUNNING"})

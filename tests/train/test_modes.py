@@ -34,7 +34,7 @@ def eager(tmp_path_factory: pytest.TempPathFactory, digits_data: Path) -> dict[i
 
 @pytest.mark.parametrize(
     ("world", "training"),
-    [(1, {"graph": True}), (2, {"graph": True}), (1, {"compile": True})],
+    [(1, {"graph": True}), (2, {"graph": True}), (1, {"compile": True, "batch_norm": "local"})],
     ids=["graph", "ranks", "compile"],
 )
 def test_200_steps_are_those_of_the_eager_mode(
