@@ -19,6 +19,7 @@ COMPONENTS = ("slurm", "accounting", "ffcv", "dali", "wandb", "browser", "gpu", 
 # a test that asks for one of these fixtures exercises the component, without a word about it in the test
 COMPONENT_OF_FIXTURE = {"browser": "browser", "cifar_archive": "archive", "cifar_data": "archive"}
 COMPONENT_OF_FIXTURE |= {"slurm_cluster_session": "slurm", "accounting_session": "accounting"}
+OTHERS = "others"  # tests of no component
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 _tests_of: dict[str, set[str]] = {}  # node id -> components
@@ -154,7 +155,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.when != "call" and not (report.failed or report.skipped):
         return
-    for component in _tests_of.get(report.nodeid, ()):
+    for component in _tests_of.get(report.nodeid) or (OTHERS,):
         _seen[component][report.outcome] += 1
         if report.skipped and isinstance(report.longrepr, tuple):
             _reasons[component][str(report.longrepr[2]).removeprefix("Skipped: ")] += 1
@@ -193,6 +194,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             )
             line = f"{component:10}  not exercised  {counts + ': ' if counts else ''}{reasons}"
         terminalreporter.write_line(line)
+    if skipped := _seen[OTHERS]["skipped"]:
+        terminalreporter.write_line(f"{OTHERS:10}  {skipped} skipped: {'; '.join(_reasons[OTHERS])}")
     for component in required():
         if not exercised(component):
             terminalreporter.write_line(f"FAILED: HPC_CIFAR_REQUIRE asks for {component}, and it was not exercised", red=True)

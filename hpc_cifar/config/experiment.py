@@ -199,21 +199,24 @@ class Experiment(Model):
 
     @model_validator(mode="after")
     def _a_graph_decides_nothing_on_the_host(self) -> Experiment:
-        if self.training.graph is True and (reason := self.no_graph):
-            raise ValueError(f"training.graph: {reason}")
-        if self.training.compile is True and self.training.batch_norm == "global":
-            raise ValueError("training.compile: does not go with batch_norm: global, whose collectives it cannot compile")
-        return self
-
-    @property
-    def no_graph(self) -> str:
-        """Why a step of this experiment cannot be a CUDA graph, "" if it can."""
+        if self.training.graph is not True:
+            return self
         if isinstance(self.optimizer, Muon | LARS) or self.optimizer.lookahead is not None:
             name = self.optimizer.name if isinstance(self.optimizer, Muon | LARS) else "lookahead"
-            return f"{name} counts its steps and rates on the host; use sgd, adam or adamw without lookahead"
+            raise ValueError(
+                f"training.graph: {name} counts its steps and rates on the host; use sgd, adam or adamw without lookahead"
+            )
         if self.training.gradient_sync == "ddp":
-            return "gradient_sync: ddp changes its buckets after the first step; use gradient_sync: flat"
-        return ""
+            raise ValueError(
+                "training.graph: gradient_sync: ddp changes its buckets after the first step; use gradient_sync: flat"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_compiled_network_does_not_communicate(self) -> Experiment:
+        if self.training.compile is True and self.training.batch_norm == "global":
+            raise ValueError("training.compile: goes with batch_norm: local only")
+        return self
 
     @model_validator(mode="after")
     def _statistics_over_all_ranks_are_ours(self) -> Experiment:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import tempfile
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -105,11 +104,6 @@ def _fill(
                         out[np.uint64(sample * size + offset)] = table[np.uint64(channel * 256)]
 
 
-def _cache_folders() -> Iterator[Path]:
-    config: Any = numba_config
-    return iter([Path(config.CACHE_DIR)]) if config.CACHE_DIR else files.cache_folders()  # the user's own NUMBA_CACHE_DIR
-
-
 def _at_a_fixed_path(function: Any) -> Kernel | None:
     """The function as if it came from a file named by its contents, which is made where it is missing; None if none can be.
 
@@ -118,19 +112,15 @@ def _at_a_fixed_path(function: Any) -> Kernel | None:
     """
     text = Path(__file__).read_bytes()
     name = f"kernels-{hashlib.sha256(text).hexdigest()[:16]}"
-    for folder in _cache_folders():
-        source = folder / "hpc-cifar" / name / "kernels.py"
-        try:
-            if not source.exists():
-                source.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                files.write_text(source, text.decode(), durable=False)
-            with tempfile.TemporaryFile(dir=source.parent):  # another rank's file is no proof that this one can write
-                pass
-        except OSError:
-            continue
-        code: Any = function.__code__
-        return types.FunctionType(code.replace(co_filename=str(source)), globals(), code.co_name)
-    return None
+    config: Any = numba_config
+    folder = files.cache_folder(name, config.CACHE_DIR)  # the user's own NUMBA_CACHE_DIR, if there is one
+    if folder is None:
+        return None
+    source = folder / "kernels.py"
+    if not source.exists():
+        files.write_text(source, text.decode(), durable=False)
+    code: Any = function.__code__
+    return types.FunctionType(code.replace(co_filename=str(source)), globals(), code.co_name)
 
 
 @functools.cache

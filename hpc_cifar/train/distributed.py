@@ -128,7 +128,7 @@ def connected(use_gpu: bool = True) -> Iterator[World]:
         yield world
     except BaseException:
         # NCCL would wait here for work that a lost rank never finishes; gloo ends the process with an abort if it is left open
-        if world.device.type != "cuda":
+        if not world.on_gpu:
             _leave(world)
         raise
     _leave(world)
@@ -196,11 +196,10 @@ class DDPSync:
     """torch's DistributedDataParallel, summing instead of averaging, overlapping communication with the backward pass."""
 
     def __init__(self, module: nn.Module, world: World) -> None:
-        on_gpu = world.device.type == "cuda"
         buffers: dict[str, Any] = {_BUFFERS: False}  # BatchNorm statistics are averaged where they are used
         self._ddp = nn.parallel.DistributedDataParallel(
             module,
-            device_ids=[world.device] if on_gpu else None,
+            device_ids=[world.device] if world.on_gpu else None,
             gradient_as_bucket_view=True,
             **buffers,
         )

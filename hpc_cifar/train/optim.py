@@ -29,7 +29,8 @@ def build(
     """
     groups = _groups(config, [p for p in parameters if p.requires_grad], rules)
     made = _build(config, groups, capturable)
-    made._warned_capturable_if_run_uncaptured = True  # its first steps are not: train/graph.py
+    if capturable:
+        made._warned_capturable_if_run_uncaptured = True  # its first steps are not recorded, as train/graph.py wants it
     if config.lookahead is not None:
         from timm.optim.lookahead import Lookahead
 

@@ -116,7 +116,7 @@ class Records:
         self._state_written = time.time()
         position, before, world = self._session.position, self._before, self._world
         seconds = self._state_written - self._started
-        gpus = world.size if world.device.type == "cuda" else 0
+        gpus = world.size if world.on_gpu else 0
         validated = (row["val_accuracy"] for row in reversed(self._session.history) if "val_accuracy" in row)
         record: dict[str, Any] = {
             "state": state,

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,11 +73,10 @@ def split_digest(prepared: Prepared) -> str:
 def actual_plan(experiment: Experiment, prepared: Prepared, world: World) -> Plan:
     """The plan for the processes that are really here, with a note on every difference from the file."""
     wanted = requested_placement(experiment.resources)
-    on_gpu = world.device.type == "cuda"
     here = Placement(
         nodes=max(1, world.size // max(1, world.local_size)),
         processes_per_node=world.local_size,
-        gpus_per_node=world.local_size if on_gpu else 0,
+        gpus_per_node=world.local_size if world.on_gpu else 0,
         cpus_per_process=torch.get_num_threads(),
     )
     notes = []
@@ -87,7 +84,7 @@ def actual_plan(experiment: Experiment, prepared: Prepared, world: World) -> Pla
         kind = f"x {wanted.gpus_per_node} GPUs" if wanted.gpus_per_node else f"x {wanted.processes_per_node} CPU processes"
         notes.append(
             f"the file asks for {wanted.nodes} node(s) {kind}; here run {world.size} process(es) on the "
-            f"{'GPU' if on_gpu else 'CPU'}, the global batch stays {experiment.data.batch_size}"
+            f"{'GPU' if world.on_gpu else 'CPU'}, the global batch stays {experiment.data.batch_size}"
         )
     return make_plan(experiment, here, len(prepared.store.train.labels), tuple(notes))
 
@@ -108,24 +105,16 @@ def choose_channels_last(experiment: Experiment) -> bool:
 
 def compiled(module: nn.Module) -> nn.Module:
     """torch.compile for the shapes of batches as they come; what it makes is kept for other runs on processors of this kind."""
-    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ and (folder := _compile_cache()):
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ and (folder := files.cache_folder(f"inductor-{_kind_of_processor()}")):
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
     made: nn.Module = torch.compile(module, dynamic=False)  # type: ignore[assignment]
     return made
 
 
-def _compile_cache() -> Path | None:
-    """A folder that can be written, for this torch and this kind of processor: what is compiled is for it alone."""
-    with contextlib.suppress(OSError):
-        facts = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("model name", "flags"))]
-        kind = hashlib.sha256("\n".join([torch.__version__, *sorted(set(facts))]).encode()).hexdigest()[:12]
-        for folder in files.cache_folders():
-            kept = folder / "hpc-cifar" / f"inductor-{kind}"
-            with contextlib.suppress(OSError):
-                kept.mkdir(mode=0o700, parents=True, exist_ok=True)
-                with tempfile.TemporaryFile(dir=kept):
-                    return kept
-    return None  # torch's own, in the temporary folder
+def _kind_of_processor() -> str:
+    """A digest of model, instructions and torch: what is compiled here may not run on another."""
+    facts = {line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("model name", "flags"))}
+    return hashlib.sha256("\n".join([torch.__version__, *sorted(facts)]).encode()).hexdigest()[:12]
 
 
 def make_network(

@@ -64,8 +64,7 @@ class Trainer:
         self.session = self._make_session(data_root)
         stages.done("network")
         self.validation = Validation(self.experiment, self.prepared, self.session, self.precision, self.channels_last)
-        self.prepares = self.experiment.training.compile is True or self.experiment.training.graph is True
-        self.shapes: Counter[torch.Size] = Counter()  # steps made with each
+        self.shapes: Counter[tuple[torch.Size, int]] = Counter()  # steps made with each, where a shape has to be prepared
         self.saved_step = -1
         self.pending: list[tuple[PendingWindow, int, int, float]] = []  # with its epoch, step and learning rate
         notes = [*self.plan.notes, *self._resume()]
@@ -143,8 +142,8 @@ class Trainer:
         with contextlib.ExitStack() as opened:
             opened.callback(self.session.stepper.close)
             opened.callback(self.records.close)
+            _collect_again()
             try:
-                _collect_again()
                 reason = self._epochs(opened.enter_context(contextlib.closing(self._pipeline())))
             except StopAsked as asked:  # before the first step
                 reason = asked.reason
@@ -209,10 +208,11 @@ class Trainer:
 
     def _patience(self, batch: data.Batch) -> contextlib.AbstractContextManager[None]:
         """A shape that is new is compiled or recorded first, which takes long and is no hang."""
-        if not self.prepares:
+        training, shape = self.experiment.training, (batch.images.shape, batch.global_size)
+        if True not in (training.compile, training.graph) or self.shapes[shape] > WARM_UP:
             return contextlib.nullcontext()
-        self.shapes[batch.images.shape] += 1
-        return self.watchdog.phase("compile") if self.shapes[batch.images.shape] <= WARM_UP + 1 else contextlib.nullcontext()
+        self.shapes[shape] += 1
+        return self.watchdog.phase("compile")
 
     def _first_step_is_made(self) -> None:
         self.begun = True
