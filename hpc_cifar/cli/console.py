@@ -118,9 +118,17 @@ def result_table(run: Run, seen: Status) -> None:
         ("data", str(result.get("data") or run.state().get("data") or "-")),
         ("restarts", str(seen.restarts)),
         ("GPU-hours", number(seen.gpu_hours, ".3f")),
+        *_memory(result),
         ("run", str(run.path)),
     ]
     facts(f"result of {run.id}", rows)
+
+
+def _memory(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """The most that a process has used."""
+    parts = ((" of the host", result.get("host_memory_mib")), (" of the GPU", result.get("device_memory_mib")))
+    found = ", ".join(f"{value / 1024:.1f} GiB{where}" for where, value in parts if value)
+    return [("memory", f"{found} (a process, at most)")] if found else []
 
 
 def epoch_line(row: dict[str, Any], epochs: Any) -> str:

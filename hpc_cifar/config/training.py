@@ -22,7 +22,9 @@ class Training(Model):
     ``precision: auto`` is bf16 autocast on a GPU that has it, else float32; ``float64`` is slow, and tells rounding noise from
     a real difference between two runs. ``batch_norm: global`` takes the statistics over the batches of all ranks.
     ``gradient_sync: flat`` is one all-reduce in a fixed order (reproducible at any world size); ``ddp`` is torch's
-    DistributedDataParallel with overlapping buckets; ``auto`` is flat below 4 million parameters. ``compile`` is torch.compile;
+    DistributedDataParallel with overlapping buckets; ``auto`` is flat below 4 million parameters.
+    ``gradient_compression: bf16`` sends half as many bytes, for large networks on slow links; the ranks still add to float32
+    weights. ``compile`` is torch.compile;
     ``graph`` replays the step as one CUDA graph, on a CPU as its eager twin: each shape of a batch from its fourth step on,
     and with flat gradients. ``auto`` is off in both.
     """
@@ -31,6 +33,7 @@ class Training(Model):
     channels_last: Literal["auto"] | Flag = "auto"
     batch_norm: Literal["local", "global"] = "local"
     gradient_sync: Literal["auto", "flat", "ddp"] = "auto"
+    gradient_compression: Literal["none", "bf16"] = "none"
     compile: Literal["auto"] | Flag = "auto"
     graph: Literal["auto"] | Flag = "auto"
     clip_grad_norm: Positive | None = None

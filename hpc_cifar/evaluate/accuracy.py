@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,27 +14,55 @@ from ..data.pipeline import Batch
 from ..models.batch_norm import at_least_float32
 
 
-@torch.no_grad()
-def evaluate(
-    model: nn.Module, batches: Iterable[Batch], sum_over_ranks: Callable[[Tensor], Tensor], device: torch.device
-) -> tuple[float, float, int]:
-    """Mean cross-entropy, accuracy and number of samples over all ranks.
+class Sums:
+    """Loss, correct predictions and samples, added up where the network is, without waiting for it.
 
     Args:
-        model: (n, c, h, w) to (n, classes); put into evaluation mode here and back afterwards.
+        model: (n, c, h, w) to (n, classes).
+        inference: a context for the forward pass, such as autocast.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, inference: Callable[[], Any] = contextlib.nullcontext) -> None:
+        self.model = model
+        self._inference = inference
+        self._totals = torch.zeros(3, dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def add(self, images: Tensor, labels: Tensor, _global_size: int) -> None:
+        """A batch; may be recorded in a CUDA graph."""
+        # entered for each batch: autocast keeps the weights it has cast until it ends, and a graph would keep the ones of its
+        # recording for ever
+        with self._inference():
+            logits = at_least_float32(self.model(images))
+        self._totals[0] += F.cross_entropy(logits, labels, reduction="sum")
+        self._totals[1] += (logits.argmax(1) == labels).sum()
+        self._totals[2] += len(labels)
+
+    def take(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> tuple[float, float, int]:
+        """Mean cross-entropy, accuracy and number of samples over all ranks; begins anew."""
+        totals = sum_over_ranks(self._totals.clone())
+        self._totals.zero_()
+        loss, correct, count = totals.tolist()
+        return loss / count, correct / count, int(count)
+
+
+def evaluate(
+    sums: Sums,
+    batches: Iterable[Batch],
+    sum_over_ranks: Callable[[Tensor], Tensor],
+    add: Callable[[Tensor, Tensor, int], None] | None = None,
+) -> tuple[float, float, int]:
+    """Mean cross-entropy, accuracy and number of samples over all ranks; the model is in evaluation mode meanwhile.
+
+    Args:
         batches: this rank's share; together the ranks cover every sample once.
         sum_over_ranks: sums a tensor in place over the ranks and returns it.
+        add: calls ``sums.add``, as a graph does.
     """
-    totals = torch.zeros(3, dtype=torch.float64, device=device)
-    was_training = model.training
-    model.eval()
+    was_training = sums.model.training
+    sums.model.eval()
     for batch in batches:
-        if not len(batch.labels):
-            continue
-        logits = at_least_float32(model(batch.images))
-        totals[0] += F.cross_entropy(logits, batch.labels, reduction="sum")
-        totals[1] += (logits.argmax(1) == batch.labels).sum()
-        totals[2] += len(batch.labels)
-    model.train(was_training)
-    loss, correct, count = sum_over_ranks(totals).tolist()
-    return loss / count, correct / count, int(count)
+        if len(batch.labels):
+            (add or sums.add)(batch.images, batch.labels, batch.global_size)
+    sums.model.train(was_training)
+    return sums.take(sum_over_ranks)

@@ -60,7 +60,8 @@ def measure(
     kind = "GPUs" if gpus else "CPU processes"
     cpus = len(os.sched_getaffinity(0))
     store = Store.open(data_root, experiment.data.dataset)
-    gradients = 4 * trained_parameters(experiment.model, store.image_shape, len(store.classes))
+    itemsize = 2 if experiment.training.gradient_compression == "bf16" else 4
+    gradients = itemsize * trained_parameters(experiment.model, store.image_shape, len(store.classes))
     say(f"{experiment.name}, global batch {batch}, {kind}, {steps} steps each; beyond {here} modelled")
     say(f"{kind:>14}{'images/s':>12}{'lowest':>10}{'highest':>10}{'ms a step':>12}{'efficiency':>12}")
     points: list[dict[str, Any]] = []

@@ -166,9 +166,9 @@ class FlatSync:
     rebuilds its buckets after the first step of every process).
     """
 
-    def __init__(self, module: nn.Module, world: World) -> None:
+    def __init__(self, module: nn.Module, world: World, compress: bool = False) -> None:
         self.module = module
-        self._world = world
+        self._world, self._compress = world, compress
         parameters = [p for p in module.parameters() if p.requires_grad]
         self._flat = torch.zeros(sum(p.numel() for p in parameters), dtype=parameters[0].dtype, device=world.device)
         offset = 0
@@ -185,7 +185,10 @@ class FlatSync:
         return contextlib.nullcontext()
 
     def finish(self) -> None:
-        self._world.sum(self._flat)
+        if self._compress:
+            self._flat.copy_(self._world.sum(self._flat.to(torch.bfloat16)))
+        else:
+            self._world.sum(self._flat)
 
 
 _OPTIONS = inspect.signature(nn.parallel.DistributedDataParallel.__init__).parameters
@@ -193,17 +196,22 @@ _BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _OPTIONS else "br
 
 
 class DDPSync:
-    """torch's DistributedDataParallel, summing instead of averaging, overlapping communication with the backward pass."""
+    """torch's DistributedDataParallel, summing instead of averaging, overlapping communication with the backward pass.
 
-    def __init__(self, module: nn.Module, world: World) -> None:
+    Args:
+        accumulates: several micro-batches make a step, which torch cannot begin with where it is told that the graph is static.
+    """
+
+    def __init__(self, module: nn.Module, world: World, compress: bool, accumulates: bool) -> None:
         buffers: dict[str, Any] = {_BUFFERS: False}  # BatchNorm statistics are averaged where they are used
         self._ddp = nn.parallel.DistributedDataParallel(
             module,
             device_ids=[world.device] if world.on_gpu else None,
             gradient_as_bucket_view=True,
+            static_graph=not accumulates,
             **buffers,
         )
-        self._ddp.register_comm_hook(None, _sum_bucket)
+        self._ddp.register_comm_hook(None, _sum_compressed if compress else _sum_bucket)
         self.module: nn.Module = self._ddp
 
     def zero(self) -> None:
@@ -225,9 +233,26 @@ def _sum_bucket(_, bucket):  # type: ignore[no-untyped-def]  # torch refuses any
     return future
 
 
-def gradient_sync(mode: str, module: nn.Module, world: World) -> GradientSync:
-    """``flat``, ``ddp``, or ``auto``: flat below :data:`FLAT_LIMIT` parameters. A single process needs no communication."""
+def _sum_compressed(_, bucket):  # type: ignore[no-untyped-def]
+    whole = bucket.buffer()
+    work = dist.all_reduce(whole.to(torch.bfloat16), async_op=True)
+    assert work is not None
+    future: torch.futures.Future[Tensor] = work.get_future().then(lambda done: whole.copy_(done.value()[0]))
+    return future
+
+
+def gradient_sync(
+    mode: str, module: nn.Module, world: World, compress: bool = False, accumulates: bool = False
+) -> GradientSync:
+    """``flat``, ``ddp``, or ``auto``: flat below :data:`FLAT_LIMIT` parameters. A single process needs no communication.
+
+    Args:
+        compress: send bf16, whatever the gradients are.
+        accumulates: several micro-batches make a step.
+    """
     size = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    if world.size == 1 or mode == "flat" or (mode == "auto" and size < FLAT_LIMIT):
+    if world.size == 1:
         return FlatSync(module, world)
-    return DDPSync(module, world)
+    if mode == "flat" or (mode == "auto" and size < FLAT_LIMIT):
+        return FlatSync(module, world, compress)
+    return DDPSync(module, world, compress, accumulates)

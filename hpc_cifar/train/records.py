@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from ..config.experiment import Experiment
 from ..plan import Plan
@@ -144,7 +147,7 @@ class Records:
 
     def finish(self, result: dict[str, Any]) -> None:
         """Close metrics and W&B with the result of this segment."""
-        self.event(result["state"], reason=result.get("reason"))
+        self.event(result["state"], **{name: result.get(name) for name in ("reason", "heard_after_ms", "saved_after_ms")})
         if self._wandb is not None:
             summary = {key: result.get(key) for key in ("test_accuracy", "test_loss", "gpu_hours", "restarts")}
             self._wandb.finish(summary, preempted=result["state"] == "requeued")
@@ -157,3 +160,13 @@ class Records:
         if self._metrics is not None:
             self._metrics.close()
         self.progress.close()
+
+
+def peak_memory(world: World) -> dict[str, int]:
+    """The most MiB that a rank has used so far, of its host (shared pages included) and of its GPU. Call on every rank."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    found = {"host_memory_mib": next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) // 1024}
+    if world.on_gpu:
+        found["device_memory_mib"] = torch.cuda.max_memory_reserved(world.device) // 2**20
+    every = world.gather(found) or [found]
+    return {name: max(one[name] for one in every) for name in found}

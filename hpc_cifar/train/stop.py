@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 import types
 from typing import Any
 
@@ -35,6 +36,7 @@ class StopFlag:
 
     def __init__(self) -> None:
         self.code = 0
+        self._since: float | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopFlag:
@@ -45,10 +47,15 @@ class StopFlag:
             if number == signal.SIGINT and self.code == 1:
                 raise KeyboardInterrupt
             self.code = max(self.code, codes[signal.Signals(number)])
+            self._since = self._since or time.monotonic()
 
         for which in codes:
             self._previous[which] = signal.signal(which, handle)
         return self
+
+    def milliseconds(self) -> int | None:
+        """Since this process heard of the first signal; None if it heard of none."""
+        return None if self._since is None else round(1000 * (time.monotonic() - self._since))
 
     def __exit__(self, *_: Any) -> None:
         for which, handler in self._previous.items():

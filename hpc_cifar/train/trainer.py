@@ -26,7 +26,7 @@ from ..track.wandb_run import new_id
 from . import checkpoint, features, optim
 from .distributed import World, gradient_sync
 from .graph import WARM_UP
-from .records import Records
+from .records import Records, peak_memory
 from .schedule import stopped_early
 from .session import Session
 from .setup import (
@@ -60,7 +60,7 @@ class Trainer:
         self.last_step = min(self.plan.total_steps, max_steps or self.plan.total_steps)
         self.precision = choose_precision(self.experiment, world.device)
         self.channels_last = choose_channels_last(self.experiment)
-        self.agreement = StopAgreement(flag, world)
+        self.flag, self.agreement = flag, StopAgreement(flag, world)
         self.session = self._make_session(data_root)
         stages.done("network")
         self.validation = Validation(self.experiment, self.prepared, self.session, self.precision, self.channels_last)
@@ -84,7 +84,9 @@ class Trainer:
         optimizer = optim.build(experiment.optimizer, network.parameters(), rules, capturable=graph and world.on_gpu)
         decay = experiment.training.ema_decay
         ema = None if decay is None else optim.EMA(network.parameters(), decay, on_device=graph)
-        sync = gradient_sync("flat" if graph else experiment.training.gradient_sync, network, world)
+        mode = "flat" if graph else experiment.training.gradient_sync
+        compress = experiment.training.gradient_compression == "bf16"
+        sync = gradient_sync(mode, network, world, compress, accumulates=plan.accumulation > 1)
         if experiment.training.compile is True:
             sync.module = compiled(sync.module)
         stepper = Stepper(experiment, sync, optimizer, ema, world, self.precision, plan, rules, graph)
@@ -141,6 +143,7 @@ class Trainer:
     def train(self) -> dict[str, Any]:
         with contextlib.ExitStack() as opened:
             opened.callback(self.session.stepper.close)
+            opened.callback(self.validation.close)
             opened.callback(self.records.close)
             _collect_again()
             try:
@@ -346,7 +349,9 @@ class Trainer:
     def _end(self, reason: str) -> dict[str, Any]:
         """Save, evaluate what may be evaluated, write result and state, close the trackers."""
         position = self.session.position
+        taken = {"heard": self.flag.milliseconds()}
         self._save()
+        taken["saved"] = self.flag.milliseconds()
         result: dict[str, Any] = {"run": self.run.id, "data": self.prepared.store.label}
         if self._is_through():
             self._use_selected_weights()
@@ -361,12 +366,14 @@ class Trainer:
             requeue = reason == "preempted" and "SUBMITIT_EXECUTOR" in os.environ
             result["state"] = "cancelled" if cancelled else "requeued" if requeue else "stopped"
             result["reason"] = reason
+            result |= {f"{name}_after_ms": value for name, value in taken.items() if value is not None}
         else:
             result["state"], result["reason"] = "stopped", f"--max-steps {self.last_step}"
             result["val_loss"], result["val_accuracy"] = self._validate()
         state = self.records.state(result["state"], reason=result.get("reason"))
         result |= {"epochs": position.epoch, "steps": position.step}
         result |= {key: state[key] for key in ("restarts", "lost_steps", "gpu_hours", "seconds")}
+        result |= peak_memory(self.world)
         result |= {"selected": self.experiment.checkpoint.select, "ended": now()}
         if self.world.main and result["state"] != "requeued":
             files.write_json(self.run.result_file, result)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,13 +12,15 @@ import torch
 from ..config.experiment import Experiment
 from ..data import pipeline as data
 from ..data.store import Arrays
-from ..evaluate.accuracy import evaluate
+from ..evaluate.accuracy import Sums, evaluate
 from .features import Features
+from .graph import Graphs
 from .session import Session
 from .setup import AveragedStatistics, Prepared
 from .step import autocast
 
 BATCH = 1000
+KEPT_BYTES = 2**30  # of finished images that stay on a GPU; CIFAR-10's test images are 61 MB in bf16
 
 
 class Validation:
@@ -42,6 +46,10 @@ class Validation:
             "mean": prepared.mean,
             "std": prepared.std,
         }
+        device = session.world.device
+        self._sums = Sums(session.network, device, partial(autocast, precision, device))
+        self._graphs = Graphs(self._sums.add, device) if experiment.training.graph is True else None
+        self._kept: dict[int, list[data.Batch]] = {}  # on a GPU, by the arrays they are of
 
     def __call__(self) -> tuple[float, float]:
         """On the validation split; with ``validation: test`` on the test set, by which nothing is chosen."""
@@ -59,15 +67,25 @@ class Validation:
             if session.ema is not None:
                 session.ema.swap()
             try:
-                with autocast(self._precision, session.world.device):
-                    batches = self._batches(arrays, indices)
-                    loss, accuracy, _ = evaluate(session.network, batches, session.world.sum, session.world.device)
+                loss, accuracy, _ = evaluate(self._sums, self._batches(arrays, indices), session.world.sum, self._graphs)
             finally:
                 if session.ema is not None:
                     session.ema.swap()
         return loss, accuracy
 
-    def _batches(self, arrays: Arrays, indices: Any) -> Iterator[data.Batch]:
+    def close(self) -> None:
+        """Let go of what was recorded and kept."""
+        if self._graphs is not None:
+            self._graphs.close()
+        self._kept.clear()
+
+    def _batches(self, arrays: Arrays, indices: Any) -> Iterable[data.Batch]:
         if self.cached is not None:
             return self.cached.evaluation_batches(arrays, indices, BATCH)
-        return data.evaluation_batches(self._experiment.data, arrays, indices, batch_size=BATCH, **self.arguments)
+        found = data.evaluation_batches(self._experiment.data, arrays, indices, batch_size=BATCH, **self.arguments)
+        images = math.prod(arrays.images.shape[1:]) * len(indices)
+        if not self._session.world.on_gpu or images * self._precision.itemsize > KEPT_BYTES:
+            return found
+        if id(arrays) not in self._kept:  # they are the same every time
+            self._kept[id(arrays)] = list(found)
+        return self._kept[id(arrays)]

@@ -76,6 +76,11 @@ class Rank:
         self._process = CONTEXT.Process(target=rank_main.as_rank, args=(arguments, environment, str(log)))
         self._process.start()
 
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
     def poll(self) -> int | None:
         return self._process.exitcode
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,23 @@ def test_a_graph_makes_the_steps_of_the_eager_mode(
         assert ranks.complete(run, digits_data, 1)["state"] == "finished"
         losses[graph] = ranks.losses(run)
     assert losses[True] == pytest.approx(losses[False], rel=1e-4)
+
+
+def test_300_epochs_in_graph_mode_preempted_twice_end_where_undisturbed_ones_end(tmp_path: Path, digits_data: Path) -> None:
+    """Up to the order of cuDNN's sums."""
+    training = {"graph": True, "evaluate_every_epochs": 50}
+    changes: dict[str, Any] = {"epochs": 300, "data": {"batch_size": 664}, "checkpoint": {"every_epochs": 50}}
+    config = ranks.experiment(**changes, training=training, resources={"gpus_per_node": 1})
+    undisturbed, run = ranks.new_run(tmp_path, config), ranks.new_run(tmp_path, config)
+    expected = ranks.complete(undisturbed, digits_data, 1)
+    for step in (137, 411):
+        processes = ranks.start(run, digits_data, 1)
+        ranks.wait_for_step(run, step, processes)
+        processes[0].send_signal(signal.SIGUSR2)
+        assert ranks.finish(processes) == [0], ranks.logs(run)
+    result = ranks.complete(run, digits_data, 1)
+    assert (result["epochs"], result["lost_steps"]) == (300, 0)
+    assert result["test_accuracy"] == pytest.approx(expected["test_accuracy"], abs=0.02)
 
 
 @pytest.mark.parametrize("batch_norm", ["local", "global"])

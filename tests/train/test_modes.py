@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,12 @@ def trained(folder: Path, data: Path, world: int = 1, **training: Any) -> tuple[
 
 
 @pytest.fixture(scope="module")
-def eager(tmp_path_factory: pytest.TempPathFactory, digits_data: Path) -> dict[int, float]:
-    run, _ = trained(tmp_path_factory.mktemp("eager"), digits_data, compile=False, graph=False)
-    return ranks.losses(run)
+def eager(tmp_path_factory: pytest.TempPathFactory, digits_data: Path) -> Run:
+    return trained(tmp_path_factory.mktemp("eager"), digits_data, compile=False, graph=False)[0]
+
+
+def validations(run: Run) -> list[float]:
+    return [row["val_loss"] for row in files.read_json_lines(run.metrics_file) if row["kind"] == "epoch"]
 
 
 @pytest.mark.parametrize(
@@ -38,13 +42,14 @@ def eager(tmp_path_factory: pytest.TempPathFactory, digits_data: Path) -> dict[i
     ids=["graph", "ranks", "compile"],
 )
 def test_200_steps_are_those_of_the_eager_mode(
-    world: int, training: dict[str, Any], eager: dict[int, float], tmp_path: Path, digits_data: Path
+    world: int, training: dict[str, Any], eager: Run, tmp_path: Path, digits_data: Path
 ) -> None:
-    """Tail batches, momentum, average and schedule included; a compiled dropout draws by torch's compiler's own rule."""
+    """Tail batches, momentum, average, schedule, validation; no dropout, for which the compiler draws by its own rule."""
     run, result = trained(tmp_path, digits_data, world, **training)
-    found = ranks.losses(run)
-    assert len(found) == len(eager) >= 200
-    assert found == pytest.approx(eager, rel=1e-5)
+    found, expected = ranks.losses(run), ranks.losses(eager)
+    assert len(found) == len(expected) >= 200
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert validations(run) == pytest.approx(validations(eager), rel=1e-5)
     assert result["test_accuracy"] > 0.8
 
 
@@ -63,6 +68,30 @@ def test_a_graph_is_resumed_bit_for_bit(tmp_path: Path, digits_data: Path, optim
     result = ranks.complete(run, digits_data, 1)
     assert ranks.losses(run) == ranks.losses(undisturbed)
     assert result["test_loss"] == expected["test_loss"]
+
+
+def test_300_epochs_in_graph_mode_preempted_twice_end_where_undisturbed_ones_end(tmp_path: Path, digits_data: Path) -> None:
+    changes = {
+        "epochs": 300,
+        "data": {"batch_size": 664},
+        "training": {"graph": True, "evaluate_every_epochs": 50},
+        "checkpoint": {"every_epochs": 50},
+    }
+    config = ranks.experiment(**changes)
+    undisturbed = ranks.new_run(tmp_path, config)
+    expected = ranks.complete(undisturbed, digits_data, 1)
+    assert expected["epochs"] == 300
+    run = ranks.new_run(tmp_path, config)
+    for step in (137, 411):
+        processes = ranks.start(run, digits_data, 1)
+        ranks.wait_for_step(run, step, processes)
+        processes[0].send_signal(signal.SIGUSR2)
+        assert ranks.finish(processes) == [0], ranks.logs(run)
+        assert step <= run.state()["step"] < 600, "stopped on the way"
+    result = ranks.complete(run, digits_data, 1)
+    assert (result["epochs"], result["restarts"], result["lost_steps"]) == (300, 2, 0)
+    assert ranks.losses(run) == ranks.losses(undisturbed)
+    assert (result["test_loss"], result["test_accuracy"]) == (expected["test_loss"], expected["test_accuracy"])
 
 
 def test_a_graph_takes_up_a_checkpoint_of_the_eager_mode(tmp_path: Path, digits_data: Path) -> None:

@@ -210,12 +210,28 @@ def test_more_ranks_than_images_in_the_tail_batch(tmp_path: Path, digits_data: P
         assert result["state"] == "finished"
 
 
-def test_gradient_accumulation_equals_one_pass(tmp_path: Path, digits_data: Path) -> None:
+@pytest.mark.parametrize("sync", ["flat", "ddp"])
+def test_compressed_gradients_are_those_of_bf16(tmp_path: Path, digits_data: Path, sync: str) -> None:
+    """Relative errors of 2^-9 in each gradient, so of that size in the weights after an epoch."""
+    states = []
+    for compression in ("none", "bf16"):
+        training = {"batch_norm": "global", "gradient_sync": sync, "gradient_compression": compression, "ema_decay": None}
+        run = ranks.new_run(tmp_path, ranks.experiment(**ranks.merge(PLAIN, {"epochs": 1, "training": training})))
+        ranks.complete(run, digits_data, 2)
+        states.append(final_state(run)["model"])
+    assert 1e-5 < relative_error(states[1], states[0]) < 0.02
+
+
+@pytest.mark.parametrize("sync", ["flat", "ddp"])
+def test_gradient_accumulation_equals_one_pass(tmp_path: Path, digits_data: Path, sync: str) -> None:
     layers = [{"conv": {"filters": 8, "kernel": 3, "stride": 2}}, "relu", "flatten", {"dense": {"units": 10}}]
     states = []
     for micro in (None, 17):
         config = ranks.experiment(
-            epochs=1, model={"layers": layers}, data={"micro_batch_size": micro}, training={"clip_grad_norm": 0.5}
+            epochs=1,
+            model={"layers": layers},
+            data={"micro_batch_size": micro},
+            training={"clip_grad_norm": 0.5, "gradient_sync": sync},
         )
         run = ranks.new_run(tmp_path, config)
         ranks.complete(run, digits_data, 2)
@@ -240,6 +256,47 @@ def test_a_signal_to_one_rank_stops_all_at_a_step_boundary(tmp_path: Path, digit
     before = saved.step
     ranks.complete(run, digits_data, 2, max_steps=before + 3)
     assert sorted(ranks.losses(run)) == list(range(1, before + 4))
+
+
+def test_a_stop_says_how_soon_it_was_heard_and_saved(tmp_path: Path, digits_data: Path) -> None:
+    """The shortest time that a scheduler gives is seconds, so this must be far below."""
+    config = ranks.experiment(epochs=200, checkpoint={"every_epochs": 200}, training={"evaluate_every_epochs": 200})
+    run = ranks.new_run(tmp_path, config)
+    processes = ranks.start(run, digits_data, 2)
+    ranks.wait_for_step(run, 5, processes)
+    for process in processes:
+        process.send_signal(signal.SIGUSR2)
+    assert ranks.finish(processes) == [0, 0], ranks.logs(run)
+    result = run.result() or {}
+    assert 0 <= result["heard_after_ms"] <= result["saved_after_ms"] < 2000
+    [event] = [row for row in files.read_json_lines(run.metrics_file) if row.get("event") == "stopped"]
+    for name in ("heard_after_ms", "saved_after_ms"):
+        assert event[name] == result[name]
+    assert 100 < result["host_memory_mib"] < 4000
+
+
+def pages(process: ranks.Rank, name: str) -> dict[str, int]:
+    """KiB of the process's mapping of the file ``name``, as in proc_pid_smaps(5)."""
+    found: dict[str, int] = {}
+    inside = False
+    for line in Path(f"/proc/{process.pid}/smaps").read_text().splitlines():
+        key, *rest = line.split()
+        if "-" in key:  # the head of a mapping
+            inside = line.endswith(name)
+        elif inside and rest and rest[0].isdigit():
+            found[key.rstrip(":")] = found.get(key.rstrip(":"), 0) + int(rest[0])
+    return found
+
+
+def test_ranks_of_a_node_share_one_mapped_store(tmp_path: Path, digits_data: Path) -> None:
+    run = ranks.new_run(tmp_path, ranks.experiment(epochs=200))
+    processes = ranks.start(run, digits_data, 2)
+    ranks.wait_for_step(run, 20, processes)  # an epoch, in which each has seen its half of every batch
+    found = [pages(process, "train-images.npy") for process in processes]
+    ranks.kill_all(processes)
+    for one in found:
+        assert one["Rss"] > 0 and one["Private_Dirty"] == 0
+        assert one["Pss"] < 0.7 * one["Rss"], "most of its pages are the other rank's as well"
 
 
 def test_a_loss_that_is_not_finite_names_the_step_and_the_last_checkpoint(tmp_path: Path, digits_data: Path) -> None:
