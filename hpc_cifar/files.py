@@ -8,6 +8,7 @@ import json
 import os
 import stat
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -63,6 +64,31 @@ def atomic_file(path: Path, *, durable: bool = True, mode: int = 0o644) -> Itera
         raise
     if durable:
         fsync_folder(path.parent)
+
+
+def read_ahead(patterns: Iterable[Path]) -> threading.Thread:
+    """Ask for files to be read into the page cache while this process does something else, such as to import torch.
+
+    What is not there, and a file system that does not do this, change nothing.
+
+    Args:
+        patterns: paths whose last part may have wildcards.
+
+    Returns:
+        The thread that asks; nobody need wait for it.
+    """
+    wanted = list(patterns)
+
+    def ask() -> None:
+        for pattern in wanted:
+            with contextlib.suppress(OSError):
+                for path in pattern.parent.glob(pattern.name):
+                    with path.open("rb") as stream:
+                        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+
+    thread = threading.Thread(target=ask, name="read ahead", daemon=True)
+    thread.start()
+    return thread
 
 
 def write_text(path: Path, text: str, *, durable: bool = True, mode: int = 0o644) -> None:

@@ -57,6 +57,7 @@ def train(
     from ..errors import RunError
     from ..launch import job as launch_job
     from ..launch.control import here
+    from ..runs import Run
 
     experiment = load_experiment(find_job(job), sets or [])
     _check_ranks()
@@ -64,6 +65,8 @@ def train(
     name = name or run_name(experiment)
     root = files.runs_root()
 
+    if _whole("LOCAL_RANK", 0) == 0:
+        launch_job.read_ahead(Run(root / name), data_root, experiment)
     gc.disable()  # as in launch/job.py
     from ..train.distributed import connected
     from ..train.loop import train as train_run

@@ -19,6 +19,7 @@ from .. import stages
 from . import chain
 
 if TYPE_CHECKING:
+    from ..config.experiment import Experiment
     from ..runs import Run
 
 FIRST_PORT, PORTS = 10_000, 20_000
@@ -107,6 +108,8 @@ class TrainJob:
         from .dependency import check_finished
 
         check_finished(self.after)
+        if env.local_rank == 0:
+            read_ahead(run, Path(self.data_root), run.experiment())
         from ..train.loop import train
         from . import preflight, requeue
 
@@ -145,6 +148,13 @@ def ignore_signals() -> None:
 
     for number in (submitit.JobEnvironment._usr_sig(), signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+def read_ahead(run: Run, data_root: Path, experiment: Experiment) -> None:
+    """Have the store and the newest checkpoint on their way to this node while torch is imported."""
+    from .. import files
+
+    files.read_ahead([run.checkpoints / "latest" / "*", data_root / experiment.data.dataset / "*.npy"])
 
 
 def restart_count() -> int:

@@ -6,9 +6,12 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+
+from hpc_cifar import files
 
 pytestmark = pytest.mark.slow
 TRAIN = """\
@@ -63,3 +66,27 @@ def test_kernels_compile_where_nothing_can_be_kept(repository: Path, tmp_path: P
     folder = tmp_path / "file"
     folder.write_text("")  # a file where the cache folder would be: nobody, not even root, can write below it
     assert compiled(tmp_path, {"FOLDER": str(folder), "NUMBA_CACHE_DIR": str(folder)}) == 0
+
+
+def cached(path: Path) -> bool:
+    """Whether the middle of a file is in memory: preadv2(2) would wait for the disk if it were not."""
+    with path.open("rb") as stream:
+        try:
+            return os.preadv(stream.fileno(), [bytearray(4096)], path.stat().st_size // 2, os.RWF_NOWAIT) > 0
+        except BlockingIOError:
+            return False
+
+
+def test_files_are_read_ahead(tmp_path: Path) -> None:
+    path = tmp_path / "train-images.npy"
+    path.write_bytes(os.urandom(8 * 2**20))
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if cached(path):
+        pytest.skip("this file system keeps everything in memory, such as tmpfs does")
+    files.read_ahead([tmp_path / "*.npy", tmp_path / "missing" / "*"]).join()
+    deadline = time.monotonic() + 10
+    while not cached(path):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
