@@ -32,6 +32,7 @@ def commands(out: Path) -> dict[str, list[str]]:
         "data": [sys.executable, "-m", "hpc_cifar", "bench", "data", "--json", str(out / "data-gpu.json")],
         "step": [here[0], f"{here[1]}/step.py", "--steps", "100", "--json", str(out / "step-gpu.json")],
         "deep300": [here[0], f"{here[1]}/systems.py", "deep300", *graph, "--json", str(out / "deep300-gpu.json")],
+        "restart": [here[0], f"{here[1]}/restart.py", "--gpus", "--processes=1", "--json", str(out / "restart-gpu.json")],
         "systems": [here[0], f"{here[1]}/systems.py", "--json", str(out / "systems-gpu.json")],
     }
 
@@ -39,7 +40,7 @@ def commands(out: Path) -> dict[str, list[str]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for logs and figures; runs lie in OUT/runs")
-    parser.add_argument("--parts", default="kernel,tests,step,deep300,data,systems")
+    parser.add_argument("--parts", default="kernel,tests,step,deep300,data,restart,systems")
     parser.add_argument("--minutes", type=float, default=25, help="for each part")
     options = parser.parse_args()
     if not torch.cuda.is_available():

@@ -30,7 +30,7 @@ class Images(Dataset[tuple[torch.Tensor, int]]):
         self.images = np.array(np.load(store / "train-images.npy"))
         self.labels = np.load(store / "train-labels.npy")
         self.transform = transforms.Compose(
-            [transforms.ToPILImage(), transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(),
+            [transforms.ToPILImage(), transforms.RandomCrop(self.images.shape[1], padding=4), transforms.RandomHorizontalFlip(),
              transforms.ToTensor()]
         )  # fmt: skip
 
@@ -41,15 +41,16 @@ class Images(Dataset[tuple[torch.Tensor, int]]):
         return self.transform(self.images[index]), int(self.labels[index])
 
 
-def network() -> nn.Sequential:
+def network(height: int, width: int, channels: int) -> nn.Sequential:
     layers: list[nn.Module] = []
-    before = 3
-    for width, rate in ((32, 0.3), (64, 0.5), (128, 0.5)):
+    before = channels
+    for filters, rate in ((32, 0.3), (64, 0.5), (128, 0.5)):
         for _ in range(2):
-            layers += [nn.Conv2d(before, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
-            before = width
+            layers += [nn.Conv2d(before, filters, 3, padding=1), nn.BatchNorm2d(filters), nn.ReLU()]
+            before = filters
         layers += [nn.MaxPool2d(2), nn.Dropout(rate)]
-    layers += [nn.Flatten(), nn.Linear(2048, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, 10)]
+    flat = (height // 8) * (width // 8) * 128
+    layers += [nn.Flatten(), nn.Linear(flat, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, 10)]
     return nn.Sequential(*layers)
 
 
@@ -67,7 +68,7 @@ def main() -> None:
     sampler = DistributedSampler(dataset, world, rank) if world > 1 else None
     loader = DataLoader(dataset, batch // world, shuffle=sampler is None, sampler=sampler, num_workers=2)
     stages.done("data")
-    plain = network().to(device)
+    plain = network(*dataset.images.shape[1:]).to(device)
     model = nn.parallel.DistributedDataParallel(plain) if world > 1 else plain
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.001, momentum=0.9)
     stages.done("network")

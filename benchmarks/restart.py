@@ -4,7 +4,7 @@
     python benchmarks/restart.py --cold                 neither torch nor data in the page cache, as on a new node
 
 Both go on from a checkpoint of deep300's network and make one step of 64 images. The ranks are started as Slurm starts them,
-without torchrun, which would import torch first. They take turns; ratios of each round count. Nothing else should run beside it.
+without torchrun, which would import torch first. They take turns; ratios of each round count. Run nothing else beside it.
 """
 
 from __future__ import annotations

@@ -95,6 +95,7 @@ def test_the_wheel_holds_the_job_files_and_runs(repository: Path, tmp_path: Path
     ("script", "options"),
     [
         ("step.py", ["--job=quickstart-digits", "--steps=2", "--rounds=1", "--rungs=channels_last,eager fused"]),
+        ("restart.py", ["--dataset=digits", "--processes=2", "--rounds=1"]),
         ("data.py", ["--images", "600", "--rounds", "1"]),
         ("systems.py", ["quickstart-digits", "--seeds", "2", "--set", "epochs=1", "--suffix", "short"]),
         (
@@ -109,6 +110,9 @@ def test_benchmarks_run(repository: Path, tmp_path: Path, digits_data: Path, scr
     call(*command, cwd=tmp_path, HPC_CIFAR_DATA=str(digits_data), HPC_CIFAR_RUNS=str(tmp_path / "runs"))
     figures = json.loads(out.read_text())
     assert figures
+    if script == "restart.py":
+        [start] = figures["starts"]
+        assert set(start["plain"][0]) < set(start["ours"][0]), "the same stages, but for the time to the first import"
     if script == "step.py":  # counts do not drift with the machine
         counts = {name: row["per_step"] for name, row in figures["rungs"].items()}
         assert {found["waits"] for found in counts.values()} == {0}, "no step reads a number from the device"
