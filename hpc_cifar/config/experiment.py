@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from .fields import Count, Duration, Model, Positive, Real, Whole, matching, shown
+from .layers import all_layers
 from .model import ModelConfig, PretrainedModel
 from .optimization import LARS, AdamW, Constant, Fraction, Muon, Optimizer, Plateau, ScheduleConfig, Staged, Step
 from .training import Checkpoint, Loss, Training
@@ -268,7 +269,7 @@ class Experiment(Model):
     def _l2_is_a_part_of_the_gradient(self) -> Experiment:
         model = self.model
         field, layers = ("head", model.head or ()) if isinstance(model, PretrainedModel) else ("layers", model.layers)
-        if isinstance(self.optimizer, AdamW | Muon) and any(getattr(layer, "l2", 0.0) for layer in layers):
+        if isinstance(self.optimizer, AdamW | Muon) and any(getattr(layer, "l2", 0.0) for layer in all_layers(layers)):
             raise ValueError(
                 f"model.{field}: l2 is a part of the gradient, which {self.optimizer.name} keeps apart from its decay; "
                 "use optimizer.weight_decay, or adam or sgd"

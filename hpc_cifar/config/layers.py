@@ -6,6 +6,7 @@ In YAML a layer without options is its name (``- relu``); one with options is a 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, field_validator
@@ -24,6 +25,7 @@ class Conv(Model):
     ``l2`` times the sum of the squared weights is added to the loss, as Keras' ``kernel_regularizer=l2(...)``; reported losses
     are without it. ``max_norm`` is the largest length of a filter's weights, kept after every update (Srivastava et al. 2014).
     ``init: whiten`` (first layer only) begins with the main directions of the training images' patches, both signs of each.
+    With ``fixed_weights`` the weights stay as they begin and only the bias is trained.
     """
 
     type: Literal["conv"]
@@ -35,6 +37,7 @@ class Conv(Model):
     l2: Penalty = 0.0
     max_norm: Positive | None = None
     init: Literal["model", "whiten"] = "model"
+    fixed_weights: Flag = False
 
 
 class Dense(Model):
@@ -48,11 +51,14 @@ class Dense(Model):
 
 
 class BatchNorm(Model):
-    """Batch normalisation; ``momentum`` is the share of the old running statistics (Keras) that is kept."""
+    """Batch normalisation; ``momentum`` is the share of the old running statistics (Keras) that is kept. Without ``scale`` its
+    factor stays 1.
+    """
 
     type: Literal["batch_norm"]
     momentum: Small = 0.9
     eps: Small = 1e-5
+    scale: Flag = True
 
 
 class MaxPool(Model):
@@ -144,7 +150,7 @@ class APTx(Model):
     gamma: Real = 0.5
 
 
-AnyLayer = (
+PlainLayer = (
     Conv
     | Dense
     | BatchNorm
@@ -162,8 +168,6 @@ AnyLayer = (
     | APTx
 )
 
-LAYER_NAMES: tuple[str, ...] = tuple(get_args(cls.model_fields["type"].annotation)[0] for cls in get_args(AnyLayer))
-
 
 def _spell_out(value: Any) -> Any:
     """``relu`` and ``{conv: {...}}`` become ``{type: ..., ...}``; anything else is left for pydantic to judge."""
@@ -178,4 +182,28 @@ def _spell_out(value: Any) -> Any:
     return value
 
 
+InnerLayer = Annotated[Annotated[PlainLayer, Field(discriminator="type")], BeforeValidator(_spell_out)]
+
+
+class Residual(Model):
+    """The sum of what ``layers`` and ``shortcut`` make of the same input (He et al. 2016). Without a shortcut the input itself
+    is added. Blocks do not contain blocks.
+    """
+
+    type: Literal["residual"]
+    layers: Annotated[tuple[InnerLayer, ...], Field(min_length=1, max_length=100)]
+    shortcut: Annotated[tuple[InnerLayer, ...], Field(max_length=100)] = ()
+
+
+AnyLayer = PlainLayer | Residual
 Layer = Annotated[Annotated[AnyLayer, Field(discriminator="type")], BeforeValidator(_spell_out)]
+
+LAYER_NAMES: tuple[str, ...] = tuple(get_args(cls.model_fields["type"].annotation)[0] for cls in get_args(AnyLayer))
+
+
+def all_layers(layers: Iterable[AnyLayer]) -> Iterator[AnyLayer]:
+    """Every layer, and after a block those in it."""
+    for layer in layers:
+        yield layer
+        if isinstance(layer, Residual):
+            yield from all_layers((*layer.layers, *layer.shortcut))

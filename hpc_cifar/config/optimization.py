@@ -31,10 +31,12 @@ class AnyOptimizer(Model):
     """Fields of every optimizer.
 
     ``base_batch_size``: ``lr`` is meant for a batch of that size and grows linearly with ``data.batch_size`` (Goyal et al.
-    2017); a warm-up in the schedule usually goes with it.
+    2017); a warm-up in the schedule usually goes with it. ``norm_bias_lr_factor`` is on the rate of the biases of
+    normalisations, and their weight decay is divided by it: they move faster and shrink no faster (Jordan 2024).
     """
 
     base_batch_size: Count | None = None
+    norm_bias_lr_factor: Positive = 1.0
     lookahead: Lookahead | None = None
 
 

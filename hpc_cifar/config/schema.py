@@ -7,7 +7,9 @@ as text.
 from __future__ import annotations
 
 import copy
+import itertools
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from .experiment import NAME_PATTERN, Experiment
@@ -27,8 +29,11 @@ def experiment_schema() -> dict[str, Any]:
     """The schema of one experiment file, draft 2020-12."""
     generated: dict[str, Any] = Experiment.model_json_schema()
     definitions: dict[str, Any] = generated["$defs"]
-    definitions["Layer"] = _layer(definitions)
+    definitions["Layer"] = _layer(definitions, "Layer", LAYER_NAMES)
+    definitions["InnerLayer"] = _layer(definitions, "InnerLayer", [name for name in LAYER_NAMES if name != "residual"])
     definitions["SequentialModel"]["properties"]["layers"]["items"] = {"$ref": "#/$defs/Layer"}
+    for kind, field in itertools.product(("Residual", "ResidualOptions"), ("layers", "shortcut")):
+        definitions[kind]["properties"][field]["items"] = {"$ref": "#/$defs/InnerLayer"}
     definitions["Data"]["properties"]["dataset"]["pattern"] = DATASET_PATTERN
     definitions["Resources"]["properties"]["time"]["pattern"] = DURATION_PATTERN
     generated["properties"]["name"]["pattern"] = f"^{NAME_PATTERN.pattern}$"
@@ -41,7 +46,7 @@ def schema_text() -> str:
     return json.dumps(experiment_schema(), indent=1) + "\n"
 
 
-def _layer(definitions: dict[str, Any]) -> dict[str, Any]:
+def _layer(definitions: dict[str, Any], title: str, names: Sequence[str]) -> dict[str, Any]:
     """``relu``, ``conv: {...}`` or ``{type: conv, ...}``; adds a definition of each layer's options."""
     by_name = {
         definition["properties"]["type"]["const"]: key
@@ -50,7 +55,7 @@ def _layer(definitions: dict[str, Any]) -> dict[str, Any]:
     }
     bare: list[str] = []
     short: dict[str, Any] = {}
-    for name in LAYER_NAMES:
+    for name in names:
         definition = definitions[by_name[name]]
         options = copy.deepcopy(definition)
         del options["properties"]["type"]
@@ -64,9 +69,9 @@ def _layer(definitions: dict[str, Any]) -> dict[str, Any]:
             short[name]["description"] = definition["description"]
     one_key = {"type": "object", "properties": short, "additionalProperties": False, "minProperties": 1, "maxProperties": 1}
     return {
-        "title": "Layer",
+        "title": title,
         "description": "A layer without options is its name; one with options is a one-key mapping.",
-        "anyOf": [{"enum": bare}, one_key, *({"$ref": f"#/$defs/{by_name[name]}"} for name in LAYER_NAMES)],
+        "anyOf": [{"enum": bare}, one_key, *({"$ref": f"#/$defs/{by_name[name]}"} for name in names)],
     }
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -25,8 +26,10 @@ from .layers import (
     Layer,
     MaxPool,
     ReLU,
+    Residual,
     SiLU,
     Tanh,
+    all_layers,
 )
 from .model import ModelConfig, PretrainedModel, SequentialModel
 
@@ -44,7 +47,7 @@ class LayerShape:
     in_shape: Shape
     out_shape: Shape
     parameters: int  # trainable: BatchNorm counts 2 a channel (Keras' summaries count 4, with the running statistics)
-    buffers: int = 0  # not trained but saved: BatchNorm's running mean and variance
+    buffers: int = 0  # not trained but saved: BatchNorm's running mean and variance, fixed weights
 
 
 class ShapeError(ValueError):
@@ -67,17 +70,11 @@ def layer_shapes(model: SequentialModel, input: Shape = CIFAR_INPUT, classes: in
     Raises:
         ShapeError: a layer does not fit, or the output is not one row of scores.
     """
-    rows: list[LayerShape] = []
-    shape = input
     for index, layer in enumerate(model.layers):
-        try:
-            out, parameters, buffers = _apply(layer, shape)
-        except ValueError as error:
-            raise ShapeError(index, f"{layer.type} {error}") from None
-        if index and isinstance(layer, Conv) and layer.init == "whiten":
+        if any(part is not model.layers[0] for part in _whitening(layer)):
             raise ShapeError(index, "conv with init: whiten belongs at the beginning: it is computed from the training images")
-        rows.append(LayerShape(index, layer.type, shape, out, parameters, buffers))
-        shape = out
+    rows = chain(model.layers, input)
+    shape = rows[-1].out_shape
     last = len(rows) - 1
     if len(shape) != 1:
         raise ShapeError(
@@ -95,6 +92,31 @@ def layer_shapes(model: SequentialModel, input: Shape = CIFAR_INPUT, classes: in
     if not parameter_count(rows):
         raise ShapeError(last, f"{rows[last].type} is the last layer, and none has a weight: there is nothing to train")
     return rows
+
+
+def chain(layers: Sequence[AnyLayer], shape: Shape) -> list[LayerShape]:
+    """Shapes and counts of ``layers`` one after the other.
+
+    Args:
+        shape: of what goes into the first one.
+
+    Raises:
+        ShapeError: a layer does not fit.
+    """
+    rows: list[LayerShape] = []
+    for index, layer in enumerate(layers):
+        try:
+            out, parameters, buffers = _apply(layer, shape)
+        except ValueError as error:
+            raise ShapeError(index, f"{layer.type} {error}") from None
+        rows.append(LayerShape(index, layer.type, shape, out, parameters, buffers))
+        shape = out
+    return rows
+
+
+def _whitening(layer: AnyLayer) -> list[AnyLayer]:
+    """The convolutions of a layer or block that begin with directions of the training images."""
+    return [part for part in all_layers([layer]) if isinstance(part, Conv) and part.init == "whiten"]
 
 
 ANY_MAPS: Shape = (64, 64, 64)
@@ -119,7 +141,7 @@ def check_layers(model: ModelConfig, input: Shape = CIFAR_INPUT, classes: int | 
         return
     last = len(model.head) - 1
     for index, layer in enumerate(model.head):
-        if isinstance(layer, Conv) and layer.init == "whiten":
+        if any(_whitening(layer)):
             raise ShapeError(index, "conv with init: whiten takes images, and a head takes the backbone's maps", "head")
     if not isinstance(model.head[last], Dense):
         raise ShapeError(last, f"{model.head[last].type} is the last layer; end with dense: {{units: {classes or 10}}}", "head")
@@ -170,19 +192,20 @@ def _apply(layer: AnyLayer, shape: Shape) -> tuple[Shape, int, int]:
                     "use a smaller kernel or more padding"
                 )
             weights = layer.kernel * layer.kernel * channels * layer.filters
+            bias = layer.filters if layer.bias else 0
             if layer.init == "whiten" and (layer.filters % 2 or layer.filters > 2 * layer.kernel**2 * channels):
                 most = 2 * layer.kernel**2 * channels
                 raise ValueError(
                     f"with init: whiten needs an even number of filters, at most {most} (both signs of each of the "
                     f"{most // 2} directions of its input), not {layer.filters}"
                 )
-            return out, weights + (layer.filters if layer.bias else 0), 0
+            return (out, bias, weights) if layer.fixed_weights else (out, weights + bias, 0)
         case Dense():
             if len(shape) != 1:
                 raise ValueError(f"needs a flat input, but gets {text_of(shape)}; put flatten or global_avg_pool before it")
             return (layer.units,), shape[0] * layer.units + (layer.units if layer.bias else 0), 0
         case BatchNorm():
-            return shape, 2 * shape[0], 2 * shape[0]
+            return (shape, 2 * shape[0], 2 * shape[0]) if layer.scale else (shape, shape[0], 3 * shape[0])
         case MaxPool() | AvgPool():
             channels, height, width = _image(shape)
             if layer.size > min(height, width):
@@ -200,6 +223,27 @@ def _apply(layer: AnyLayer, shape: Shape) -> tuple[Shape, int, int]:
             return shape, 0, 0
         case Dropout() | ReLU() | GELU() | SiLU() | Tanh() | APTx():
             return shape, 0, 0
+        case Residual():
+            return _sum(layer, shape)
+
+
+def _sum(block: Residual, shape: Shape) -> tuple[Shape, int, int]:
+    """As :func:`_apply`, of a block."""
+    both = []
+    for field, layers in (("layers", block.layers), ("shortcut", block.shortcut)):
+        try:
+            both.append(chain(layers, shape))
+        except ShapeError as error:
+            raise ValueError(f"{field}[{error.index}]: {error.message}") from None
+    out, around = (rows[-1].out_shape if rows else shape for rows in both)
+    if out != around:
+        way = "its shortcut delivers" if block.shortcut else "it has no shortcut, so the input is added, which is"
+        raise ValueError(
+            f"cannot add its layers' {text_of(out)}: {way} {text_of(around)}; a shortcut such as "
+            f"[conv: {{filters: {out[0]}, kernel: 1, stride: 2, bias: false}}] brings both to one shape"
+        )
+    rows = [*both[0], *both[1]]
+    return out, parameter_count(rows), sum(row.buffers for row in rows)
 
 
 def _image(shape: Shape) -> tuple[int, int, int]:

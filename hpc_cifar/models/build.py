@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ..config.layers import Layer
+from ..config.layers import AnyLayer
 from ..config.model import ModelConfig, PretrainedModel, SequentialModel
 from . import sequential
+from .batch_norm import BatchNorm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,12 +22,14 @@ class Rule:
         l2: times the sum of its squares is added to the loss.
         max_norm: the largest length of its rows, which are a filter's or a unit's weights.
         lr_factor: on the rate of its updates.
+        decay_factor: on its weight decay.
     """
 
     parameter: nn.Parameter
     l2: float = 0.0
     max_norm: float | None = None
     lr_factor: float = 1.0
+    decay_factor: float = 1.0
 
 
 def build(
@@ -54,8 +57,30 @@ def trained_parameters(model: ModelConfig, input_shape: tuple[int, int, int], cl
     return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
 
 
-def rules(model: ModelConfig, network: nn.Module) -> list[Rule]:
-    """The rules of the job file for single parameters of ``network``, which was built from it."""
+def rules(model: ModelConfig, network: nn.Module, norm_bias_lr_factor: float = 1.0) -> list[Rule]:
+    """The rules of the job file for single parameters of ``network``, which was built from it; one a parameter.
+
+    Args:
+        norm_bias_lr_factor: see :class:`hpc_cifar.config.optimization.AnyOptimizer`.
+    """
+    found = {id(rule.parameter): rule for rule in _rules_of_model(model, network)}
+    if norm_bias_lr_factor != 1:
+        for bias in _norm_biases(network):
+            known = found.get(id(bias), Rule(bias))
+            found[id(bias)] = dataclasses.replace(
+                known, lr_factor=known.lr_factor * norm_bias_lr_factor, decay_factor=1 / norm_bias_lr_factor
+            )
+    return list(found.values())
+
+
+def _norm_biases(network: nn.Module) -> Iterator[nn.Parameter]:
+    kinds = (BatchNorm, nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
+    for module in network.modules():
+        if isinstance(module, kinds) and isinstance(module.bias, nn.Parameter) and module.bias.requires_grad:
+            yield module.bias
+
+
+def _rules_of_model(model: ModelConfig, network: nn.Module) -> list[Rule]:
     match model:
         case SequentialModel():
             return _rules_of_layers(model.layers, network)
@@ -67,7 +92,7 @@ def rules(model: ModelConfig, network: nn.Module) -> list[Rule]:
             return [*head, *(Rule(p, lr_factor=model.backbone_lr_factor) for p in backbone if p.requires_grad)]
 
 
-def _rules_of_layers(layers: Sequence[Layer], network: nn.Module) -> list[Rule]:
+def _rules_of_layers(layers: Sequence[AnyLayer], network: nn.Module) -> list[Rule]:
     return [Rule(weight, layer.l2, layer.max_norm) for layer, weight in sequential.weights_with_rules(layers, network)]
 
 

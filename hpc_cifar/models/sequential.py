@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..config import layers as spec
 from ..config.model import SequentialModel
-from ..config.shapes import layer_shapes
+from ..config.shapes import chain
 from .batch_norm import BatchNorm
 
 
@@ -35,6 +35,18 @@ class APTx(nn.Module):
         return (self.alpha + torch.tanh(self.beta * x)) * (self.gamma * x)
 
 
+class Residual(nn.Module):
+    """The sum of two ways through the network."""
+
+    def __init__(self, body: nn.Sequential, shortcut: nn.Sequential) -> None:
+        super().__init__()
+        self.body, self.shortcut = body, shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        total: Tensor = self.body(x) + self.shortcut(x)
+        return total
+
+
 def build(model: SequentialModel, input_shape: tuple[int, int, int], joint_batch_norm: bool = False) -> nn.Sequential:
     """Build the network and initialise it from torch's current random state.
 
@@ -46,8 +58,7 @@ def build(model: SequentialModel, input_shape: tuple[int, int, int], joint_batch
     Returns:
         A module that maps (n, channels, height, width) to (n, classes).
     """
-    shapes = layer_shapes(model, input_shape)
-    modules = [_module(layer, row.in_shape, joint_batch_norm) for layer, row in zip(model.layers, shapes, strict=True)]
+    modules = _modules(model.layers, input_shape, joint_batch_norm)
     if model.logit_scale != 1.0:
         modules.append(Scale(model.logit_scale))
     network = nn.Sequential(*modules)
@@ -55,16 +66,25 @@ def build(model: SequentialModel, input_shape: tuple[int, int, int], joint_batch
     return network
 
 
+def _modules(layers: Sequence[spec.AnyLayer], shape: tuple[int, ...], joint_batch_norm: bool) -> list[nn.Module]:
+    rows = chain(layers, shape)
+    return [_module(layer, row.in_shape, joint_batch_norm) for layer, row in zip(layers, rows, strict=True)]
+
+
 def _module(layer: spec.AnyLayer, shape: tuple[int, ...], joint_batch_norm: bool) -> nn.Module:
     """The module of one layer, given the shape it takes in; shapes were checked when the file was read."""
     match layer:
         case spec.Conv():
             padding = {"same": layer.kernel // 2, "valid": 0}.get(str(layer.padding), layer.padding)
-            return nn.Conv2d(shape[0], layer.filters, layer.kernel, layer.stride, int(padding), bias=layer.bias)
+            conv = nn.Conv2d(shape[0], layer.filters, layer.kernel, layer.stride, int(padding), bias=layer.bias)
+            conv.weight.requires_grad_(not layer.fixed_weights)
+            return conv
         case spec.Dense():
             return nn.Linear(shape[0], layer.units, bias=layer.bias)
         case spec.BatchNorm():
-            return BatchNorm(shape[0], layer.momentum, layer.eps, joint_batch_norm)
+            norm = BatchNorm(shape[0], layer.momentum, layer.eps, joint_batch_norm)
+            norm.weight.requires_grad_(layer.scale)
+            return norm
         case spec.MaxPool():
             return nn.MaxPool2d(layer.size)
         case spec.AvgPool():
@@ -91,6 +111,9 @@ def _module(layer: spec.AnyLayer, shape: tuple[int, ...], joint_batch_norm: bool
             return nn.Tanh()
         case spec.APTx():
             return APTx(layer.alpha, layer.beta, layer.gamma)
+        case spec.Residual():
+            both = (nn.Sequential(*_modules(part, shape, joint_batch_norm)) for part in (layer.layers, layer.shortcut))
+            return Residual(*both)
 
 
 @torch.no_grad()
@@ -118,12 +141,15 @@ def _initialise(network: nn.Sequential, init: str) -> None:
 
 
 def weights_with_rules(
-    layers: Sequence[spec.Layer], network: nn.Module
+    layers: Sequence[spec.AnyLayer], network: nn.Module
 ) -> Iterator[tuple[spec.Conv | spec.Dense, nn.Parameter]]:
     """The weights of layers with ``l2`` or ``max_norm``; their biases are free."""
     for layer, module in zip(layers, network.children(), strict=False):  # a scale may follow
         if isinstance(layer, spec.Conv | spec.Dense) and (layer.l2 or layer.max_norm is not None):
             yield layer, module.get_parameter("weight")
+        if isinstance(layer, spec.Residual):
+            yield from weights_with_rules(layer.layers, module.get_submodule("body"))
+            yield from weights_with_rules(layer.shortcut, module.get_submodule("shortcut"))
 
 
 def wants_whitening(model: SequentialModel) -> bool:

@@ -45,7 +45,7 @@ def _groups(config: Optimizer, parameters: list[nn.Parameter], rules: Sequence[R
     for parameter in parameters:
         rule = of.get(id(parameter), Rule(parameter))
         # the gradient of l2 x the sum of squares is 2 x l2 x weight
-        group = {"weight_decay": config.weight_decay + 2 * rule.l2, LR_FACTOR: rule.lr_factor}
+        group = {"weight_decay": config.weight_decay * rule.decay_factor + 2 * rule.l2, LR_FACTOR: rule.lr_factor}
         if isinstance(config, Muon):
             group["use_muon"] = parameter.dim() > 1
             if parameter.dim() < 2:

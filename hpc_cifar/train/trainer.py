@@ -79,7 +79,7 @@ class Trainer:
         experiment, world, plan = self.experiment, self.world, self.plan
         fresh = world.share(not checkpoint.stored(self.run.checkpoints))
         network = make_network(experiment, self.prepared, world, self.channels_last, data_root if fresh else None)
-        rules = build.rules(experiment.model, network)
+        rules = build.rules(experiment.model, network, experiment.optimizer.norm_bias_lr_factor)
         graph = experiment.training.graph is True  # `auto` is off: no GPU has shown yet what it is worth
         optimizer = optim.build(experiment.optimizer, network.parameters(), rules, capturable=graph and world.on_gpu)
         decay = experiment.training.ema_decay

@@ -59,6 +59,12 @@ def test_without_bias() -> None:
     assert [row.parameters for row in rows] == [216, 0, 8 * 1024]
 
 
+def test_what_is_not_trained_counts_as_buffers() -> None:
+    conv, norm = {"filters": 8, "fixed_weights": True}, {"batch_norm": {"scale": False}}
+    rows = layer_shapes(network({"conv": conv}, norm, {"residual": {"layers": [{"conv": conv}, norm]}}, "flatten"))
+    assert [(row.parameters, row.buffers) for row in rows] == [(8, 216), (8, 24), (8 + 8, 576 + 24), (0, 0)]
+
+
 def test_pools() -> None:
     rows = layer_shapes(network({"max_pool": {"size": 3}}, "avg_pool", "global_avg_pool", "batch_norm"))
     assert [row.out_shape for row in rows] == [(3, 10, 10), (3, 5, 5), (3,), (3,)]
@@ -74,6 +80,17 @@ def test_pools() -> None:
             "conv needs an input of channels x height x width, but gets 3,072",
         ),
         ([{"dense": {"units": 10}}], 0, "dense needs a flat input, but gets 3x32x32"),
+        (
+            [{"residual": {"layers": [{"conv": {"filters": 8, "stride": 2}}]}}],
+            0,
+            "residual cannot add its layers' 8x16x16: it has no shortcut, so the input is added, which is 3x32x32; a shortcut",
+        ),
+        (
+            [{"residual": {"layers": [{"conv": {"filters": 8}}], "shortcut": ["flatten", "max_pool"]}}],
+            0,
+            "residual shortcut[1]: max_pool needs an input",
+        ),
+        ([{"residual": {"layers": [{"conv": {"filters": 6, "init": "whiten"}}]}}], 0, "conv with init: whiten belongs at the"),
         (["flatten", "max_pool"], 1, "max_pool needs an input"),
         (["global_avg_pool", "global_avg_pool"], 1, "global_avg_pool needs an input"),
         ([{"max_pool": {"size": 64}}], 0, "max_pool of size 64 is larger than its input of 3x32x32"),

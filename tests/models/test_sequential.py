@@ -28,6 +28,13 @@ EVERY_LAYER: list[Any] = [
     {"conv": {"filters": 8, "kernel": 4, "stride": 2, "padding": 1}},
     "gelu",
     {"drop_block": {"rate": 0.1, "size": 3}},
+    {
+        "residual": {
+            "layers": [{"conv": {"filters": 12, "stride": 2, "fixed_weights": True}}, {"batch_norm": {"scale": False}}, "relu"],
+            "shortcut": [{"conv": {"filters": 12, "kernel": 1, "stride": 2, "bias": False}}, "batch_norm"],
+        }
+    },
+    {"residual": {"layers": ["relu", {"conv": {"filters": 12}}]}},
     {"avg_pool": {"size": 2}},
     "silu",
     {"conv": {"filters": 9}},
@@ -55,7 +62,9 @@ def test_shapes_and_counts_by_arithmetic_are_those_of_torch(pool: str) -> None:
     x = torch.zeros(2, 3, 32, 32)
     network.eval()
     for spec, module in zip(layer_shapes(config, (3, 32, 32)), network, strict=True):  # type: ignore[call-overload]
-        assert sum(p.numel() for p in module.parameters()) == spec.parameters, spec
+        assert sum(p.numel() for p in module.parameters() if p.requires_grad) == spec.parameters, spec
+        kept = [*module.buffers(), *(p for p in module.parameters() if not p.requires_grad)]
+        assert sum(tensor.numel() for tensor in kept) == spec.buffers, spec
         x = module(x)
         assert tuple(x.shape[1:]) == tuple(spec.out_shape), spec
     assert build(config, (3, 32, 32)).train()(torch.randn(4, 3, 32, 32)).shape == (4, 10)
@@ -64,6 +73,15 @@ def test_shapes_and_counts_by_arithmetic_are_those_of_torch(pool: str) -> None:
 def test_every_layer_is_built() -> None:
     used = {layer if isinstance(layer, str) else next(iter(layer)) for layer in EVERY_LAYER}
     assert used | {"global_avg_pool", "global_max_pool"} == set(LAYER_NAMES)
+
+
+def test_a_block_adds_its_two_ways() -> None:
+    layers = [{"residual": {"layers": [{"conv": {"filters": 3}}]}}, "flatten", {"dense": {"units": 10}}]
+    network = build(model(layers), (3, 8, 8))
+    x = torch.randn(2, 3, 8, 8)
+    block = network.get_submodule("0")
+    convolution = network.get_submodule("0.body.0")
+    torch.testing.assert_close(block(x), convolution(x) + x)
 
 
 def test_deep300_has_the_parameters_of_its_table(repository: Path) -> None:

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from hpc_cifar.data.pipeline import Batch
-from hpc_cifar.models.build import Rule
+from hpc_cifar.models.build import Rule, build
+from hpc_cifar.models.build import rules as build_rules
 from hpc_cifar.plan import make_plan, requested_placement
 from hpc_cifar.train import optim
 from hpc_cifar.train.distributed import World, gradient_sync
@@ -118,6 +119,35 @@ def test_l2_is_a_part_of_the_loss(name: str) -> None:
         expected.step()
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-5)
+
+
+def test_biases_of_normalisations_move_faster_and_shrink_no_faster() -> None:
+    layers = [{"conv": {"filters": 4}}, "batch_norm", "relu", "flatten", {"dense": {"units": 10}}]
+    config = configured(
+        {"name": "sgd", "lr": 0.01, "weight_decay": 0.5, "norm_bias_lr_factor": 8.0},
+        model={"family": "sequential", "layers": layers},
+    )
+    ours = build(config.model, (3, 8, 8))
+    bias, other = ours.get_parameter("1.bias"), ours.get_parameter("0.bias")
+    with torch.no_grad():
+        bias.fill_(1.0)
+        other.fill_(1.0)
+    before = ours.state_dict()["4.weight"].clone()
+    rules = build_rules(config.model, ours, config.optimizer.norm_bias_lr_factor)
+    stepper = stepper_of(config, ours, rules)
+    batch = next(batches(1))
+    gradients = {}
+    copy = build(config.model, (3, 8, 8))
+    copy.load_state_dict(ours.state_dict())
+    F.cross_entropy(copy(batch.images), batch.labels).backward()
+    for name, parameter in copy.named_parameters():
+        assert parameter.grad is not None
+        gradients[name] = parameter.grad
+    stepper(batch, 0)
+    torch.testing.assert_close(bias.detach(), 1 - 0.01 * (8 * gradients["1.bias"] + 0.5), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(other.detach(), 1 - 0.01 * (gradients["0.bias"] + 0.5), rtol=1e-5, atol=1e-6)
+    expected = before - 0.01 * (gradients["4.weight"] + 0.5 * before)
+    torch.testing.assert_close(ours.get_parameter("4.weight").detach(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_norms_and_rates_of_single_parameters() -> None:
