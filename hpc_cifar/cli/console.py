@@ -110,6 +110,8 @@ def result_table(run: Run, seen: Status) -> None:
         rows.append(("reason", seen.reason))
     if result.get("test_accuracy") is not None:
         rows += [("test accuracy", percent(result["test_accuracy"])), ("test loss", number(result.get("test_loss"), ".4f"))]
+        if result.get("tta_accuracy") is not None:
+            rows.append(("with test-time augmentation", percent(result["tta_accuracy"])))
     elif result.get("val_accuracy") is not None or seen.val_accuracy is not None:
         rows.append(("validation", percent(result.get("val_accuracy", seen.val_accuracy))))
     rows += [

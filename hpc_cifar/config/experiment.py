@@ -199,6 +199,18 @@ class Experiment(Model):
         return self
 
     @model_validator(mode="after")
+    def _views_are_of_images(self) -> Experiment:
+        model = self.model
+        if not self.training.test_time_augmentation or not isinstance(model, PretrainedModel) or model.train != "frozen":
+            return self
+        if model.cache_features is True or (model.cache_features == "auto" and self.data.augment == Augment()):
+            raise ValueError(
+                "training.test_time_augmentation: views are of images, but this run keeps features of its frozen backbone; "
+                "use hpc-cifar evaluate --tta afterwards, or model.cache_features: false"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _a_graph_decides_nothing_on_the_host(self) -> Experiment:
         if self.training.graph is not True:
             return self

@@ -24,9 +24,11 @@ class Training(Model):
     ``gradient_sync: flat`` is one all-reduce in a fixed order (reproducible at any world size); ``ddp`` is torch's
     DistributedDataParallel with overlapping buckets; ``auto`` is flat below 4 million parameters.
     ``gradient_compression: bf16`` sends half as many bytes, for large networks on slow links; the ranks still add to float32
-    weights. ``compile`` is torch.compile;
-    ``graph`` replays the step as one CUDA graph, on a CPU as its eager twin: each shape of a batch from its fourth step on,
-    and with flat gradients. ``auto`` is off in both.
+    weights. ``compile`` is torch.compile; ``graph`` replays the step as one CUDA graph, on a CPU as its eager twin: each shape
+    of a batch from its fourth step on, and with flat gradients. ``auto`` is off in both.
+
+    ``test_time_augmentation`` has the test set looked at in shifted and mirrored views, too: ``tta_accuracy`` stands beside
+    ``test_accuracy``, as ``evaluate --tta`` shows it.
     """
 
     precision: Literal["auto", "float32", "bf16", "float64"] = "auto"
@@ -41,6 +43,7 @@ class Training(Model):
     early_stopping: EarlyStopping | None = None
     log_every_steps: Count = 10
     evaluate_every_epochs: Count = 1
+    test_time_augmentation: Flag = False
 
 
 class Checkpoint(Model):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..data.pipeline import Batch
 from ..models.batch_norm import at_least_float32
+from .predict import PLAIN, View
 
 
 class Sums:
@@ -20,10 +21,18 @@ class Sums:
     Args:
         model: (n, c, h, w) to (n, classes).
         inference: a context for the forward pass, such as autocast.
+        views: of each image; their probabilities are averaged.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, inference: Callable[[], Any] = contextlib.nullcontext) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        inference: Callable[[], Any] = contextlib.nullcontext,
+        views: Sequence[View] = PLAIN,
+    ) -> None:
         self.model = model
+        self._views = views
         self._inference = inference
         self._totals = torch.zeros(3, dtype=torch.float64, device=device)
 
@@ -33,7 +42,9 @@ class Sums:
         # entered for each batch: autocast keeps the weights it has cast until it ends, and a graph would keep the ones of its
         # recording for ever
         with self._inference():
-            logits = at_least_float32(self.model(images))
+            every = [at_least_float32(self.model(view(images))) for view in self._views]
+        # the mean of the probabilities, as logits; of a single view its own
+        logits = every[0] if len(every) == 1 else torch.stack([one.softmax(1) for one in every]).mean(0).log()
         self._totals[0] += F.cross_entropy(logits, labels, reduction="sum")
         self._totals[1] += (logits.argmax(1) == labels).sum()
         self._totals[2] += len(labels)

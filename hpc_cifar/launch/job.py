@@ -13,7 +13,7 @@ import signal
 import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from .. import stages
 from . import chain
@@ -33,6 +33,27 @@ LOCAL_REQUEUE = 144
 
 class EarlyStop(BaseException):
     """A stop signal before the training loop listens: nothing is at risk yet, so leave at once."""
+
+
+class EarlySignals:
+    """Handles stop signals that the training loop does not: the first one raises EarlyStop while ``armed``, all are noted.
+
+    A preemption sends several within milliseconds; those after the first must not break off what the first one began.
+    """
+
+    def __init__(self) -> None:
+        self.noted: list[int] = []
+        self.armed = False
+
+    def __call__(self, number: int, frame: types.FrameType | None) -> None:
+        self.noted.append(number)
+        self.stop()
+
+    def stop(self) -> None:
+        """Raise EarlyStop if a signal came, unless that was done."""
+        if self.armed and self.noted:
+            self.armed = False
+            raise EarlyStop
 
 
 class TrainJob:
@@ -61,28 +82,30 @@ class TrainJob:
         usr: signal.Signals = env._usr_sig()
         hand_over = signal.getsignal(usr)  # submitit's own handler, before the training loop installs its flag
         # first of all: submitit's handler knows neither chains nor cancels. During the imports a signal is only noted.
-        noted: list[int] = []
+        early = EarlySignals()
         for number in (usr, signal.SIGTERM):
-            signal.signal(number, lambda received, _: noted.append(received))
+            signal.signal(number, early)
         from ..runs import Run
         from . import requeue
 
         run = Run(Path(self.run))
         set_environment(env)
         try:
-            for number in (usr, signal.SIGTERM):
-                signal.signal(number, _stop_early)
-            if noted:
-                raise EarlyStop(usr if usr in noted else noted[0])
+            early.armed = True
+            early.stop()
             result = self._train(run, env)
-        except EarlyStop as early:
-            if run.cancel_marker.exists():
+            early.armed = False
+        except EarlyStop:
+            if run.finished():  # it came as training ended
+                result = run.result() or {}
+            elif run.cancel_marker.exists():
                 result = {"state": "cancelled"}
             else:
-                result = {"state": "requeued"} if early.args[0] == usr else {"state": "stopped", "reason": "terminated"}
-            if env.global_rank == 0:
+                result = {"state": "requeued"} if usr in early.noted else {"state": "stopped", "reason": "terminated"}
+            if env.global_rank == 0 and not run.finished():
                 run.write_state(**{**run.state(), **result})
         except Exception as error:
+            early.armed = False
             from ..errors import LostRank
 
             ignore_signals()
@@ -134,10 +157,6 @@ class TrainJob:
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
-
-
-def _stop_early(number: int, frame: types.FrameType | None) -> NoReturn:
-    raise EarlyStop(number)
 
 
 def ignore_signals() -> None:

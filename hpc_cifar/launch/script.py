@@ -30,6 +30,17 @@ DEFAULTS = ("ACCOUNT", "PARTITION", "QOS", "CONSTRAINT", "RESERVATION")
 """Options for which a user may have set SBATCH_... variables as defaults; they count where the script says nothing."""
 NO_CLUSTER = ("fetch_config", "fetch config", "unable to contact slurm controller")
 
+AGAIN = """
+# A signal may end a task before its program can listen. Nothing has begun then, so a job that is not cancelled begins again.
+code=$?
+case $code in {codes})
+  job=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}
+  job=${{job:-$SLURM_JOB_ID}}
+  [ "$(squeue --noheader --format=%T --jobs="$job")" = RUNNING ] && scontrol requeue "$job"
+esac
+exit $code
+"""
+
 
 class SlurmExecutor(submitit.SlurmExecutor):  # type: ignore[misc, unused-ignore]
     """submitit's Slurm executor, which also writes a script where there is no Slurm."""
@@ -44,6 +55,11 @@ class SlurmExecutor(submitit.SlurmExecutor):  # type: ignore[misc, unused-ignore
         # preempted. Nothing is at risk yet: who sends such a signal and means it kills soon after.
         return f'sh -c \'trap "" {preemption_signal_name()} TERM; exec "$@"\' sh {super()._submitit_command_str}'
 
+    def _make_submission_file_text(self, command: str, uid: str) -> str:
+        text: str = super()._make_submission_file_text(command, uid)
+        requeues = self.parameters["additional_parameters"].get("requeue")
+        return text + AGAIN.format(codes=_killed_by_signals()) if requeues else text
+
     def script(self) -> str:
         """Exactly the text that ``submit`` hands to sbatch."""
         text: str = self._make_submission_file_text(self._submitit_command_str, "")
@@ -54,6 +70,12 @@ def preemption_signal_name() -> str:
     """What submitit asks Slurm to send before a preemption or the time limit."""
     name = os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "USR2")
     return name if f"SIG{name}" in signal.Signals.__members__ else "USR2"
+
+
+def _killed_by_signals() -> str:
+    """What srun returns of a task that the signals of a preemption ended, as a pattern of the shell."""
+    numbers = (signal.Signals["SIG" + preemption_signal_name()], signal.SIGTERM)
+    return "|".join(str(128 + number) for number in numbers)
 
 
 def check_path(path: Path, what: str) -> str:

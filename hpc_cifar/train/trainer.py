@@ -283,9 +283,9 @@ class Trainer:
 
     # ---- evaluation and checkpoints ----------------------------------------------------------------------------------
 
-    def _test(self) -> tuple[float, float]:
+    def _test(self, augmented: bool = False) -> tuple[float, float]:
         with self.watchdog.phase("evaluate"):
-            return self.validation.test()
+            return self.validation.test(augmented)
 
     def _validate(self) -> tuple[float, float]:
         with self.watchdog.phase("evaluate"):
@@ -358,6 +358,8 @@ class Trainer:
             result["test_loss"], result["test_accuracy"] = self._test()
             if not math.isfinite(result["test_loss"]):  # the same sum on every rank
                 raise self._non_finite(position.step, result["test_loss"])
+            if self.experiment.training.test_time_augmentation:
+                result["tta_loss"], result["tta_accuracy"] = self._test(augmented=True)
             result["state"] = "finished"
             if position.epoch < self.experiment.epochs:
                 result["reason"] = f"early stopping after epoch {position.epoch} of {self.experiment.epochs}"

@@ -13,6 +13,7 @@ from ..config.experiment import Experiment
 from ..data import pipeline as data
 from ..data.store import Arrays
 from ..evaluate.accuracy import Sums, evaluate
+from ..evaluate.predict import tta_views
 from .features import Features
 from .graph import Graphs
 from .session import Session
@@ -47,7 +48,9 @@ class Validation:
             "std": prepared.std,
         }
         device = session.world.device
-        self._sums = Sums(session.network, device, partial(autocast, precision, device))
+        inference = partial(autocast, precision, device)
+        self._sums = Sums(session.network, device, inference)
+        self._views = Sums(session.network, device, inference, tta_views())
         self._graphs = Graphs(self._sums.add, device) if experiment.training.graph is True else None
         self._kept: dict[int, list[data.Batch]] = {}  # on a GPU, by the arrays they are of
 
@@ -57,17 +60,19 @@ class Validation:
             return self.test()
         return self._of(self._prepared.store.train, self._prepared.validation_indices)
 
-    def test(self) -> tuple[float, float]:
+    def test(self, augmented: bool = False) -> tuple[float, float]:
+        """On the test set, as it is or averaged over shifted and mirrored views."""
         arrays = self._prepared.store.test
-        return self._of(arrays, range(len(arrays.labels)))
+        return self._of(arrays, range(len(arrays.labels)), augmented)
 
-    def _of(self, arrays: Arrays, indices: Any) -> tuple[float, float]:
+    def _of(self, arrays: Arrays, indices: Any, augmented: bool = False) -> tuple[float, float]:
         session = self._session
         with AveragedStatistics(session.network, session.world, session.local_statistics):
             if session.ema is not None:
                 session.ema.swap()
             try:
-                loss, accuracy, _ = evaluate(self._sums, self._batches(arrays, indices), session.world.sum, self._graphs)
+                sums, run = (self._views, None) if augmented else (self._sums, self._graphs)
+                loss, accuracy, _ = evaluate(sums, self._batches(arrays, indices), session.world.sum, run)
             finally:
                 if session.ema is not None:
                     session.ema.swap()

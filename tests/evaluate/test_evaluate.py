@@ -29,7 +29,8 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, digits_data: Path) -> Run:
     """A run whose best epoch counts, with an average of its weights."""
-    config = ranks.experiment(epochs=3, checkpoint={"select": "best"}, tracking={"wandb": "offline"})
+    views = {"test_time_augmentation": True}
+    config = ranks.experiment(epochs=3, checkpoint={"select": "best"}, tracking={"wandb": "offline"}, training=views)
     run = ranks.new_run(tmp_path_factory.mktemp("evaluated"), config)
     ranks.complete(run, digits_data, 1)
     return run
@@ -55,6 +56,9 @@ def test_the_figures_are_those_of_the_run(
     found, result = evaluation(finished), finished.result() or {}
     assert found["accuracy"] == pytest.approx(result["test_accuracy"], abs=1e-9)
     assert found["loss"] == pytest.approx(result["test_loss"], rel=1e-5)
+    assert found["tta"]["accuracy"] == pytest.approx(result["tta_accuracy"], abs=1e-9)
+    assert found["tta"]["loss"] == pytest.approx(result["tta_loss"], rel=1e-5)
+    assert result["tta_accuracy"] != result["test_accuracy"]
     assert (found["checkpoint"], found["data"], found["images"]) == ("best", "digits", 359)
     assert np.array(found["confusion"]).sum() == 359 and found["tta"]["views"] == 10
     assert f"{found['accuracy']:.2%}" in said and f"{found['tta']['accuracy']:.2%}" in said and "most confused: " in said

@@ -79,8 +79,49 @@ export SUBMITIT_EXECUTOR=slurm
 srun --unbuffered --output /runs/deep-1/submitit/%j_%t_log.out --error /runs/deep-1/submitit/%j_%t_log.err \
 --cpus-per-task=3 --export=ALL --kill-on-bad-exit=1 --open-mode=append --mpi=none \
 sh -c 'trap "" USR2 TERM; exec "$@"' sh {python} -u -m submitit.core._submit /runs/deep-1/submitit
+
+# A signal may end a task before its program can listen. Nothing has begun then, so a job that is not cancelled begins again.
+code=$?
+case $code in 140|143)
+  job=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}
+  job=${{job:-$SLURM_JOB_ID}}
+  [ "$(squeue --noheader --format=%T --jobs="$job")" = RUNNING ] && scontrol requeue "$job"
+esac
+exit $code
 """
     )
+
+
+@pytest.mark.parametrize(
+    ("code", "state", "element", "again"),
+    [
+        (140, "RUNNING", {}, "requeue 7"),
+        (143, "RUNNING", {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "2"}, "requeue 5_2"),
+        (143, "COMPLETING", {}, ""),  # cancelled
+        (143, "", {}, ""),
+        (0, "RUNNING", {}, ""),
+        (1, "RUNNING", {}, ""),
+        (137, "RUNNING", {}, ""),
+    ],
+)
+def test_a_task_that_a_signal_ended_before_it_could_listen(
+    code: int, state: str, element: dict[str, str], again: str, tmp_path: Path
+) -> None:
+    programs = {"srun": f"exit {code}", "squeue": f"echo {state}", "scontrol": f'echo "$@" > {tmp_path}/asked'}
+    for name, line in programs.items():
+        path = tmp_path / name
+        path.write_text(f"#!/bin/sh\n{line}\n")
+        path.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", **element}
+    text = text_of({"name": "x"}, tmp_path / "deep-1")
+    done = subprocess.run(["bash", "-c", text], env=environment, check=False)
+    assert done.returncode == code
+    asked = tmp_path / "asked"
+    assert (asked.read_text().strip() if asked.exists() else "") == again
+
+
+def test_a_job_that_may_not_requeue_ends_with_srun() -> None:
+    assert "scontrol" not in text_of({"name": "x", "requeue": False})
 
 
 def test_gres_and_no_requeue_and_a_short_limit() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from slurm_site import EPOCHS, STEP_S, Site, SlurmCluster, assert_same, running_cluster
+from slurm_site import EPOCHS, PROFILE, STEP_S, Site, SlurmCluster, assert_same, running_cluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400), pytest.mark.component("slurm")]
 
@@ -19,6 +19,7 @@ KINDS = {
     "two tasks": ("--nodes", "1", "--set", "resources.processes_per_node=2"),
     "elements": ("--nodes", "1", "--seeds", "2"),
 }
+EARLY = ("beginning", "prolog", "shell")  # preempted before they trained
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["user_signal", "no_user_signal"])
@@ -26,6 +27,29 @@ def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """A cluster that sends the user signal at preemption, and one that does not."""
     with running_cluster(tmp_path_factory.mktemp("slurm"), *["--preempt-send-user-signal"] * request.param) as made:
         yield made
+
+
+SLOW_PROLOG = """\
+trap "" USR2 TERM
+[ -e {folder}/begun ] && exit 0
+touch {folder}/begun
+for _ in $(seq 600); do [ -e {folder}/go ] && exit 0; sleep 0.1; done
+"""
+SLOW_SHELL = """\
+[ -e {folder}/begun ] && exec /bin/sh "$@"
+touch {folder}/begun
+sleep 60
+"""
+
+
+def slow_start(site: Site, name: str, text: str) -> Path:
+    """A program that is slow the first time."""
+    folder = site.folder / f"slow-{name}"
+    folder.mkdir()
+    program = folder / name
+    program.write_text("#!/bin/bash\n" + text.format(folder=folder))
+    program.chmod(0o755)
+    return program
 
 
 def segments(site: Site, run: str) -> list[tuple[int, int | None]]:
@@ -78,13 +102,24 @@ def matrix(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory, digi
     run, job = site.submit("--partition", "low6", "--nodes", "1")
     cluster.wait(job, {"RUNNING"})
     cells.append(("beginning", "low6", run, job))
+    # and two whose tasks are not even that: one's prolog takes until the signals are there, which all come at once then, and in
+    # the other one the shell before Python takes long, which they kill
+    site.profile("prolog", f"{PROFILE}srun_args: [--task-prolog={slow_start(site, 'prolog', SLOW_PROLOG)}]\n")
+    site.profile("shell", f"{PROFILE}setup: ['PATH={slow_start(site, 'sh', SLOW_SHELL).parent}:$PATH']\n")
+    for kind in ("prolog", "shell"):
+        [(run, job)] = site.submit_many("--partition", "low6", "--nodes", "1", profile=kind)
+        cells.append((kind, "low6", run, job))
+    cluster.until(lambda: len(list(site.folder.glob("slow-*/begun"))) == 2, 60, "both jobs' first programs")
     high = cluster.batch("--partition=high", "--nodes=3", "--exclusive", script="sleep 1")
+    errors = site.runs / run / "submitit" / f"{job}_0_log.err"
+    cluster.until(lambda: "task 0: " in errors.read_text(), 60, "the end of the shell")
+    (site.folder / "slow-prolog" / "go").touch()
     seen = watch(site, high, [run for _, _, run, _ in cells])
     assert cluster.wait(high) == "COMPLETED"
     return Matrix(site, cells, seen, {row["run"]: row["job_id"] for row in site.statuses()})
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "beginning"])
+@pytest.mark.parametrize("kind", [*KINDS, *EARLY])
 def test_every_cell_resumes_and_ends_like_the_undisturbed(
     matrix: Matrix, undisturbed: dict[int, dict[str, Any]], kind: str
 ) -> None:
@@ -105,10 +140,10 @@ def test_every_cell_resumes_and_ends_like_the_undisturbed(
         if not job.endswith("_1"):  # the second element has another seed
             assert_same(result, undisturbed[2 if kind.startswith("two") else 1])
         # a run that was preempted before its training began has trained in one stretch
-        assert result["restarts"] == 1 or (kind == "beginning" and result["restarts"] == 0), cell
+        assert result["restarts"] == 1 or (kind in EARLY and result["restarts"] == 0), cell
         logged = re.findall(r"^epoch (\d+)/", site.call("logs", run), re.MULTILINE)
         assert list(dict.fromkeys(logged)) == [str(epoch) for epoch in epochs], f"{cell}: one log, in order"
-        if kind == "beginning":
+        if kind in EARLY:
             continue
         (_, stopped), (resumed, _) = segments(site, run)
         assert resumed > 0, f"{cell}: trained from zero again"
