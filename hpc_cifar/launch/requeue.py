@@ -79,7 +79,7 @@ def _ask_for_requeue(run: Run, env: Any, reason: str) -> None:
         problem = done.stderr.strip() if done.returncode else ""
     except (OSError, subprocess.SubprocessError) as error:
         problem = one_line(error)
-    if problem:
+    if problem and not _slurm_deals_with(env.job_id):
         reason = f"{reason}; it could not be requeued ({problem}): continue it with hpc-cifar resume {run.id}"
         run.write_state(**{**run.state(), "state": "failed", "reason": reason})
 
@@ -161,13 +161,22 @@ def requeue(run: Run, env: Any, usr: signal.Signals, hand_over: Any, result: dic
             hand_over(usr, None)
         except Exception as error:
             problem = error
-            if env.cluster == "slurm" and _slurm_job_state(env.job_id)[0] in ("PENDING", "REQUEUED", "PREEMPTED"):
-                raise SystemExit(0) from None  # Slurm requeues it by itself
+            if env.cluster == "slurm" and _slurm_deals_with(env.job_id):
+                raise SystemExit(0) from None
             time.sleep(1)
     text = "" if problem is None else one_line(problem)
     reason = f"stopped with a checkpoint but could not be requeued ({text}); continue it with: hpc-cifar resume {run.id}"
     run.write_state(**{**run.state(), "state": "failed", "reason": reason})
     raise SystemExit(1)
+
+
+def _slurm_deals_with(job_id: str) -> bool:
+    """Whether Slurm itself requeues the job or ends it, so that it matters little that it refused to requeue it.
+
+    COMPLETING is what it calls both while processes are left: a preempted job without a grace time, and a cancelled one.
+    """
+    state, _ = _slurm_job_state(job_id)
+    return state in ("PENDING", "REQUEUED", "PREEMPTED", "COMPLETING") or state.startswith("CANCELLED")
 
 
 def _slurm_job_state(job_id: str) -> tuple[str, str]:

@@ -29,9 +29,9 @@ KEPT_SLURM_VARIABLES = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT", "SLURM_C
 DEFAULTS = ("ACCOUNT", "PARTITION", "QOS", "CONSTRAINT", "RESERVATION")
 """Options for which a user may have set SBATCH_... variables as defaults; they count where the script says nothing."""
 NO_CLUSTER = ("fetch_config", "fetch config", "unable to contact slurm controller")
-
+COMMUNICATION_ERRORS = range(1001, 1005)  # connect, send, receive, shut down; slurm_errno.h
 AGAIN = """
-# A signal may end a task before its program can listen. Nothing has begun then, so a job that is not cancelled begins again.
+# A signal ended a task before its program could listen, or a node was not reached: a job that is not cancelled begins again.
 code=$?
 case $code in {codes})
   job=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}
@@ -58,7 +58,7 @@ class SlurmExecutor(submitit.SlurmExecutor):  # type: ignore[misc, unused-ignore
     def _make_submission_file_text(self, command: str, uid: str) -> str:
         text: str = super()._make_submission_file_text(command, uid)
         requeues = self.parameters["additional_parameters"].get("requeue")
-        return text + AGAIN.format(codes=_killed_by_signals()) if requeues else text
+        return text + AGAIN.format(codes="|".join(map(str, _begins_again()))) if requeues else text
 
     def script(self) -> str:
         """Exactly the text that ``submit`` hands to sbatch."""
@@ -72,10 +72,14 @@ def preemption_signal_name() -> str:
     return name if f"SIG{name}" in signal.Signals.__members__ else "USR2"
 
 
-def _killed_by_signals() -> str:
-    """What srun returns of a task that the signals of a preemption ended, as a pattern of the shell."""
-    numbers = (signal.Signals["SIG" + preemption_signal_name()], signal.SIGTERM)
-    return "|".join(str(128 + number) for number in numbers)
+def _begins_again() -> list[int]:
+    """What srun returns where no task has begun its work.
+
+    It is 128 and the number of the signal that ended one, or the last 8 bits of Slurm's own error, such as
+    SLURM_COMMUNICATIONS_CONNECTION_ERROR (1001), of a node that died and that nobody has missed yet.
+    """
+    signals = (signal.Signals["SIG" + preemption_signal_name()], signal.SIGTERM)
+    return [*(128 + number for number in signals), *(error & 0xFF for error in COMMUNICATION_ERRORS)]
 
 
 def check_path(path: Path, what: str) -> str:

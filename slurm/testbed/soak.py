@@ -117,6 +117,13 @@ class Soak:
             return {}
         return found
 
+    def last_words(self, job: Job) -> str:
+        """The ends of a run's logs, and what Slurm knows of its job."""
+        parts = [self.slurm("scontrol", "--oneliner", "show", "job", job.job_id)]
+        for path in sorted((self.folder / "runs" / job.run / "submitit").glob("*_log.*")):
+            parts.append(f"-- {path.name}\n{path.read_text(errors='replace')[-2000:]}")
+        return "\n".join(parts)
+
     def strike(self, jobs: list[Job], seconds_left: float) -> None:
         """One random blow."""
         blow = self.dice.random()
@@ -186,6 +193,8 @@ def report(soak: Soak, jobs: list[Job], twins: dict[str, dict[str, Any]]) -> int
         goodput = f"{steps / (steps + gone):.1%}" if steps else "-"
         restarts = int(state.get("restarts") or 0)
         print(f"{job.run:34} {job.partition:9} {word:10} {restarts:8} {steps:6} {gone:5} {goodput:>8}  {verdict}")
+        if not same:
+            print(soak.last_words(job))
     blows = ", ".join(f"{number} {name}" for name, number in soak.counts.items())
     goodput = trained / max(1, trained + lost)
     print(f"\n{len(jobs)} jobs under {blows}: {bad} did not end as they should")

@@ -80,9 +80,9 @@ srun --unbuffered --output /runs/deep-1/submitit/%j_%t_log.out --error /runs/dee
 --cpus-per-task=3 --export=ALL --kill-on-bad-exit=1 --open-mode=append --mpi=none \
 sh -c 'trap "" USR2 TERM; exec "$@"' sh {python} -u -m submitit.core._submit /runs/deep-1/submitit
 
-# A signal may end a task before its program can listen. Nothing has begun then, so a job that is not cancelled begins again.
+# A signal ended a task before its program could listen, or a node was not reached: a job that is not cancelled begins again.
 code=$?
-case $code in 140|143)
+case $code in 140|143|233|234|235|236)
   job=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}
   job=${{job:-$SLURM_JOB_ID}}
   [ "$(squeue --noheader --format=%T --jobs="$job")" = RUNNING ] && scontrol requeue "$job"
@@ -97,6 +97,7 @@ exit $code
     [
         (140, "RUNNING", {}, "requeue 7"),
         (143, "RUNNING", {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "2"}, "requeue 5_2"),
+        (233, "RUNNING", {}, "requeue 7"),
         (143, "COMPLETING", {}, ""),  # cancelled
         (143, "", {}, ""),
         (0, "RUNNING", {}, ""),
@@ -104,7 +105,7 @@ exit $code
         (137, "RUNNING", {}, ""),
     ],
 )
-def test_a_task_that_a_signal_ended_before_it_could_listen(
+def test_a_job_whose_tasks_did_not_begin_begins_again(
     code: int, state: str, element: dict[str, str], again: str, tmp_path: Path
 ) -> None:
     programs = {"srun": f"exit {code}", "squeue": f"echo {state}", "scontrol": f'echo "$@" > {tmp_path}/asked'}

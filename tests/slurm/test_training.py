@@ -83,6 +83,20 @@ def test_what_it_met_costs_no_result(
     assert site.cluster.job(job)["Restarts"] == str(restarts)
 
 
+def test_a_job_that_is_sent_to_a_node_that_died_begins_again(site: Site, undisturbed: dict[int, dict[str, Any]]) -> None:
+    """Slurm has not missed the node yet: srun cannot reach it, and no task begins."""
+    site.profile("there", PROFILE + "nodelist: n[1,3]\n")
+    site.cluster.testbed("crash", "n3")
+    try:
+        [(run, job)] = site.submit_many("--nodes", "2", profile="there")
+        site.cluster.until(lambda: site.cluster.job(job)["Restarts"] != "0", 90, "the job is requeued")
+    finally:
+        site.cluster.testbed("boot", "n3")
+    site.hasten()
+    site.call("wait", run)
+    assert_same(site.result(run), undisturbed[2])
+
+
 def test_a_run_cancelled_in_the_queue_never_starts(site: Site) -> None:
     high = site.cluster.batch("--partition=high", "--nodes=3", "--exclusive", script="sleep 100")
     site.cluster.wait(high, {"RUNNING"})
