@@ -117,8 +117,11 @@ def _at_a_fixed_path(function: Any) -> Kernel | None:
     if folder is None:
         return None
     source = folder / "kernels.py"
-    if not source.exists():
-        files.write_text(source, text.decode(), durable=False)
+    try:
+        if not source.exists():
+            files.write_text(source, text.decode(), durable=False)
+    except OSError:  # the disk is full: compiled here and now, then
+        return None
     code: Any = function.__code__
     return types.FunctionType(code.replace(co_filename=str(source)), globals(), code.co_name)
 
