@@ -43,8 +43,8 @@ class Sums:
         # recording for ever
         with self._inference():
             every = [at_least_float32(self.model(view(images))) for view in self._views]
-        # the mean of the probabilities, as logits; of a single view its own
-        logits = every[0] if len(every) == 1 else torch.stack([one.softmax(1) for one in every]).mean(0).log()
+        # logarithms of the mean probabilities, of which none becomes 0; the logits of a single view
+        logits = every[0] if len(every) == 1 else torch.stack([one.log_softmax(1) for one in every]).logsumexp(0)
         self._totals[0] += F.cross_entropy(logits, labels, reduction="sum")
         self._totals[1] += (logits.argmax(1) == labels).sum()
         self._totals[2] += len(labels)

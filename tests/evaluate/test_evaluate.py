@@ -58,7 +58,7 @@ def test_the_figures_are_those_of_the_run(
     assert found["loss"] == pytest.approx(result["test_loss"], rel=1e-5)
     assert found["tta"]["accuracy"] == pytest.approx(result["tta_accuracy"], abs=1e-9)
     assert found["tta"]["loss"] == pytest.approx(result["tta_loss"], rel=1e-5)
-    assert result["tta_accuracy"] != result["test_accuracy"]
+    assert result["tta_loss"] != result["test_loss"]
     assert (found["checkpoint"], found["data"], found["images"]) == ("best", "digits", 359)
     assert np.array(found["confusion"]).sum() == 359 and found["tta"]["views"] == 10
     assert f"{found['accuracy']:.2%}" in said and f"{found['tta']['accuracy']:.2%}" in said and "most confused: " in said
