@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from .fields import Flag, Model, Positive, Real, Whole
 from .fields import Share as Rate
@@ -38,6 +38,12 @@ class Conv(Model):
     max_norm: Positive | None = None
     init: Literal["model", "whiten"] = "model"
     fixed_weights: Flag = False
+
+    @model_validator(mode="after")
+    def _nothing_changes_fixed_weights(self) -> Conv:
+        if self.fixed_weights and (self.l2 or self.max_norm is not None):
+            raise ValueError("fixed_weights: l2 and max_norm are for weights that are trained")
+        return self
 
 
 class Dense(Model):

@@ -6,6 +6,7 @@ batch to memory five times.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import types
@@ -120,7 +121,7 @@ def _at_a_fixed_path(function: Any) -> Kernel | None:
     try:
         if not source.exists():
             files.write_text(source, text.decode(), durable=False)
-    except OSError:  # the disk is full: compiled here and now, then
+    except OSError:
         return None
     code: Any = function.__code__
     return types.FunctionType(code.replace(co_filename=str(source)), globals(), code.co_name)
@@ -143,6 +144,9 @@ def fill_of(item: str) -> Kernel:
         raw, integer, integer, integer, whole, whole, whole, array(boolean), whole, whole, integer, boolean, raw,
         integer, array(number), boolean, integer, integer, numba.types.Array(number, 1, "C"),
     )  # fmt: skip
-    cached = _at_a_fixed_path(_fill)
-    kernel: Kernel = numba.njit(signature, cache=cached is not None, nogil=True, boundscheck=False)(cached or _fill)
+    if (cached := _at_a_fixed_path(_fill)) is not None:
+        with contextlib.suppress(OSError):  # the disk is full: compiled for this process alone, then
+            kept: Kernel = numba.njit(signature, cache=True, nogil=True, boundscheck=False)(cached)
+            return kept
+    kernel: Kernel = numba.njit(signature, nogil=True, boundscheck=False)(_fill)
     return kernel

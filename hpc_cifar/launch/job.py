@@ -47,11 +47,13 @@ class EarlySignals:
 
     def __call__(self, number: int, frame: types.FrameType | None) -> None:
         self.noted.append(number)
-        self.stop()
+        if self.armed:
+            self.armed = False
+            raise EarlyStop
 
-    def stop(self) -> None:
-        """Raise EarlyStop if a signal came, unless that was done."""
-        if self.armed and self.noted:
+    def check(self) -> None:
+        """Raise EarlyStop if a signal came: one that was only noted, or whose EarlyStop a library has swallowed."""
+        if self.noted:
             self.armed = False
             raise EarlyStop
 
@@ -92,10 +94,12 @@ class TrainJob:
         set_environment(env)
         try:
             early.armed = True
-            early.stop()
-            result = self._train(run, env)
+            early.check()
+            result = self._train(run, env, early)
             early.armed = False
         except EarlyStop:
+            if usr not in early.noted and has_failed(run, segment()):
+                raise SystemExit(1) from None  # srun ends the ranks that are left
             if run.finished():  # it came as training ended
                 result = run.result() or {}
             elif run.cancel_marker.exists():
@@ -115,12 +119,12 @@ class TrainJob:
             raise
         finally:
             gc.enable()
-        ignore_signals()
+            ignore_signals()
         if requeue.wants_requeue(result, env.cluster) and not run.cancel_marker.exists():
             requeue.requeue(run, env, usr, hand_over, result)
         return result
 
-    def _train(self, run: Run, env: Any) -> dict[str, Any]:
+    def _train(self, run: Run, env: Any, early: EarlySignals) -> dict[str, Any]:
         if run.cancel_marker.exists():
             return {"state": "cancelled"}
         if run.finished():  # Slurm may requeue a job that ended during its grace time, or this is a link that is not needed
@@ -139,6 +143,7 @@ class TrainJob:
         stages.done("imports")
         with preflight.ready(run, env, Path(self.data_root)) as node:
             stages.done("preflight")
+            early.check()
             try:
                 # rank 0 prints plain lines to the job's log
                 return train(
@@ -226,6 +231,13 @@ def one_line(error: BaseException, limit: int = 500) -> str:
 
     line = text if isinstance(error, HpcCifarError) and text else f"{name}: {text}" if text else name
     return line[:limit]
+
+
+def has_failed(run: Run, segment: str) -> bool:
+    """Whether a rank has said why this stretch of the run failed."""
+    from .. import files
+
+    return any(row.get("segment") == segment for row in files.read_json_lines(run.path / "failures.jsonl"))
 
 
 def record_failure(run: Run, error: BaseException, *, rank: int, segment: str) -> None:

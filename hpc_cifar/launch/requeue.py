@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from .. import files, runs
 from . import chain
-from .job import LOCAL_REQUEUE, one_line, segment
+from .job import LOCAL_REQUEUE, has_failed, one_line, segment
 
 if TYPE_CHECKING:
     from ..errors import LostRank
     from ..runs import Run
 
 MAX_HANGS = 3  # at one step
+REQUEUED = ("PENDING", "REQUEUED", "PREEMPTED")  # what Slurm calls a job that it will start again
 LAST_WORD_S = 3.0  # for a rank that failed to say why, after its peers have lost it
 
 
@@ -74,12 +75,14 @@ def is_ending(run: Run, env: Any) -> bool:
 
 def _ask_for_requeue(run: Run, env: Any, reason: str) -> None:
     """`scontrol requeue`; a problem with it ends the run."""
-    try:  # by the id of the element: the plain number of an array's elements may mean the whole array
-        done = subprocess.run(["scontrol", "requeue", env.job_id], capture_output=True, text=True, timeout=30, check=False)
+    # by the id of the element: the plain number of an array's elements may mean the whole array. Incomplete: only one that runs
+    command = ["scontrol", "requeue", "Incomplete", env.job_id]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
         problem = done.stderr.strip() if done.returncode else ""
     except (OSError, subprocess.SubprocessError) as error:
         problem = one_line(error)
-    if problem and not _slurm_deals_with(env.job_id):
+    if problem and not _slurm_deals_with(run, env.job_id):
         reason = f"{reason}; it could not be requeued ({problem}): continue it with hpc-cifar resume {run.id}"
         run.write_state(**{**run.state(), "state": "failed", "reason": reason})
 
@@ -96,7 +99,7 @@ def restart_after_loss(run: Run, env: Any, error: LostRank) -> bool:
     deadline = time.monotonic() + LAST_WORD_S
     while time.monotonic() < deadline:  # of the peer that was lost
         time.sleep(0.5)
-        if any(row.get("segment") == here for row in files.read_json_lines(run.path / "failures.jsonl")):
+        if has_failed(run, here):
             return False
     losses = run.path / "losses"
     losses.mkdir(exist_ok=True)
@@ -161,22 +164,26 @@ def requeue(run: Run, env: Any, usr: signal.Signals, hand_over: Any, result: dic
             hand_over(usr, None)
         except Exception as error:
             problem = error
-            if env.cluster == "slurm" and _slurm_deals_with(env.job_id):
+            if env.cluster == "slurm" and _slurm_job_state(env.job_id)[0] in REQUEUED:
                 raise SystemExit(0) from None
             time.sleep(1)
+    if env.cluster == "slurm" and _slurm_deals_with(run, env.job_id):
+        raise SystemExit(0)
     text = "" if problem is None else one_line(problem)
     reason = f"stopped with a checkpoint but could not be requeued ({text}); continue it with: hpc-cifar resume {run.id}"
     run.write_state(**{**run.state(), "state": "failed", "reason": reason})
     raise SystemExit(1)
 
 
-def _slurm_deals_with(job_id: str) -> bool:
+def _slurm_deals_with(run: Run, job_id: str) -> bool:
     """Whether Slurm itself requeues the job or ends it, so that it matters little that it refused to requeue it.
 
     COMPLETING is what it calls both while processes are left: a preempted job without a grace time, and a cancelled one.
     """
     state, _ = _slurm_job_state(job_id)
-    return state in ("PENDING", "REQUEUED", "PREEMPTED", "COMPLETING") or state.startswith("CANCELLED")
+    if state.startswith("CANCELLED"):
+        run.write_state(**{**run.state(), "state": "cancelled", "reason": "cancelled with scancel"})
+    return state in (*REQUEUED, "COMPLETING") or state.startswith("CANCELLED")
 
 
 def _slurm_job_state(job_id: str) -> tuple[str, str]:

@@ -30,13 +30,22 @@ DEFAULTS = ("ACCOUNT", "PARTITION", "QOS", "CONSTRAINT", "RESERVATION")
 """Options for which a user may have set SBATCH_... variables as defaults; they count where the script says nothing."""
 NO_CLUSTER = ("fetch_config", "fetch config", "unable to contact slurm controller")
 COMMUNICATION_ERRORS = range(1001, 1005)  # connect, send, receive, shut down; slurm_errno.h
+MOST_AGAIN = 40  # of one job; Slurm misses a node that died after five minutes, where nobody set it
 AGAIN = """
-# A signal ended a task before its program could listen, or a node was not reached: a job that is not cancelled begins again.
+# A signal ended a task before its program could listen, or a node was not reached: the job begins again, unless it was
+# cancelled or a rank has said why it failed.
 code=$?
+job=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}
+job=${{job:-$SLURM_JOB_ID}}
+run=$hpc_cifar_code/..
 case $code in {codes})
-  job=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}
-  job=${{job:-$SLURM_JOB_ID}}
-  [ "$(squeue --noheader --format=%T --jobs="$job")" = RUNNING ] && scontrol requeue "$job"
+  if ! grep -qsF "\\"$job.${{SLURM_RESTART_COUNT:-0}}\\"" "$run/failures.jsonl" && [ ! -e "$run/cancelled" ]; then
+    echo x >> "$run/submitit/${{job}}_again"
+    if [ "$(wc -l < "$run/submitit/${{job}}_again")" -le {most} ]; then
+      echo "hpc-cifar: srun ended with $code before the run began; the job begins again" >&2
+      scontrol requeue Incomplete "$job"
+    fi
+  fi
 esac
 exit $code
 """
@@ -58,7 +67,7 @@ class SlurmExecutor(submitit.SlurmExecutor):  # type: ignore[misc, unused-ignore
     def _make_submission_file_text(self, command: str, uid: str) -> str:
         text: str = super()._make_submission_file_text(command, uid)
         requeues = self.parameters["additional_parameters"].get("requeue")
-        return text + AGAIN.format(codes="|".join(map(str, _begins_again()))) if requeues else text
+        return text + AGAIN.format(codes="|".join(map(str, _begins_again())), most=MOST_AGAIN) if requeues else text
 
     def script(self) -> str:
         """Exactly the text that ``submit`` hands to sbatch."""
@@ -99,7 +108,9 @@ def setup_lines(cluster: Cluster, code: Path) -> list[str]:
     lines = [f"module load {shlex.quote(module)}" for module in cluster.modules]
     lines += cluster.setup
     lines += [f"export {name}={shlex.quote(value)}" for name, value in cluster.variables().items()]
-    return lines + container.export_lines(cluster.container, code, cluster.variables())
+    lines += container.export_lines(cluster.container, code, cluster.variables())
+    # where the line after srun finds the run; a profile's own `set -e` would end the script before it
+    return [*lines, f"hpc_cifar_code={shlex.quote(str(code))}", "set +e"]
 
 
 def parameters(

@@ -199,16 +199,16 @@ class DDPSync:
     """torch's DistributedDataParallel, summing instead of averaging, overlapping communication with the backward pass.
 
     Args:
-        accumulates: several micro-batches make a step, which torch cannot begin with where it is told that the graph is static.
+        static: tell torch that each pass is like the others; it cannot begin with one of several micro-batches then.
     """
 
-    def __init__(self, module: nn.Module, world: World, compress: bool, accumulates: bool) -> None:
+    def __init__(self, module: nn.Module, world: World, compress: bool, static: bool) -> None:
         buffers: dict[str, Any] = {_BUFFERS: False}  # BatchNorm statistics are averaged where they are used
         self._ddp = nn.parallel.DistributedDataParallel(
             module,
             device_ids=[world.device] if world.on_gpu else None,
             gradient_as_bucket_view=True,
-            static_graph=not accumulates,
+            static_graph=static,
             **buffers,
         )
         self._ddp.register_comm_hook(None, _sum_compressed if compress else _sum_bucket)
@@ -241,18 +241,16 @@ def _sum_compressed(_, bucket):  # type: ignore[no-untyped-def]
     return future
 
 
-def gradient_sync(
-    mode: str, module: nn.Module, world: World, compress: bool = False, accumulates: bool = False
-) -> GradientSync:
+def gradient_sync(mode: str, module: nn.Module, world: World, compress: bool = False, static: bool = False) -> GradientSync:
     """``flat``, ``ddp``, or ``auto``: flat below :data:`FLAT_LIMIT` parameters. A single process needs no communication.
 
     Args:
         compress: send bf16, whatever the gradients are.
-        accumulates: several micro-batches make a step.
+        static: every step is one pass through an uncompiled network.
     """
     size = sum(p.numel() for p in module.parameters() if p.requires_grad)
     if world.size == 1:
         return FlatSync(module, world)
     if mode == "flat" or (mode == "auto" and size < FLAT_LIMIT):
         return FlatSync(module, world, compress)
-    return DDPSync(module, world, compress, accumulates)
+    return DDPSync(module, world, compress, static)

@@ -163,9 +163,9 @@ class Records:
 
 
 def peak_memory(world: World) -> dict[str, int]:
-    """The most MiB that a rank has used so far, of its host (shared pages included) and of its GPU. Call on every rank."""
+    """The most MiB that a rank has held so far, of its host (shared pages included) and of its GPU. Call on every rank."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    found = {"host_memory_mib": next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) // 1024}
+    found = {"host_memory_mib": max((int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), default=0) // 1024}
     if world.on_gpu:
         found["device_memory_mib"] = torch.cuda.max_memory_reserved(world.device) // 2**20
     every = world.gather(found) or [found]

@@ -86,7 +86,8 @@ class Trainer:
         ema = None if decay is None else optim.EMA(network.parameters(), decay, on_device=graph)
         mode = "flat" if graph else experiment.training.gradient_sync
         compress = experiment.training.gradient_compression == "bf16"
-        sync = gradient_sync(mode, network, world, compress, accumulates=plan.accumulation > 1)
+        static = plan.accumulation == 1 and experiment.training.compile is not True
+        sync = gradient_sync(mode, network, world, compress, static)
         if experiment.training.compile is True:
             sync.module = compiled(sync.module)
         stepper = Stepper(experiment, sync, optimizer, ema, world, self.precision, plan, rules, graph)

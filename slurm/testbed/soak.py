@@ -81,7 +81,7 @@ class Soak:
         (folder / "soak.yaml").write_text(PROFILE)
         for name, (seed, nodes) in KINDS.items():
             (folder / f"{name}.yaml").write_text(JOB.format(name=name, seed=seed, nodes=nodes, epochs=epochs))
-        self.counts = {"preemptions": 0, "cancels": 0, "nodes lost": 0}
+        self.counts = {"preemptions": 0, "preemptions of training jobs": 0, "cancels": 0, "nodes lost": 0}
         self.dead: dict[str, float] = {}  # node -> when it boots again
 
     def testbed(self, *arguments: str) -> None:
@@ -128,7 +128,11 @@ class Soak:
         """One random blow."""
         blow = self.dice.random()
         alive = [job for job in jobs if job.last.get("state") in ("running", "pending", "requeued") and not job.asked_to_cancel]
+        training = any(job.last.get("state") == "running" and job.last.get("step") for job in jobs)
         if blow < 0.70 or not alive:
+            if not training and self.dice.random() < 0.7:
+                return  # most blows are for jobs that have something to lose; the others meet jobs that begin
+            self.counts["preemptions of training jobs"] += training
             nodes = self.dice.randint(1, len(NODES))
             seconds = self.dice.randint(1, 3)
             script = self.folder / "high.sh"

@@ -226,6 +226,11 @@ def test_nothing_is_chosen_by_the_test_set(tmp_path: Path, more: str, words: str
     assert line.startswith(f"x.yaml:{words}")
 
 
+def test_nothing_changes_fixed_weights(tmp_path: Path) -> None:
+    (line,) = problems(tmp_path, GOOD.replace("filters: 4", "filters: 4, fixed_weights: true, max_norm: 2"))
+    assert "model.layers[0].conv: fixed_weights: l2 and max_norm are for weights that are trained" in line
+
+
 def test_l2_is_no_decoupled_decay(tmp_path: Path) -> None:
     text = GOOD.replace("dense: {units: 10", "dense: {l2: 0.1, units: 10").replace("name: sgd", "name: adamw")
     text = text.replace(", momentum: 0.9", "")

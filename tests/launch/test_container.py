@@ -34,7 +34,8 @@ def text_of(cluster: dict[str, Any], run: str = "/runs/deep 1", gpus: int = 4) -
 
 def last_line(cluster: dict[str, Any], run: str = "/runs/deep 1", gpus: int = 4) -> list[str]:
     """The words that a shell reads from the line that starts the ranks."""
-    return shlex.split(text_of(cluster, run, gpus).splitlines()[-1])
+    [line] = [line for line in text_of(cluster, run, gpus).splitlines() if line.startswith("srun ")]
+    return shlex.split(line)
 
 
 def test_apptainer_goes_around_python() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from hpc_cifar.config.experiment import Resources
 from hpc_cifar.launch import job, local, process, provenance, snapshot
+from hpc_cifar.runs import Run
 
 
 @pytest.mark.parametrize(
@@ -124,3 +126,28 @@ def test_a_package_inside_somebody_elses_repository_has_no_commit(tmp_path: Path
     (tmp_path / "site-packages").mkdir()
     (tmp_path / "site-packages" / "__init__.py").touch()
     assert provenance.git(tmp_path / "site-packages") is None
+
+
+def test_signals_before_training_end_the_start_once() -> None:
+    early = job.EarlySignals()
+    early(signal.SIGUSR2, None)  # during the imports
+    early.armed = True
+    with pytest.raises(job.EarlyStop):
+        early.check()
+    early(signal.SIGTERM, None)  # the next one must not break off what the first began
+    assert early.noted == [signal.SIGUSR2, signal.SIGTERM]
+    with pytest.raises(job.EarlyStop):  # somebody swallowed it: training does not begin
+        early.check()
+    armed = job.EarlySignals()
+    armed.check()
+    armed.armed = True
+    with pytest.raises(job.EarlyStop):
+        armed(signal.SIGTERM, None)
+    armed(signal.SIGUSR2, None)
+
+
+def test_a_failure_counts_for_its_own_segment(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    assert not job.has_failed(run, "7.0")
+    (tmp_path / "failures.jsonl").write_text('{"segment": "7.0", "reason": "no GPU"}\n')
+    assert job.has_failed(run, "7.0") and not job.has_failed(run, "7.1")

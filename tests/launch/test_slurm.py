@@ -73,6 +73,8 @@ source /opt/env.sh
 export NCCL_DEBUG='it'"'"'s $(here)'
 export PYTHONPATH=/runs/deep-1/code${{PYTHONPATH:+:$PYTHONPATH}}
 export PYTHONSAFEPATH=1
+hpc_cifar_code=/runs/deep-1/code
+set +e
 
 # command
 export SUBMITIT_EXECUTOR=slurm
@@ -80,42 +82,61 @@ srun --unbuffered --output /runs/deep-1/submitit/%j_%t_log.out --error /runs/dee
 --cpus-per-task=3 --export=ALL --kill-on-bad-exit=1 --open-mode=append --mpi=none \
 sh -c 'trap "" USR2 TERM; exec "$@"' sh {python} -u -m submitit.core._submit /runs/deep-1/submitit
 
-# A signal ended a task before its program could listen, or a node was not reached: a job that is not cancelled begins again.
+# A signal ended a task before its program could listen, or a node was not reached: the job begins again, unless it was
+# cancelled or a rank has said why it failed.
 code=$?
+job=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}
+job=${{job:-$SLURM_JOB_ID}}
+run=$hpc_cifar_code/..
 case $code in 140|143|233|234|235|236)
-  job=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}
-  job=${{job:-$SLURM_JOB_ID}}
-  [ "$(squeue --noheader --format=%T --jobs="$job")" = RUNNING ] && scontrol requeue "$job"
+  if ! grep -qsF "\\"$job.${{SLURM_RESTART_COUNT:-0}}\\"" "$run/failures.jsonl" && [ ! -e "$run/cancelled" ]; then
+    echo x >> "$run/submitit/${{job}}_again"
+    if [ "$(wc -l < "$run/submitit/${{job}}_again")" -le 40 ]; then
+      echo "hpc-cifar: srun ended with $code before the run began; the job begins again" >&2
+      scontrol requeue Incomplete "$job"
+    fi
+  fi
 esac
 exit $code
 """
     )
 
 
+AGAIN = "requeue Incomplete"
+
+
 @pytest.mark.parametrize(
-    ("code", "state", "element", "again"),
+    ("code", "before", "element", "again"),
     [
-        (140, "RUNNING", {}, "requeue 7"),
-        (143, "RUNNING", {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "2"}, "requeue 5_2"),
-        (233, "RUNNING", {}, "requeue 7"),
-        (143, "COMPLETING", {}, ""),  # cancelled
-        (143, "", {}, ""),
-        (0, "RUNNING", {}, ""),
-        (1, "RUNNING", {}, ""),
-        (137, "RUNNING", {}, ""),
+        (140, {}, {}, f"{AGAIN} 7"),
+        (143, {}, {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "2"}, f"{AGAIN} 5_2"),
+        (233, {}, {}, f"{AGAIN} 7"),
+        (143, {"cancelled": ""}, {}, ""),
+        (143, {"failures.jsonl": '{"segment": "7.0", "reason": "no GPU"}'}, {}, ""),
+        (143, {"failures.jsonl": '{"segment": "7.0", "reason": "no GPU"}'}, {"SLURM_RESTART_COUNT": "1"}, f"{AGAIN} 7"),
+        (233, {"submitit/7_again": "x\n" * 39}, {}, f"{AGAIN} 7"),
+        (233, {"submitit/7_again": "x\n" * 40}, {}, ""),
+        (0, {}, {}, ""),
+        (1, {}, {}, ""),
+        (137, {}, {}, ""),
     ],
 )
 def test_a_job_whose_tasks_did_not_begin_begins_again(
-    code: int, state: str, element: dict[str, str], again: str, tmp_path: Path
+    code: int, before: dict[str, str], element: dict[str, str], again: str, tmp_path: Path
 ) -> None:
-    programs = {"srun": f"exit {code}", "squeue": f"echo {state}", "scontrol": f'echo "$@" > {tmp_path}/asked'}
+    programs = {"srun": f"exit {code}", "scontrol": f'echo "$@" > {tmp_path}/asked'}
     for name, line in programs.items():
         path = tmp_path / name
         path.write_text(f"#!/bin/sh\n{line}\n")
         path.chmod(0o755)
+    run = tmp_path / "runs of one" / "deep-1"
+    for folder in ("code", "submitit"):
+        (run / folder).mkdir(parents=True)
+    for name, text in before.items():
+        (run / name).write_text(text)
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", **element}
-    text = text_of({"name": "x"}, tmp_path / "deep-1")
-    done = subprocess.run(["bash", "-c", text], env=environment, check=False)
+    script_text = text_of({"name": "x", "setup": ["set -e"]}, run)
+    done = subprocess.run(["bash", "-c", script_text], env=environment, check=False)
     assert done.returncode == code
     asked = tmp_path / "asked"
     assert (asked.read_text().strip() if asked.exists() else "") == again
