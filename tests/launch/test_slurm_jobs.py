@@ -149,7 +149,7 @@ def test_a_hung_element_requeues_itself_and_a_cancelled_one_nothing(
         return str(run.state()["state"]), asked.read_text() if asked.exists() else ""
 
     monkeypatch.setenv("SLURM_JOB_ID", "9")
-    assert hang("RUNNING") == ("requeued", "requeue 9_4\n"), "never the plain number, which is the whole array"
+    assert hang("RUNNING") == ("requeued", "requeue Incomplete 9_4\n"), "never the plain number, which is the whole array"
     assert hang("COMPLETING") == ("running", "")
     assert hang("CANCELLED") == ("cancelled", "")
 
@@ -168,7 +168,7 @@ def test_a_job_that_lost_a_silent_rank_goes_back_to_the_queue(
     for restart in range(requeue.MAX_HANGS + 1):  # again and again at one step: it is no accident
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
         assert requeue.restart_after_loss(run, Rank0(), LostRank("connection closed by peer")) is (restart < requeue.MAX_HANGS)
-    assert (tmp_path / "asked").read_text() == "requeue 9_4\n" * requeue.MAX_HANGS
+    assert (tmp_path / "asked").read_text() == "requeue Incomplete 9_4\n" * requeue.MAX_HANGS
     talking = run_with(tmp_path / "runs", "9_4", {"state": "running", "step": 5})
     job.record_failure(talking, ValueError("mine"), rank=1, segment=job.segment())
     assert not requeue.restart_after_loss(talking, Rank0(), LostRank("connection closed by peer")), "it could say why"
