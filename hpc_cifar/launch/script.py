@@ -44,6 +44,8 @@ case $code in {codes})
     if [ "$(wc -l < "$run/submitit/${{job}}_again")" -le {most} ]; then
       echo "hpc-cifar: srun ended with $code before the run began; the job begins again" >&2
       scontrol requeue Incomplete "$job"
+    else
+      echo "hpc-cifar: srun ended with $code before the run began, {most} times already; see the nodes, then resume it" >&2
     fi
   fi
 esac

@@ -94,6 +94,8 @@ case $code in 140|143|233|234|235|236)
     if [ "$(wc -l < "$run/submitit/${{job}}_again")" -le 40 ]; then
       echo "hpc-cifar: srun ended with $code before the run began; the job begins again" >&2
       scontrol requeue Incomplete "$job"
+    else
+      echo "hpc-cifar: srun ended with $code before the run began, 40 times already; see the nodes, then resume it" >&2
     fi
   fi
 esac
