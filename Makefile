@@ -8,11 +8,18 @@ export HPC_CIFAR_DATA ?= $(CURDIR)/data
 export HPC_CIFAR_RUNS ?= $(CURDIR)/runs
 export PYTHON
 CLUSTER := slurm/testbed/cluster.py
+comma := ,
+REQUIRED := $(subst $(comma), ,$(HPC_CIFAR_REQUIRE))
+# two test clusters: their jobs wait for much else than a processor
+CLUSTERS := -n 2 --dist loadfile --no-loadscope-reorder
+# one worker a processor, eight at most: each imports torch
+PARALLEL := -n $(shell n=$$(nproc); echo $$((n < 8 ? n : 8))) --dist worksteal
 
-.PHONY: help run test unit lint format lock slurm-up slurm-down soak clean env env-dev
+.PHONY: help run test unit unit-all coverage lint format lock ffcv-wheel container-base container container-test \
+  container-apptainer slurm-up slurm-down soak faults figures clean env env-dev
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 21
 
 run: env ## prepare data, train jobs/quickstart.yaml with two processes, print the result
 	@dataset=$$(.venv/bin/hpc-cifar prepare --or-digits --print-dataset); \
@@ -26,15 +33,37 @@ run: env ## prepare data, train jobs/quickstart.yaml with two processes, print t
 test: ## every test; ARGS="-k name" passes options to pytest
 	@scripts/system_packages.sh
 	@scripts/environment.sh dev
+ifneq ($(strip $(ARGS)),)
 	.venv/bin/python -m pytest $(ARGS)
+else # test clusters, the other tests spread over the processors, and what measures times, each with the machine for itself
+	failed=; \
+	HPC_CIFAR_REQUIRE="$(filter slurm accounting,$(REQUIRED))" .venv/bin/python -m pytest tests/slurm -m "not alone" $(CLUSTERS) || failed=yes; \
+	HPC_CIFAR_REQUIRE="$(filter-out slurm accounting,$(REQUIRED))" .venv/bin/python -m pytest --ignore tests/slurm -m "not alone" $(PARALLEL) || failed=yes; \
+	HPC_CIFAR_REQUIRE="$(filter slurm browser,$(REQUIRED))" .venv/bin/python -m pytest -m alone || failed=yes; \
+	[ -z "$$failed" ]
+endif
 
 unit: env-dev ## the fast tests: CPU, no root, no network, under two minutes
 	.venv/bin/python -m pytest -m "not slow and not component" $(ARGS)
 
-lint: env-dev ## ruff, ruff format, mypy --strict
+unit-all: ## the fast tests on Python 3.11, 3.12 and 3.13, each in a copy of this checkout; PYTHONS=, TORCH=2.11
+	@scripts/unit_all.sh
+
+lint: env-dev ## ruff, ruff format, mypy --strict, hadolint, known vulnerabilities of the lock files
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+	.venv/bin/hadolint Containerfile
+	@scripts/audit.sh
+
+coverage: env-dev ## branches of the package that the tests without Slurm and GPU take; fails below 90 % (COVERED=90)
+	.venv/bin/coverage erase
+	HPC_CIFAR_REQUIRE= .venv/bin/coverage run -m pytest --ignore tests/slurm -m "not alone" $(PARALLEL) $(ARGS)
+	.venv/bin/coverage combine --quiet
+	.venv/bin/coverage report
+	@mkdir -p build
+	.venv/bin/coverage json --quiet -o build/coverage.json
+	@.venv/bin/python scripts/check_coverage.py build/coverage.json $(or $(COVERED),90)
 
 format: env-dev ## rewrite the code as ruff wants it
 	.venv/bin/ruff check --fix .
@@ -42,6 +71,21 @@ format: env-dev ## rewrite the code as ruff wants it
 
 lock: ## regenerate the lock files (UPGRADE=1: newest versions)
 	@scripts/lock.sh
+
+ffcv-wheel: env-dev ## an FFCV wheel for this Python that needs no root and no OpenCV, in dist/
+	@PYTHON=.venv/bin/python scripts/ffcv_wheel.sh dist
+
+container-base: ## a Debian base image where none can be pulled (root, mmdebstrap)
+	@scripts/container.sh base
+
+container: ## build the container image with podman; BASE_IMAGE=, IMAGE=, CA_FILE=, BUILD_OPTIONS=
+	@scripts/container.sh build
+
+container-test: ## build it twice, compare, train in it with FFCV and DALI as a cluster would; ONCE=1: one build
+	@scripts/container.sh test
+
+container-apptainer: env ## the image as a SIF file, checked by Apptainer, which then runs a job that submit has written
+	@scripts/container.sh apptainer
 
 slurm-up: env ## start a three-node Slurm cluster on this machine (root; says how to use it); ARGS=--accounting
 	@.venv/bin/python $(CLUSTER) up $(ARGS)
@@ -52,12 +96,18 @@ slurm-down: ## stop it
 soak: env ## jobs under random preemption, cancels and node losses on a test cluster (root); ARGS="--minutes 5 --jobs 20"
 	.venv/bin/python slurm/testbed/soak.py $(ARGS)
 
+faults: env-dev ## runs killed at 200 random moments, compared with one that was not (KILLS=200)
+	HPC_CIFAR_KILLS=$(or $(KILLS),200) .venv/bin/python -m pytest tests/train/test_faults.py -s $(ARGS)
+
+figures: env-dev ## make every table and plot of the docs again from the JSON in docs/results
+	.venv/bin/python benchmarks/figures.py
+
 clean: ## remove the environment and caches; data and runs stay
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './data/*' -not -path './runs/*' -prune -exec rm -rf {} +
 
-env: # the environment of the base lock
+env: ## the environment of the base lock
 	@scripts/environment.sh base
 
-env-dev: # the environment of the tests
+env-dev: ## the environment of the tests
 	@scripts/environment.sh dev

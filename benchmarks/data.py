@@ -86,7 +86,13 @@ def main() -> int:
             missed |= ratio < least
             print(f"{name} / {beside}: {ratio:.1f} (at least {least:g}: {'yes' if ratio >= least else 'NO'})")
     if options.json:
-        result: dict[str, Any] = {"data": label, "n": options.rounds, "batch_size": options.batch_size, "hardware": facts}
+        result: dict[str, Any] = {
+            "data": label,
+            "n": options.rounds,
+            "batch_size": options.batch_size,
+            "device": "cpu",
+            "hardware": facts,
+        }
         result |= {"versions": bench.versions(), "images_per_second": rates}
         files.write_json(options.json.absolute(), result)
     return int(missed and options.check)

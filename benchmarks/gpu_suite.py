@@ -1,75 +1,73 @@
-"""All that waits for a GPU, in one command: tests, kernel, training step, data pipelines, and the published systems in full.
+"""All that waits for a GPU, in slices of at most eight minutes, the most valuable first.
 
-    python benchmarks/gpu_suite.py --out $OUT --parts tests,kernel,data
-    python benchmarks/gpu_suite.py --out $OUT --parts systems --minutes 9
+    python benchmarks/gpu_suite.py --out OUT                        every slice that is not done yet
+    python benchmarks/gpu_suite.py --out OUT --budget 9             as many as fit into nine minutes
+    python benchmarks/gpu_suite.py --out OUT --parts tests,kernel
+    python benchmarks/gpu_suite.py --out OUT --miniature            on any machine: shows that every slice runs
 
-Each part is a process of its own with a log in OUT; what it measured is JSON there. A part that fails or takes too long does
-not stop the others. The exit code is the number of parts that failed.
+Copy OUT/*.json to docs/results and type ``make figures``: trainings have been added to the figures that were there. OUT and
+HPC_CIFAR_RUNS should lie where they stay between two calls, since trainings go on from their checkpoints.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
+import suite
 import torch
+from suite import main, package, script
+from systems import claimed
+from transfer import from_scratch
 
-ROOT = Path(__file__).resolve().parents[1]
+COMPILED = ("--set=training.compile=true",)
+GRAPH = ("--set=training.graph=true", *COMPILED)
+SLICES = 3  # of the published systems
 
 
-def commands(out: Path) -> dict[str, list[str]]:
-    """The parts, in the order of what they tell for their time."""
-    here = [sys.executable, str(ROOT / "benchmarks")]
-    graph = ["--set=training.graph=true", "--set=training.compile=true", "--suffix=graph"]
-    return {
-        "kernel": [here[0], f"{here[1]}/kernel.py", "--rounds", "30", "--json", str(out / "kernel-gpu.json")],
+def trained(out: Path, name: str, *jobs: str, options: tuple[str, ...] = (), small: bool = False) -> list[str]:
+    """Whole trainings of some jobs, into one file of figures."""
+    return script("systems", *jobs, *options, *(suite.TRAINING if small else ()), json=out / f"{name}-gpu.json")
+
+
+def parts(out: Path, small: bool) -> dict[str, list[str]]:
+    scratch = from_scratch()
+    pretrained = [name for name in claimed() if name not in scratch]
+    graph, compiled = ((), ()) if small else (GRAPH, COMPILED)  # a processor takes a minute to compile
+    if small:
+        scratch = scratch[:SLICES]
+    five, twenty = (f"--seeds={1 if small else count}" for count in (5, 20))
+    steps = suite.STEP if small else ("--steps=30",)
+    restarts = suite.RESTART if small else ("--gpus", "--processes=1")
+    checkpoint = suite.CHECKPOINT if small else ("--gpus", "--batch=1024", "--steps=40")
+    bench = suite.DATA if small else ("--rounds=5",)
+    scaling = suite.SCALING if small else ("--steps=20", *graph)
+    found = {
+        "kernel": script("kernel", "--rounds=30", json=out / "kernel-gpu.json"),
         "tests": [sys.executable, "-m", "pytest", "-q", "-m", "component", "-k", "gpu", "tests/data", "tests/train"],
-        "data": [sys.executable, "-m", "hpc_cifar", "bench", "data", "--json", str(out / "data-gpu.json")],
-        "step": [here[0], f"{here[1]}/step.py", "--steps", "100", "--json", str(out / "step-gpu.json")],
-        "deep300": [here[0], f"{here[1]}/systems.py", "deep300", *graph, "--json", str(out / "deep300-gpu.json")],
-        "restart": [here[0], f"{here[1]}/restart.py", "--gpus", "--processes=1", "--json", str(out / "restart-gpu.json")],
-        "systems": [here[0], f"{here[1]}/systems.py", "--json", str(out / "systems-gpu.json")],
-    }
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for logs and figures; runs lie in OUT/runs")
-    parser.add_argument("--parts", default="kernel,tests,step,deep300,data,restart,systems")
-    parser.add_argument("--minutes", type=float, default=25, help="for each part")
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("torch sees no GPU here", file=sys.stderr)
-        return 2
-    out = options.out.absolute()
-    out.mkdir(parents=True, exist_ok=True)
-    known = commands(out)
-    wanted = [part.strip() for part in options.parts.split(",")]
-    if unknown := set(wanted) - set(known):
-        parser.error(f"--parts: unknown {', '.join(sorted(unknown))}; there are {', '.join(known)}")
-    environment = {**os.environ, "HPC_CIFAR_RUNS": os.environ.get("HPC_CIFAR_RUNS") or str(out / "runs")}
-    failed = 0
-    for part in wanted:
-        began = time.perf_counter()
-        with (out / f"{part}.log").open("w") as log:
-            child = subprocess.Popen(
-                known[part], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-            )
-            try:
-                word = f"exit code {child.wait(60 * options.minutes)}"
-            except subprocess.TimeoutExpired:
-                os.killpg(child.pid, signal.SIGKILL)  # what it has started, too
-                word = f"stopped after {options.minutes:g} minutes, exit code {child.wait()}"
-            failed += child.returncode != 0
-        lines = (out / f"{part}.log").read_text(errors="replace").splitlines()
-        print(f"== {part}: {word}, {time.perf_counter() - began:.0f} s", *lines[-12:], sep="\n", flush=True)
-    return failed
+        "step": script("step", *steps, json=out / "step-gpu.json"),
+        "deep300": trained(out, "recipes", "deep300", options=(*graph, "--suffix=graph"), small=small),
+        "speed94": trained(out, "recipes", "speed94", options=(*graph, twenty), small=small),
+        "tuned": trained(out, "recipes", "deep300-tuned", options=graph, small=small),
+        "data": package("bench", "data", *bench, json=out / "data-gpu.json"),
+        "restart": script("restart", *restarts, json=out / "restart-gpu.json"),
+        "checkpoint": script("checkpoint", *checkpoint, json=out / "checkpoint-gpu.json"),
+        **{f"systems-{1 + slice}": trained(out, "systems", *scratch[slice::SLICES], small=small) for slice in range(SLICES)},
+        "speed96": trained(out, "recipes", "speed96", options=(*graph, twenty), small=small),
+        "deep300-5": trained(out, "recipes", "deep300", options=(*graph, five, "--suffix=graph"), small=small),
+        "tuned-5": trained(out, "recipes", "deep300-tuned", options=(*graph, five), small=small),
+        "large-batch": trained(out, "recipes", "deep300-large-batch", options=compiled, small=small),
+        "resnet18": trained(out, "recipes", "resnet18", options=graph, small=small),
+        "pretrained": trained(out, "systems", *pretrained, small=small),
+        "scaling": package("bench", "step", "deep300", *scaling, json=out / "scaling-gpu.json"),
+    }  # fmt: skip
+    if small and not torch.cuda.is_available():
+        del found["kernel"], found["tests"], found["pretrained"]  # a GPU's own code; weights that may be missing
+    return found
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if not torch.cuda.is_available() and not {"--miniature", "--list", "--help", "-h"} & set(sys.argv):
+        print("torch sees no GPU here; --miniature shows that the suite runs", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(main(__doc__, parts, minutes=8))

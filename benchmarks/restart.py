@@ -102,7 +102,12 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="where the figures go")
     options = parser.parse_args()
     store = (files.data_root() / options.dataset).absolute()
-    report: dict[str, Any] = {"n": options.rounds, "cold": options.cold, "starts": []}
+    report: dict[str, Any] = {
+        "n": options.rounds,
+        "cold": options.cold,
+        "device": "cuda" if options.gpus else "cpu",
+        "starts": [],
+    }
     with tempfile.TemporaryDirectory(prefix="hpc-cifar-bench-") as folder:
         kinds = {"plain": Plain(Path(folder), store, options.gpus), "ours": Ours(Path(folder), store, options.gpus)}
         for kind in kinds.values():

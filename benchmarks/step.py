@@ -261,7 +261,8 @@ def main() -> int:
             "per_step": counted(runner, on_gpu),
         }
     report = {
-        "job": experiment.name, "data": prepared.store.label, "batch_size": size, "steps": options.steps, "n": options.rounds,
+        "job": experiment.name, "data": prepared.store.label, "device": device.type, "batch_size": size,
+        "steps": options.steps, "n": options.rounds,
         "flops_per_image": flops, "ceilings": tops, "threads": torch.get_num_threads(), "rungs": figures,
         "hardware": bench.hardware(), "versions": bench.versions(),
     }  # fmt: skip

@@ -24,9 +24,12 @@ from hpc_cifar.config.experiment import Experiment
 from hpc_cifar.config.load import load_experiment
 from hpc_cifar.data import bench
 from hpc_cifar.runs import Run
+from hpc_cifar.track.rows import selected
 
 JOBS = Path(__file__).resolve().parents[1] / "jobs"
 FIGURES = ("train_accuracy", "train_loss", "val_accuracy", "val_loss", "test_accuracy", "test_loss")
+# without the start of the process, its imports and its data; checkpoints are those of the last stretch alone
+COST = ("epochs", "seconds", "restarts", "checkpoints", "checkpoint_seconds")
 
 
 def claimed() -> list[str]:
@@ -38,10 +41,13 @@ def claimed() -> list[str]:
 
 
 def train(job: Path, name: str, sets: list[str]) -> bool:
-    """Whether it could be trained to its end; what it said has been printed."""
+    """Whether it is trained to its end; what it said has been printed. A run that had ended before is not begun again."""
+    run = Run(files.runs_root() / name)
+    if run.finished() and run.experiment() == load_experiment(job, sets):
+        return True
     changes = [part for change in sets for part in ("--set", change)]
     done = subprocess.run([sys.executable, "-m", "hpc_cifar", "train", str(job), "--name", name, *changes], check=False)
-    return done.returncode == 0
+    return done.returncode == 0 and run.finished()
 
 
 def on_the_gpu(experiment: Experiment) -> list[str]:
@@ -55,18 +61,12 @@ def measured(run: Run) -> dict[str, Any]:
     """The figures of a finished run's selected epoch, and its test."""
     result = run.result() or {}
     rows = [row for row in files.read_json_lines(run.metrics_file) if row["kind"] == "epoch"]
-    chosen, checkpoint = rows[-1], run.experiment().checkpoint
-    if checkpoint.select == "best":  # the first of equal ones, as the run chose
-        sign = -1.0 if checkpoint.monitor == "val_loss" else 1.0
-        chosen = max((row for row in rows if checkpoint.monitor in row), key=lambda row: sign * row[checkpoint.monitor])
-    figures = {**chosen, **result}
+    figures = {**selected(run.experiment(), rows), **result}
     return {
         **{name: figures.get(name) for name in FIGURES},
-        "epochs": result.get("epochs"),
-        "seconds": result.get("seconds"),
-        "restarts": result.get("restarts"),
-        "data": result.get("data"),
-        "selected": result.get("selected"),
+        **{name: result.get(name) for name in (*COST, "tta_accuracy", "tta_loss", "data", "selected")},
+        "device": run.state().get("device"),
+        "processes": run.state().get("world_size"),
     }
 
 
@@ -110,6 +110,7 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], dest="sets", help="a.b=value, as for submit; noted in the result")
     parser.add_argument("--suffix", default="", help="word behind the names of runs, and of the jobs in the result")
     parser.add_argument("--json", type=Path, help="where the figures are added to")
+    parser.add_argument("--again", action="store_true", help="also seeds that are in the JSON without a run here")
     parser.add_argument("--show", action="store_true", help="train nothing")
     options = parser.parse_args()
     kept = (files.read_json(options.json) or {}) if options.json else {}
@@ -121,20 +122,24 @@ def main() -> int:
     results: dict[str, Any] = kept.get("systems", {})
     for name in options.jobs or claimed():
         experiment: Experiment = load_experiment(JOBS / f"{name}.yaml", options.sets)
-        found = []
+        claim = experiment.claim.model_dump(exclude_none=True, exclude={"inferred"}) if experiment.claim else None
+        entry = {"claim": claim, "set": options.sets, "hardware": bench.hardware(), "versions": bench.versions()}
+        before = results.get(name + suffix, {})
+        same = all(before.get(key) == value for key, value in entry.items())  # else its figures are of another kind
+        found = {one["seed"]: one for one in before.get("measured", [])} if same else {}
         for seed in range(experiment.seed, experiment.seed + options.seeds):
             run = f"{name}{suffix}-s{seed}"
-            if train(JOBS / f"{name}.yaml", run, [*on_the_gpu(experiment), *options.sets, f"seed={seed}"]):
-                found.append(measured(Run(files.runs_root() / run)) | {"seed": seed})
+            if seed in found and not options.again and not (files.runs_root() / run).exists():
+                continue  # measured on a machine that is gone
+            if not train(JOBS / f"{name}.yaml", run, [*on_the_gpu(experiment), *options.sets, f"seed={seed}"]):
+                failed.append(run)
+                continue
+            found[seed] = measured(Run(files.runs_root() / run)) | {"seed": seed}
+            results[name + suffix] = entry | {"measured": [found[seed] for seed in sorted(found)]}
+            if options.json:  # after each: a session may end at any time
+                files.write_json(options.json.absolute(), {"systems": results})
         if not found:
-            failed.append(name)
             continue
-        claim = experiment.claim.model_dump(exclude_none=True, exclude={"inferred"}) if experiment.claim else None
-        results[name + suffix] = {
-            "claim": claim, "set": options.sets, "measured": found, "hardware": bench.hardware(), "versions": bench.versions(),
-        }  # fmt: skip
-        if options.json:  # after each: a session may end at any time
-            files.write_json(options.json.absolute(), {"systems": results})
         print("\n".join(lines({name + suffix: results[name + suffix]})), flush=True)
     print("\n".join(["", *lines(results)]))
     if failed:

@@ -71,23 +71,32 @@ def main() -> int:
     parser.add_argument("--backbone", default="effnet-lite0", help="job of the frozen backbone")
     parser.add_argument("--set", action="append", default=[], dest="sets", help="a.b=value for all of them")
     parser.add_argument("--json", type=Path, help="where the figures go")
+    parser.add_argument("--add", action="store_true", help="keep the other networks of that file; the backbone is timed again")
     options = parser.parse_args()
+    before = (files.read_json(options.json) or {}) if options.add and options.json else {}
     backbone: Experiment = load_experiment(JOBS / f"{options.backbone}.yaml", options.sets)
     same = [f"data.train_images={backbone.data.train_images}", f"data.dataset={backbone.data.dataset}", *options.sets]
+    if before and before["images"] != backbone.data.train_images:
+        parser.error(
+            f"--add: {options.json} is of {before['images']} images, {options.backbone} of {backbone.data.train_images}"
+        )
     trained = one(options.backbone, options.backbone, options.sets)
-    untrained = one(options.backbone, f"{options.backbone}-random", [*options.sets, "model.weights=null"])
+    untrained = before.get("random weights") or one(
+        options.backbone, f"{options.backbone}-random", [*options.sets, "model.weights=null"]
+    )
     if trained is None or untrained is None:
         return 1
+    names = options.jobs or from_scratch()
     results = {
         "images": backbone.data.train_images,
         "pretrained": trained,
         "random weights": untrained,
-        "from scratch": [],
+        "from scratch": [row for row in before.get("from scratch", []) if row["job"] not in names],
         "hardware": bench.hardware(),
         "versions": bench.versions(),
     }
     failed = []
-    for name in options.jobs or from_scratch():
+    for name in names:
         experiment = load_experiment(JOBS / f"{name}.yaml", same)
         epoch_s = epoch_seconds(name, same)
         found = None

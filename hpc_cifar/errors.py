@@ -10,7 +10,9 @@
     │   ├── PreflightError      the nodes of its job cannot train, twice in a row
     │   ├── CheckpointError     no usable checkpoint, or one that does not fit
     │   │   └── DamagedCheckpoint   its files are not what was written
-    │   └── NonFiniteLoss       the loss became NaN or infinite
+    │   ├── NonFiniteLoss       the loss became NaN or infinite
+    │   ├── OutOfMemory         a rank's memory is full
+    │   └── TrackingError       W&B has not got everything of a run
     └── LaunchError      (1)    the scheduler or the local executor refused
         └── NoCluster           Slurm's programs are there, but no cluster answers
 
@@ -77,7 +79,17 @@ class DamagedCheckpoint(CheckpointError):
 
 
 class NonFiniteLoss(RunError):
-    """The training loss became NaN or infinite."""
+    """The training loss became NaN or infinite, at update number ``step`` (from 1)."""
+
+    step: int = 0
+
+
+class OutOfMemory(RunError):
+    """A rank's memory is full; the message has its batch and its memory."""
+
+
+class TrackingError(RunError):
+    """W&B does not answer, or has not got everything of a run; the run directory has."""
 
 
 class LaunchError(HpcCifarError):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -12,7 +14,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 
 def fsync_folder(folder: Path) -> None:
@@ -41,6 +43,16 @@ def make_durable(paths: Iterable[Path]) -> None:
 
 
 @contextlib.contextmanager
+def named_in_errors(path: Path) -> Iterator[None]:
+    """Have an OSError of the block say of which file it is; one of a write to an open file does not know."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+@contextlib.contextmanager
 def atomic_file(path: Path, *, durable: bool = True, mode: int = 0o644) -> Iterator[Any]:
     """Open a temporary binary file beside ``path``; rename it into place only if the block succeeds.
 
@@ -48,10 +60,13 @@ def atomic_file(path: Path, *, durable: bool = True, mode: int = 0o644) -> Itera
         path: final name; its folder must exist.
         durable: fsync the file and its folder, so that it survives a power loss.
         mode: permission bits of the result, reduced by nothing.
+
+    Raises:
+        OSError: with the name of the file.
     """
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
-        with os.fdopen(descriptor, "wb") as stream:
+        with named_in_errors(path), os.fdopen(descriptor, "wb") as stream:
             yield stream
             stream.flush()
             os.fchmod(stream.fileno(), mode)
@@ -89,6 +104,30 @@ def read_ahead(patterns: Iterable[Path]) -> threading.Thread:
     thread = threading.Thread(target=ask, name="read ahead", daemon=True)
     thread.start()
     return thread
+
+
+def hold(path: Path) -> TextIO:
+    """Lock a file as long as the stream is open; it says which process holds it. A file system without locks keeps nobody out.
+
+    Raises:
+        BlockingIOError: another process has it; its ``strerror`` is that process in words.
+        OSError: the file cannot be written or locked.
+    """
+    stream = path.open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        with stream:
+            stream.seek(0)
+            raise BlockingIOError(error.errno, stream.read().strip() or "another process") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):  # such as Lustre without -o flock
+            stream.close()
+            raise
+    stream.truncate(0)
+    stream.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+    stream.flush()
+    return stream
 
 
 def write_text(path: Path, text: str, *, durable: bool = True, mode: int = 0o644) -> None:

@@ -25,9 +25,8 @@ import yaml
 
 from . import files
 from .config.experiment import Experiment
+from .config.messages import closest, did_you_mean
 from .errors import RunError, UsageError
-
-STATES = ("pending", "running", "requeued", "finished", "failed", "cancelled", "stopped")
 
 
 @dataclass(frozen=True)
@@ -100,6 +99,15 @@ class Run:
 
     def result(self) -> dict[str, Any] | None:
         return files.read_json(self.result_file)
+
+    @property
+    def campaign(self) -> str | None:
+        """The group of runs it belongs to, by its job file or ``submit --campaign``; in W&B as well."""
+        try:
+            fields = yaml.load(self.experiment_file.read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+            return fields["tracking"]["group"]  # type: ignore[no-any-return]
+        except (OSError, yaml.YAMLError, KeyError, TypeError):
+            return None
 
     def finished(self) -> bool:
         return (self.result() or {}).get("state") == "finished"
@@ -200,8 +208,33 @@ def find(token: str, root: Path) -> Run:
         raise UsageError(f"run {token!r} is not unique: {len(matches)} runs begin with it, such as {names}")
     if elements := _of_array(token, runs):
         raise UsageError(f"run {token!r} is a job array of {len(elements)} runs; name one of them, such as {elements[0].id}")
-    recent = ", ".join(run.id for run in runs[-3:])
-    raise UsageError(f"run {token!r}: no such run or job id in {root}; the latest are {recent}")
+    hint = _meant(token, runs) or f"the latest are {', '.join(run.id for run in runs[-3:])}"
+    raise UsageError(f"run {token!r}: no such run or job id in {root}; {hint}")
+
+
+def _meant(token: str, runs: list[Run]) -> str:
+    """``did you mean 'x'?``: the run whose id, or the beginning of it, is nearly what was typed; the newest of several."""
+    if token.isdigit():  # one number of a job is not nearer than another
+        return ""
+    ids = [run.id for run in reversed(runs)]
+    guess = closest(token, ids)
+    begins = {one[: len(token)]: one for one in reversed(ids)}  # the last of equal ones stays, which is the newest
+    if guess is None and (begin := closest(token, begins)) is not None:
+        guess = begins[begin]
+    return f"did you mean '{guess}'?" if guess else ""
+
+
+def of_campaign(name: str, root: Path) -> list[Run]:
+    """The runs submitted under that name, oldest first.
+
+    Raises:
+        UsageError: there are none; the message lists the campaigns that there are.
+    """
+    names = {run: run.campaign for run in all_runs(root)}
+    if chosen := [run for run, found in names.items() if found == name]:
+        return chosen
+    known = sorted({found for found in names.values() if found})
+    raise UsageError(f"--campaign {name}: no run in {root} belongs to it; {did_you_mean(name, known, 'campaigns')}")
 
 
 def find_all(token: str, root: Path) -> list[Run]:

@@ -84,13 +84,29 @@ if [ ! -e "$venv" ]; then
 fi
 rm -f "$venv"/.made-from-*
 
-if [ -n "$uv" ]; then
-  install() { "$uv" pip install --quiet --no-config --python "$venv/bin/python" --no-deps "$@"; }
-else
-  say "uv is not here: pip does it, which takes some minutes"
+# uv does in a minute or two what takes pip ten: where it is missing, it is fetched, with the hash that the lock file has of it.
+# It knows nothing of pip's own configuration, so that pip does it where uv finds no index.
+fetched= told=
+if [ -z "$uv" ]; then
   "$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$venv/bin/python" -m ensurepip >/dev/null
-  install() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "$@"; }
+  pip_install() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "$@"; }
+  only_uv=$(mktemp)
+  awk '/^[^ ]/ {keep = /^uv==/} keep' requirements-dev.lock >"$only_uv"
+  if pip_install --require-hashes --only-binary :all: --upgrade --target "$venv/.uv" -r "$only_uv" >/dev/null 2>&1; then
+    uv=$venv/.uv/bin/uv fetched=yes
+  fi
+  rm -f "$only_uv"
 fi
+install() { # by uv; by pip if there is none, or if the one that was fetched cannot
+  if [ -n "$uv" ]; then
+    "$uv" pip install --quiet --no-config --python "$venv/bin/python" --no-deps "$@" && return
+    [ -n "$fetched" ] || fail "uv could not install it"
+    uv= fetched=
+  fi
+  [ -n "$told" ] || say "pip does it, which takes some minutes"
+  told=yes
+  pip_install "$@"
+}
 
 say "installing $lock"
 install --require-hashes --only-binary :all: -r requirements-build.lock

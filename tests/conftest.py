@@ -1,28 +1,35 @@
 """A closed box for every test, data prepared once a session, and a table of the components that were exercised.
 
-``HPC_CIFAR_REQUIRE=slurm,ffcv,...`` makes the session fail when one of them was not.
+``HPC_CIFAR_REQUIRE=slurm,ffcv,...`` makes the session fail when one of them was not. With pytest-xdist (``-n 2``) every worker
+has a box of its own, but for compiled code and prepared data, which they share.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import browser as chromium
 import pytest
+import wandb_server
 
 COMPONENTS = ("slurm", "accounting", "ffcv", "dali", "wandb", "browser", "gpu", "archive")
 # a test that asks for one of these fixtures exercises the component, without a word about it in the test
 COMPONENT_OF_FIXTURE = {"browser": "browser", "cifar_archive": "archive", "cifar_data": "archive"}
 COMPONENT_OF_FIXTURE |= {"slurm_cluster_session": "slurm", "accounting_session": "accounting"}
 OTHERS = "others"  # tests of no component
+OF_ALL_WORKERS = ("NUMBA_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")  # caches that processes may share
+OnceMade = Callable[[str, Callable[[Path], object]], Path]
 REPOSITORY = Path(__file__).resolve().parents[1]
 
-_tests_of: dict[str, set[str]] = {}  # node id -> components
 _seen: dict[str, Counter[str]] = defaultdict(Counter)
 _reasons: dict[str, Counter[str]] = defaultdict(Counter)
 _collected: Counter[str] = Counter()
@@ -41,6 +48,9 @@ def pytest_configure(config: pytest.Config) -> None:
         del os.environ[name]
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "HPC_CIFAR_CLUSTER"):
         os.environ.pop(name, None)
+    # as on a machine that keeps what it has compiled; else every process of these tests compiles the package again
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
     folders = {
         "HPC_CIFAR_DATA": "data",
         "HPC_CIFAR_RUNS": "runs",
@@ -56,9 +66,14 @@ def pytest_configure(config: pytest.Config) -> None:
         "WANDB_CONFIG_DIR": "wandb-config",
         "WANDB_DATA_DIR": "wandb-data",
     }
+    worker = hasattr(config, "workerinput")
     for variable, name in folders.items():
+        if worker and variable in OF_ALL_WORKERS:
+            continue
         (box / name).mkdir()
         os.environ[variable] = str(box / name)
+    if worker:  # which share the processors
+        os.environ["OMP_NUM_THREADS"] = "1"
     os.environ.update(
         WANDB_BASE_URL="http://127.0.0.1:9",  # discard: nobody listens
         WANDB_ERROR_REPORTING="false",
@@ -105,27 +120,44 @@ def lossless_archive(cifar_archive: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def cifar_data(cifar_archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store root with CIFAR-10 prepared from the archive; read only."""
-    from rich.console import Console
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> OnceMade:
+    """A folder by its name, filled by the first worker that asks for it."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
 
-    from hpc_cifar.data.prepare import prepare
+    def made(name: str, fill: Callable[[Path], object]) -> Path:
+        folder, done = base / name, base / f"{name}.done"
+        with (base / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                fill(folder)
+                done.touch()
+        return folder
 
-    root = tmp_path_factory.mktemp("cifar")
-    prepare("cifar10", archive=cifar_archive, root=root, console=Console(quiet=True))
-    return root
+    return made
 
 
 @pytest.fixture(scope="session")
-def digits_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cifar_data(cifar_archive: Path, made_once: OnceMade) -> Path:
+    """A store root with CIFAR-10 prepared from the archive; read only."""
+    return made_once("cifar", lambda root: prepared("cifar10", cifar_archive, root))
+
+
+@pytest.fixture(scope="session")
+def digits_data(made_once: OnceMade) -> Path:
     """A store root with scikit-learn's digits prepared; read only."""
+    return made_once("digits", lambda root: prepared("digits", None, root))
+
+
+def prepared(dataset: str, archive: Path | None, root: Path) -> None:
     from rich.console import Console
 
     from hpc_cifar.data.prepare import prepare
 
-    root = tmp_path_factory.mktemp("digits")
-    prepare("digits", archive=None, root=root, console=Console(quiet=True))
-    return root
+    prepare(dataset, archive=archive, root=root, console=Console(quiet=True))
 
 
 @pytest.fixture(scope="session")
@@ -134,6 +166,13 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> chromium.Browser:
     if program is None:
         pytest.skip(f"none of {', '.join(chromium.NAMES)} is installed")
     return chromium.Browser(program, tmp_path_factory.mktemp("browser"))
+
+
+@pytest.fixture
+def server() -> Iterator[wandb_server.Server]:
+    """A W&B server on loopback."""
+    with wandb_server.serving() as made:
+        yield made
 
 
 # -- the table -----------------------------------------------------------------------------------------------------------
@@ -148,17 +187,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         components = {mark.args[0] for mark in item.iter_markers("component")}
         if unknown := components - set(COMPONENTS):
             raise pytest.UsageError(f"{item.nodeid}: unknown component {sorted(unknown)}; there are {COMPONENTS}")
-        _tests_of[item.nodeid] = components
+        item.user_properties.append(("components", sorted(components)))  # travels with the reports of a worker
         _collected.update(components)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.when != "call" and not (report.failed or report.skipped):
         return
-    for component in _tests_of.get(report.nodeid) or (OTHERS,):
+    components: Any = dict(report.user_properties).get("components")
+    for component in components or (OTHERS,):
         _seen[component][report.outcome] += 1
         if report.skipped and isinstance(report.longrepr, tuple):
             _reasons[component][str(report.longrepr[2]).removeprefix("Skipped: ")] += 1
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Of pytest-xdist: a worker has ended."""
+    _collected.update(getattr(node, "workeroutput", {}).get("collected", {}))
 
 
 def exercised(component: str) -> bool:
@@ -166,7 +212,7 @@ def exercised(component: str) -> bool:
 
 
 def required() -> list[str]:
-    names = [name.strip() for name in os.environ.get("HPC_CIFAR_REQUIRE", "").split(",") if name.strip()]
+    names = os.environ.get("HPC_CIFAR_REQUIRE", "").replace(",", " ").split()
     if unknown := set(names) - set(COMPONENTS):
         raise pytest.UsageError(f"HPC_CIFAR_REQUIRE: unknown component {sorted(unknown)}; there are {COMPONENTS}")
     return names
@@ -177,6 +223,9 @@ def pytest_sessionstart() -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["collected"] = dict(_collected)
+        return
     if session.exitstatus == pytest.ExitCode.OK and not all(exercised(name) for name in required()):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 

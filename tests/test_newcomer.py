@@ -1,4 +1,4 @@
-"""What a person types first, with the real programs: torchrun on deep300, the quickstart chain, the wheel, the benchmarks."""
+"""What a person types first, with the real programs: torchrun on deep300, the quickstart chain, the benchmarks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -14,12 +13,12 @@ import pytest
 from hpc_cifar import files
 from hpc_cifar.runs import all_runs
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # a guard: the quickstart job trains by itself for minutes
 
 
 def call(*command: str, cwd: Path, code: int = 0, **environment: str) -> str:
     done = subprocess.run(
-        command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=400, check=False
+        command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=800, check=False
     )
     assert done.returncode == code, f"{command}: {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout + done.stderr
@@ -33,13 +32,11 @@ def test_torchrun_on_a_file_that_asks_for_eight_gpus(repository: Path, tmp_path:
     command = [*torchrun, "train", job, "--set", "data.dataset=digits", "--name", "try", "--max-steps"]
     out = call(*command, "2", cwd=tmp_path, **site)
     assert "8 GPUs" in out and "2 process(es) on the CPU" in out
-    assert "W&B: no login here" in out and "recording offline" in out
+    assert "W&B: no login here" in out and "hpc-cifar sync uploads later" in out
     (run,) = all_runs(tmp_path)
     assert (run.result() or {})["state"] == "stopped"
-    ids = {path.name.rpartition("-")[2] for path in (run.path / "wandb").glob("offline-run-*")}
+    assert not (run.path / "wandb").exists(), "nothing of W&B's client was needed"
     call(*command, "3", cwd=tmp_path, **site)  # the same command continues
-    again = {path.name.rpartition("-")[2] for path in (run.path / "wandb").glob("offline-run-*")}
-    assert len(ids) == 1 and again == ids, "one W&B id over all segments"
     steps = [row["step"] for row in files.read_json_lines(run.metrics_file) if row.get("event") == "stopped"]
     assert steps == [2, 3]
 
@@ -75,45 +72,9 @@ def test_quickstart_passes_eighty_percent(tmp_path: Path, cifar_data: Path) -> N
     assert (run.result() or {})["test_accuracy"] >= 0.80
 
 
-def test_the_wheel_holds_the_job_files_and_runs(repository: Path, tmp_path: Path) -> None:
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(repository)]
-    call(*build, cwd=tmp_path)
-    (wheel,) = (tmp_path / "dist").glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        names = set(archive.namelist())
-        archive.extractall(tmp_path / "site")
-    for job in (repository / "jobs").glob("*.yaml"):
-        assert f"hpc_cifar/_files/jobs/{job.name}" in names
-    assert "hpc_cifar/_files/clusters/gpu8.yaml" in names
-    site = {"PYTHONPATH": str(tmp_path / "site"), "PYTHONSAFEPATH": "1"}
-    assert "deep300" in call(sys.executable, "-m", "hpc_cifar", "jobs", cwd=tmp_path, **site)
-    dry = call(sys.executable, "-m", "hpc_cifar", "submit", "deep300", "--cluster", "gpu8", "--dry-run", cwd=tmp_path, **site)
-    assert "#SBATCH --gpus-per-node=8" in dry and "GPU-hours" in dry
-
-
-@pytest.mark.parametrize(
-    ("script", "options"),
-    [
-        ("step.py", ["--job=quickstart-digits", "--steps=2", "--rounds=1", "--rungs=channels_last,eager fused"]),
-        ("restart.py", ["--dataset=digits", "--processes=2", "--rounds=1"]),
-        ("data.py", ["--images", "600", "--rounds", "1"]),
-        ("systems.py", ["quickstart-digits", "--seeds", "2", "--set", "epochs=1", "--suffix", "short"]),
-        (
-            "transfer.py",
-            ["ann-1", "--set=data.dataset=digits", "--set=data.train_images=200", "--set=data.batch_size=50", "--set=epochs=2"],
-        ),
-    ],
-)
-def test_benchmarks_run(repository: Path, tmp_path: Path, digits_data: Path, script: str, options: list[str]) -> None:
-    out = tmp_path / "figures.json"
-    command = [sys.executable, str(repository / "benchmarks" / script), *options, "--json", str(out)]
+def test_the_transfer_benchmark_runs(repository: Path, tmp_path: Path, digits_data: Path) -> None:
+    few = ("dataset=digits", "train_images=200", "batch_size=50")
+    options = ["ann-1", "--set=epochs=2", *(f"--set=data.{change}" for change in few), "--json", str(tmp_path / "figures.json")]
+    command = [sys.executable, str(repository / "benchmarks" / "transfer.py"), *options]
     call(*command, cwd=tmp_path, HPC_CIFAR_DATA=str(digits_data), HPC_CIFAR_RUNS=str(tmp_path / "runs"))
-    figures = json.loads(out.read_text())
-    assert figures
-    if script == "restart.py":
-        [start] = figures["starts"]
-        assert set(start["plain"][0]) < set(start["ours"][0]), "the same stages, but for the time to the first import"
-    if script == "step.py":  # counts do not drift with the machine
-        counts = {name: row["per_step"] for name, row in figures["rungs"].items()}
-        assert {found["waits"] for found in counts.values()} == {0}, "no step reads a number from the device"
-        assert counts["eager fused"]["operations"] < 1.4 * counts["plain"]["operations"], counts
+    assert len(json.loads((tmp_path / "figures.json").read_text())["from scratch"]) == 1

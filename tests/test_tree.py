@@ -24,13 +24,13 @@ LAYERS = (
     ("data", "models", "track"),
     ("plan", "runs"),
     ("config",),
-    ("files", "stages"),
+    ("files", "findings", "lifetime", "stages"),
     ("errors",),
 )
 ORDERED = {("train", "evaluate"), ("plan", "runs")}  # the one line in which an earlier part may use a later one
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 WITH_TORCH = {"data", "models", "train", "evaluate"}
-LAZY = {"wandb", "ffcv", "nvidia", "triton"}  # imported where they are used
+LAZY = {"wandb", "wandb_workspaces", "ffcv", "nvidia", "triton", "plotly", "optuna", "jinja2"}  # imported where they are used
 # each is about one of these and may import it at the top; so nobody may import the module itself at the top
 ABOUT = {"hpc_cifar.data.ffcv": "ffcv", "hpc_cifar.data.dali": "nvidia", "hpc_cifar.data.triton_kernel": "triton"}
 
@@ -110,6 +110,7 @@ def help_seconds() -> float:
     return time.perf_counter() - began
 
 
+@pytest.mark.alone
 def test_the_command_line_starts_at_once() -> None:
     """The best of several, since other processes share the machine."""
     help_seconds()  # byte code
@@ -137,7 +138,9 @@ def test_the_base_lock_is_a_part_of_the_test_lock() -> None:
     def versions(name: str) -> set[str]:
         return set(re.findall(r"^(\S+==\S+)", (ROOT / name).read_text(encoding="utf-8"), flags=re.MULTILINE))
 
-    assert versions("requirements.lock") | versions("requirements-build.lock") <= versions("requirements-dev.lock")
+    every = versions("requirements-dev.lock")
+    assert versions("requirements.lock") <= versions("requirements-all.lock") <= every
+    assert versions("requirements-build.lock") <= every
 
 
 def test_scripts_can_be_executed() -> None:

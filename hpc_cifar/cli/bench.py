@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from . import complete
+
 app = typer.Typer(help="Measure this machine; each benchmark prints a table and can write JSON.", no_args_is_help=True)
 
 
@@ -26,7 +28,12 @@ def data(
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved; the median counts.")] = 5,
     json: Annotated[Path | None, typer.Option(help="Also write the figures there.", show_default=False)] = None,
 ) -> None:
-    """All installed data pipelines side by side: images per second of one process."""
+    """All installed data pipelines side by side: images per second of one process.
+
+    \b
+    hpc-cifar bench data
+    hpc-cifar bench data --dataset digits --batch-size 256 --json data.json
+    """
     from .. import files
     from ..data import bench
     from ..data.store import Store
@@ -41,7 +48,9 @@ def data(
 
 @app.command()
 def step(
-    job: Annotated[str, typer.Argument(help="A job file, or the name of a packaged job.")] = "deep300",
+    job: Annotated[
+        str, typer.Argument(help="A job file, or the name of a packaged job.", autocompletion=complete.jobs)
+    ] = "deep300",
     world_size: Annotated[str, typer.Option(help="Numbers of processes; those that are not here are modelled.")] = "1,2,4,8",
     steps: Annotated[int, typer.Option(min=10, help="Steps of each; the first few are not counted.")] = 25,
     sets: Annotated[

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from . import complete
+
 if TYPE_CHECKING:
     from ..config.experiment import Experiment
 
@@ -16,12 +18,19 @@ STORED_TRAIN_IMAGES = {"cifar10": 50_000, "cifar10-jpeg": 50_000, "cifar100": 50
 
 
 def validate(
-    jobs: Annotated[list[str], typer.Argument(metavar="JOB...", help="job files, or names of packaged ones")],
+    jobs: Annotated[
+        list[str], typer.Argument(metavar="JOB...", help="job files, or names of packaged ones", autocompletion=complete.jobs)
+    ],
     sets: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a field, such as epochs=2")
     ] = None,
 ) -> None:
-    """Check job files; every problem is one line, file:line: field: what is wrong, what would be right."""
+    """Check job files; every problem is one line, file:line: field: what is wrong, what would be right.
+
+    \b
+    hpc-cifar validate jobs/mine.yaml slurm/mine.yaml
+    hpc-cifar validate quickstart --set epochs=2
+    """
     from ..config.load import is_profile, load_cluster
     from ..config.messages import shown_path
     from ..config.packaged import find_job
@@ -89,18 +98,29 @@ def summary(experiment: Experiment) -> str:
 
 def schema(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="write to this file instead of the terminal")] = None,
+    as_page: Annotated[
+        bool, typer.Option("--markdown", help="every field of job files, sweep files and profiles, for people")
+    ] = False,
 ) -> None:
-    """Print the JSON Schema of job files; name it in a file's first line as # yaml-language-server: $schema=FILE."""
+    """Print the JSON Schema of job files; name it in a file's first line as # yaml-language-server: $schema=FILE.
+
+    \b
+    hpc-cifar schema --out experiment.schema.json
+    hpc-cifar schema --markdown
+    """
     from .. import files
     from ..config.messages import shown_path
-    from ..config.schema import schema_text
     from ..errors import UsageError
 
+    if as_page:
+        from ..config.reference import markdown as made
+    else:
+        from ..config.schema import schema_text as made
     if out is None:
-        typer.echo(schema_text(), nl=False)
+        typer.echo(made(), nl=False)
         return
     try:
-        files.write_text(out, schema_text())
+        files.write_text(out, made())
     except OSError as error:
         raise UsageError(f"{shown_path(out)}: cannot be written: {error.strerror or error}") from None
     typer.echo(f"wrote {shown_path(out)}")
@@ -116,7 +136,12 @@ def jobs(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="overwrite files that are there")] = False,
 ) -> None:
-    """List the job files and cluster profiles that come with hpc-cifar, or copy them out to change them."""
+    """List the job files and cluster profiles that come with hpc-cifar, or copy them out to change them.
+
+    \b
+    hpc-cifar jobs
+    hpc-cifar jobs quickstart --into my-jobs
+    """
     from ..config.fields import shown
     from ..config.messages import did_you_mean
     from ..config.packaged import cluster_files, headline, job_files

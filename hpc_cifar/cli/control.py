@@ -9,20 +9,34 @@ from typing import Annotated
 
 import typer
 
+from . import complete
+
 RECENT = 20
-RunName = Annotated[str, typer.Argument(help="Run id, unique prefix, job id, path, or last.")]
+RunName = Annotated[str, typer.Argument(help="Run id, unique prefix, job id, path, or last.", autocompletion=complete.runs)]
 
 
 def status(
     run: Annotated[
         str | None,
-        typer.Argument(help="Run id, unique prefix, job or array id, path, or last; all runs without it.", show_default=False),
+        typer.Argument(
+            help="Run id, unique prefix, job or array id, path, or last; all runs without it.",
+            show_default=False,
+            autocompletion=complete.runs,
+        ),
     ] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Look again every few seconds until all have ended.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="A list of objects, one a run.")] = False,
     every: Annotated[float, typer.Option(min=0.2, help="Seconds between looks with --watch.")] = 5.0,
 ) -> None:
-    """Show the state of a run, or of the latest runs."""
+    """Show the state of a run, or of the latest runs.
+
+    \b
+    hpc-cifar status
+    hpc-cifar status last --watch
+    hpc-cifar status 4711 --json
+
+    A run is pending, running, requeued, finished, failed, cancelled, or stopped (with a checkpoint to go on from).
+    """
     from .. import files, runs
     from ..launch.status import statuses
     from . import status_table
@@ -48,19 +62,33 @@ def status(
 
 
 def list_runs(
+    campaign: Annotated[
+        str | None,
+        typer.Option(help="Only runs submitted with that --campaign.", show_default=False, autocompletion=complete.campaigns),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="A list of objects, as of status.")] = False,
 ) -> None:
-    """List every run, oldest first."""
+    """List every run, or those of a campaign, oldest first; of a campaign also mean and spread over seeds and folds.
+
+    \b
+    hpc-cifar list
+    hpc-cifar list --campaign table2
+    """
     from .. import files, runs
     from ..launch.status import statuses
     from . import status_table
 
     root = files.runs_root()
-    seen = statuses(runs.all_runs(root))
+    chosen = runs.all_runs(root) if campaign is None else runs.of_campaign(campaign, root)
+    seen = statuses(chosen)
     if as_json:
         typer.echo(json.dumps([row.as_dict() for row in seen], indent=2))
     elif seen:
         typer.echo("\n".join(status_table.lines_of(seen)))
+        if campaign is not None:
+            from .report import grouped
+
+            typer.echo("\n" + "\n".join(f"{group.title}: {group.verdict.text}" for group in grouped(chosen, seen)))
     else:
         typer.echo(f"no runs in {root}")
 
@@ -70,7 +98,12 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run has ended.")] = False,
     rank: Annotated[int, typer.Option(min=0, help="Whose log.")] = 0,
 ) -> None:
-    """Print what a rank wrote: standard output and standard error of every job of the run, in order."""
+    """Print what a rank wrote: standard output and standard error of every job of the run, in order.
+
+    \b
+    hpc-cifar logs last -f
+    hpc-cifar logs 4711 --rank 3
+    """
     from .. import files, runs
     from ..errors import RunError
     from ..launch import control
@@ -98,12 +131,20 @@ def logs(
 
 
 RunNames = Annotated[
-    list[str] | None, typer.Argument(help="Run ids, unique prefixes, job or array ids, paths, or last.", show_default="last")
+    list[str] | None,
+    typer.Argument(
+        help="Run ids, unique prefixes, job or array ids, paths, or last.", show_default="last", autocompletion=complete.runs
+    ),
 ]
 
 
 def wait(run: RunNames = None) -> None:
-    """Wait until runs have ended; exit code 0 if all finished or were stopped on purpose, 1 if one failed or was cancelled."""
+    """Wait until runs have ended; exit code 0 if all finished or were stopped on purpose, 1 if one failed or was cancelled.
+
+    \b
+    hpc-cifar wait
+    hpc-cifar wait 4711 4712
+    """
     from .. import files, runs
     from ..launch.several import wait_all
 
@@ -116,9 +157,17 @@ def wait(run: RunNames = None) -> None:
 
 
 def cancel(
-    run: Annotated[list[str], typer.Argument(help="Run ids, unique prefixes, job or array ids, paths, or last.")],
+    run: Annotated[
+        list[str],
+        typer.Argument(help="Run ids, unique prefixes, job or array ids, paths, or last.", autocompletion=complete.runs),
+    ],
 ) -> None:
-    """Stop runs for good; each saves a checkpoint first and does not requeue."""
+    """Stop runs for good; each saves a checkpoint first and does not requeue.
+
+    \b
+    hpc-cifar cancel last
+    hpc-cifar cancel 4711_3
+    """
     from .. import files, runs
     from ..launch.several import cancel_all
 
@@ -129,13 +178,20 @@ def cancel(
 
 def resume(
     run: RunNames = None,
-    cluster: Annotated[str | None, typer.Option(help="Another profile than last time.", show_default=False)] = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="Another profile than last time.", show_default=False, autocompletion=complete.clusters)
+    ] = None,
     max_gpu_hours: Annotated[
         float | None, typer.Option(min=0, help="Refuse a job that may use more GPU-hours.", show_default=False)
     ] = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Watch the run to its end and print the result.")] = False,
 ) -> None:
-    """Submit stopped, failed or cancelled runs again: same experiment, same code, from the last checkpoint."""
+    """Submit stopped, failed or cancelled runs again: same experiment, same code, from the last checkpoint.
+
+    \b
+    hpc-cifar resume last --follow
+    hpc-cifar resume 4711 --cluster mine
+    """
     from .. import files, runs
     from ..config.cluster import find_cluster
     from ..errors import HpcCifarError

@@ -51,7 +51,13 @@ def prepare(
 ) -> None:
     """Find or download a dataset, verify it and build its store.
 
-    The source is --archive, else HPC_CIFAR_ARCHIVE, else the store that is there, else the download.
+    \b
+    hpc-cifar prepare cifar10
+    hpc-cifar prepare flowers --archive flowers.tar
+    hpc-cifar prepare --weights torchvision/vgg16
+
+    The source is --archive, else HPC_CIFAR_ARCHIVE, else the store that is there, else the download. Class folders are
+    train/<class>/*.jpg and test/<class>/*.jpg, or PNG.
     """
     from rich.console import Console
 

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from . import complete
+
 if TYPE_CHECKING:
     from ..runs import Run
 
-RunName = Annotated[str, typer.Argument(help="Run id, unique prefix, job id, path, or last.")]
+RunName = Annotated[str, typer.Argument(help="Run id, unique prefix, job id, path, or last.", autocompletion=complete.runs)]
 Which = Annotated[
     str,
     typer.Option("--checkpoint", help="best, latest or such as step-00000391; else what the run reports.", show_default=False),
@@ -33,7 +35,13 @@ def evaluate(
     root: DataRoot = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print evaluation.json.")] = False,
 ) -> None:
-    """Test a trained run: figures by class, calibration, mistakes; PNG and JSON in the run's evaluation folder."""
+    """Test a trained run: figures by class, calibration, mistakes; PNG and JSON in the run's evaluation folder.
+
+    \b
+    hpc-cifar evaluate last --tta
+    hpc-cifar evaluate last --split validation --checkpoint best
+    hpc-cifar evaluate last --feature-maps --image 3
+    """
     from ..errors import UsageError
 
     if split not in ("test", "validation"):
@@ -52,7 +60,7 @@ def evaluate(
         for line in lines_of(result):
             typer.echo(line)
         typer.echo(f"\n{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
-    _mirror(found, result, folder)
+    mirror(found)
 
 
 def lines_of(result: dict[str, Any]) -> list[str]:
@@ -89,21 +97,18 @@ def _find(name: str) -> Run:
     return runs.find(name, files.runs_root())
 
 
-def _mirror(run: Run, result: dict[str, Any], folder: Path) -> None:
-    """Also to W&B, if the run's metrics went there."""
-    from ..track.wandb_run import WandbMirror
+def mirror(run: Run) -> None:
+    """Also to W&B, if the run's metrics go there."""
+    from ..errors import RunError
+    from ..track.sync import sync
+    from ..track.wandb_run import mode
 
-    tracking = run.experiment().tracking
-    known = run.path / "wandb-id"
-    if tracking.wandb == "disabled" or not known.exists():
-        return
     say = partial(typer.echo, err=True)
-    mirror = WandbMirror(tracking, run.path, known.read_text(encoding="utf-8"), run.id, {}, say)
-    mirror.pictures({f"evaluation/{folder.name}-{path.stem}": path for path in sorted(folder.glob("*.png"))})
-    numbers = {name: result[name] for name in ("accuracy", "loss", "top5_accuracy", "ece")} | result["macro"]
-    if "tta" in result:
-        numbers["tta_accuracy"] = result["tta"]["accuracy"]
-    mirror.finish({f"evaluation/{result['split']}_{name}": value for name, value in numbers.items()})
+    if mode(run.experiment().tracking.wandb, say) == "online":
+        try:
+            sync(run, lambda _: True, say)
+        except RunError as error:  # the evaluation is there
+            say(f"{error}; hpc-cifar sync {run.id} uploads later")
 
 
 def export(
@@ -112,7 +117,11 @@ def export(
     checkpoint: Which = "",
     root: DataRoot = None,
 ) -> None:
-    """Write a run's weights with classes and preprocessing as one safetensors file, and check it by loading it back."""
+    """Write a run's weights with classes and preprocessing as one safetensors file, and check it by loading it back.
+
+    \b
+    hpc-cifar export last -o mine.safetensors
+    """
     from .. import files
     from ..errors import UsageError
 

@@ -13,9 +13,9 @@ from typing import Annotated
 
 import typer
 
-from .. import __version__
+from .. import __version__, lifetime
 from ..errors import HpcCifarError
-from . import bench, configure, control, data, evaluate, init, submit, train
+from . import bench, configure, control, data, doctor, drill, evaluate, init, report, submit, sync, train
 
 HELP = """Train CIFAR-10-sized experiments on a Slurm cluster or on this machine.
 
@@ -30,6 +30,8 @@ EXAMPLES = """Examples:
   hpc-cifar status                                 what runs, what has finished
   hpc-cifar logs last -f                           the latest run's log
   hpc-cifar resume last                            continue from its checkpoint
+  hpc-cifar report last                            one page: figures, curves, mistakes
+  hpc-cifar sync last                              to Weights & Biases, afterwards
   torchrun --nproc-per-node 2 -m hpc_cifar train deep300 --max-steps 20
 """
 
@@ -68,6 +70,7 @@ app.command()(configure.validate)
 app.command()(configure.schema)
 app.command()(configure.jobs)
 app.command()(init.init)
+app.command()(doctor.doctor)
 app.command()(submit.submit)
 app.command()(train.train)
 app.command()(control.status)
@@ -78,6 +81,9 @@ app.command()(control.cancel)
 app.command()(control.resume)
 app.command()(evaluate.evaluate)
 app.command()(evaluate.export)
+app.command()(sync.sync)
+app.command()(report.report)
+app.command()(drill.drill)
 app.add_typer(bench.app, name="bench")
 
 
@@ -106,6 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
         said = error.format_message() if hasattr(error, "format_message") else str(error)
         # the words of the checker inside Typer, for a text where a number is needed
         said = re.sub(r"Input should be a valid (\w+), unable to parse .*", r"should be a valid \1", said)
+        said = re.sub(r" ?\(Possible options: (.*)\)", lambda found: f". Did you mean {_either(found[1])}?", said)
         _error(f"{said} (see: hpc-cifar {_command(arguments)}--help)")
         return int(getattr(error, "exit_code", 2))
     except Exception as error:
@@ -115,6 +122,10 @@ def main(arguments: list[str] | None = None) -> int:
         text = str(error).strip().splitlines() or [""]
         _error(f"unexpected {type(error).__name__}: {text[0]} (HPC_CIFAR_DEBUG=1 shows the traceback)")
         return 1
+
+
+def _either(names: str) -> str:
+    return " or ".join(f"'{name}'" for name in names.split(", "))
 
 
 def _command(arguments: list[str]) -> str:
@@ -135,4 +146,6 @@ def _silence() -> None:
 
 def run() -> None:
     """Entry point of the ``hpc-cifar`` command."""
-    sys.exit(main())
+    code = main()
+    lifetime.leave_soon(code)
+    sys.exit(code)

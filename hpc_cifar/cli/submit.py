@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import datetime
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from . import complete
+
 if TYPE_CHECKING:
     from ..config.cluster import Cluster
-    from ..config.expand import Element
+    from ..config.expand import Element, Point
     from ..config.experiment import Experiment
     from ..launch.submit import Submitted
 
-Text = Annotated[str | None, typer.Option(show_default=False)]
-
 
 def submit(
-    job: Annotated[list[str], typer.Argument(help="Job files, or names of packaged jobs such as quickstart.")],
+    job: Annotated[
+        list[str], typer.Argument(help="Job files, or names of packaged jobs such as quickstart.", autocompletion=complete.jobs)
+    ],
     cluster: Annotated[
         str | None,
-        typer.Option(help="Profile: a name, a file, or local. HPC_CIFAR_CLUSTER, else what is here.", show_default=False),
+        typer.Option(
+            help="Profile: a name, a file, or local. HPC_CIFAR_CLUSTER, else what is here.",
+            show_default=False,
+            autocompletion=complete.clusters,
+        ),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print plan, budget and the exact sbatch script; submit nothing.")
@@ -34,6 +42,12 @@ def submit(
     ] = None,
     kfold: Annotated[
         int | None, typer.Option(min=2, help="Run each file K times, another fold held out each time.", show_default=False)
+    ] = None,
+    sweep: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Try the values of a sweep file, a run for each.", show_default=False)
+    ] = None,
+    campaign: Annotated[
+        str | None, typer.Option(help="Name of what these runs are part of, for list, report and W&B.", show_default=False)
     ] = None,
     array_limit: Annotated[
         int | None,
@@ -49,13 +63,17 @@ def submit(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Watch the run to its end and print the result.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects with run, job_id and path.")] = False,
     parsable: Annotated[bool, typer.Option("--parsable", help="Print run and job id, tab-separated.")] = False,
-    partition: Text = None,
-    account: Text = None,
-    qos: Text = None,
-    constraint: Text = None,
-    exclude: Text = None,
-    nodes: Annotated[int | None, typer.Option(min=1, show_default=False)] = None,
-    gpus_per_node: Annotated[int | None, typer.Option(min=0, show_default=False)] = None,
+    partition: Annotated[str | None, typer.Option(help="Slurm's; not the profile's.", show_default=False)] = None,
+    account: Annotated[str | None, typer.Option(help="Whose budget pays.", show_default=False)] = None,
+    qos: Annotated[str | None, typer.Option(help="Quality of service.", show_default=False)] = None,
+    constraint: Annotated[
+        str | None, typer.Option(help="Features that nodes must have, such as a100|h100.", show_default=False)
+    ] = None,
+    exclude: Annotated[str | None, typer.Option(help="Nodes not to use, such as n1,n[3-5].", show_default=False)] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Not the job file's number.", show_default=False)] = None,
+    gpus_per_node: Annotated[
+        int | None, typer.Option(min=0, help="Not the job file's number; 0 trains on processors.", show_default=False)
+    ] = None,
     time: Annotated[str | None, typer.Option(metavar="HH:MM:SS", help="Time limit of one job.", show_default=False)] = None,
 ) -> None:
     """Submit job files to Slurm, or run them on this machine with --cluster local.
@@ -64,7 +82,8 @@ def submit(
     hpc-cifar submit quickstart --cluster local --follow
     hpc-cifar submit jobs/deep300.yaml --dry-run
     hpc-cifar submit deep300 --partition gpu --time 02:00:00 --set optimizer.lr=0.01
-    hpc-cifar submit jobs/*.yaml --seeds 10 --array-limit 8
+    hpc-cifar submit deep300 --sweep sweep.yaml --array-limit 4
+    hpc-cifar submit jobs/*.yaml --seeds 10 --array-limit 8 --campaign table2
     """
     from .. import files
     from ..config.cluster import with_overrides
@@ -76,19 +95,25 @@ def submit(
         raise UsageError("--json, --parsable and --follow: use one of them")
     if dry_run and (as_json or parsable or follow or wait):
         raise UsageError("--dry-run submits nothing: leave out --json, --parsable, --follow and --wait")
-    experiments = [
-        with_resources(experiment, nodes=nodes, gpus_per_node=gpus_per_node, time=time)
-        for experiment in _load([find_job(name) for name in job], sets or [])
-    ]
     root, data_root = files.runs_root(), files.data_root()
-    experiments = _with_weights(experiments, data_root, dry_run)
-    elements = expand(experiments, seeds=seeds, folds=kfold)
+    if sweep is not None and campaign is None:
+        campaign = f"{sweep.stem}-{datetime.datetime.now(datetime.UTC):%Y%m%d-%H%M%S}"
+    changes = [*(sets or []), *([f"tracking.group={json.dumps(campaign, ensure_ascii=False)}"] if campaign is not None else [])]
+    paths = [find_job(name) for name in job]
+    elements = []
+    for label, point, more in _points(sweep, paths, changes, bool(seeds or kfold)):
+        experiments = [
+            with_resources(experiment, nodes=nodes, gpus_per_node=gpus_per_node, time=time)
+            for experiment in _load(paths, [*changes, *more])
+        ]
+        experiments = _with_weights(experiments, data_root, dry_run)
+        elements += expand(experiments, seeds=seeds, folds=kfold, label=label, point=point)
     chosen = with_overrides(
-        _cluster(cluster, dry_run),
+        chosen_cluster(cluster, dry_run),
         partition=partition, account=account, qos=qos, constraint=constraint, exclude=exclude,
     )  # fmt: skip
     if dry_run:
-        if len(elements) == 1:
+        if len(elements) == 1 and sweep is None:
             _print_preview(elements[0], chosen, root, data_root, max_gpu_hours, after or [])
         else:
             _print_previews(elements, chosen, root, data_root, max_gpu_hours, array_limit, after or [])
@@ -98,12 +123,35 @@ def submit(
         done += made
         _print_submitted(made, chosen, quiet=as_json, parsable=parsable)
     if as_json:
-        import json
-
         rows = [_row(made) for made in done]
         typer.echo(json.dumps(rows, indent=2))
     if follow or wait:
         _watch(done, follow=follow)
+
+
+def _points(
+    file: Path | None, paths: list[Path], changes: list[str], several: bool
+) -> list[tuple[str, Point | None, list[str]]]:
+    """Label, place in the sweep and ``--set`` changes of each of its points; one that changes nothing without a sweep."""
+    if file is None:
+        return [("", None, [])]
+    from ..config.load import load_sweep
+    from ..config.sweep import as_sets
+    from ..errors import UsageError
+    from ..launch.sweep import points
+
+    loaded = load_sweep(file)
+    if several and (loaded.method == "bayes" or loaded.prune):
+        why = "its runs choose their own values" if loaded.method == "bayes" else "those given up would be missing in the means"
+        raise UsageError(f"--seeds and --kfold do not go with this sweep: {why}; use them with the winner")
+    for corner in loaded.corners():
+        for experiment in _load(paths, [*changes, *as_sets(corner)]):
+            if experiment.data.validation == "test":
+                said = "a sweep would choose by the test set, since data.validation is test"
+                raise UsageError(f"{experiment.name}: {said}; add --set data.validation=0.1")
+    found = points(loaded)
+    width = len(str(len(found) - 1))
+    return [(f"t{one.number:0{width}}", one, as_sets(one.values or {})) for one in found]
 
 
 def _load(paths: list[Path], sets: list[str]) -> list[Experiment]:
@@ -156,7 +204,7 @@ def with_resources(experiment: Experiment, **changes: Any) -> Experiment:
         raise UsageError(f"--{field.rpartition('.')[2].replace('_', '-')}: {message}") from None
 
 
-def _cluster(name: str | None, dry_run: bool) -> Cluster:
+def chosen_cluster(name: str | None, dry_run: bool) -> Cluster:
     from ..config.cluster import find_cluster
     from ..launch.submit import have_sbatch
 
@@ -177,7 +225,7 @@ def _submitted(
     from ..launch import submit as launch
     from ..launch import submit_many
 
-    if len(elements) == 1:
+    if len(elements) == 1 and elements[0].point is None:
         [one] = elements
         yield [
             launch.submit(

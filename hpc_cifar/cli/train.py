@@ -6,16 +6,18 @@ The same command starts a run and continues it: its directory is named after the
 from __future__ import annotations
 
 import contextlib
-import gc
 import hashlib
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from .. import lifetime
+from . import complete
 
 if TYPE_CHECKING:
     from ..config.experiment import Experiment
@@ -27,7 +29,9 @@ VISIBLE_S = 60.0  # for a new run directory to appear on the other nodes of a sl
 
 
 def train(
-    job: Annotated[str, typer.Argument(help="A job file, or the name of a packaged job such as quickstart.")],
+    job: Annotated[
+        str, typer.Argument(help="A job file, or the name of a packaged job such as quickstart.", autocompletion=complete.jobs)
+    ],
     sets: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a field, such as optimizer.lr=0.1.")
     ] = None,
@@ -39,6 +43,7 @@ def train(
         int | None, typer.Option(min=1, help="Stop at this step of the whole run.", show_default=False)
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over; a run of this name is set aside.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Go on with another experiment than the run began with.")] = False,
     data: Annotated[
         Path | None, typer.Option(help="Folder of prepared datasets; HPC_CIFAR_DATA, else ./data.", show_default=False)
     ] = None,
@@ -67,14 +72,14 @@ def train(
 
     if _whole("LOCAL_RANK", 0) == 0:
         launch_job.read_ahead(Run(root / name), data_root, experiment)
-    gc.disable()  # as in launch/job.py
+    lifetime.collect_later()
     from ..train.distributed import connected
     from ..train.loop import train as train_run
     from ..train.loop import wants_gpu
 
     stages.done("imports")
     with _collecting_afterwards(), connected(wants_gpu(experiment)) as world:
-        found, segment = _agree(world, root, name, experiment, data_root, fresh=fresh)
+        found, segment = _agree(world, root, name, experiment, data_root, fresh=fresh, force=force)
         if world.share(found.finished()):
             if world.main:
                 _print_result(found, "finished already; --fresh starts over")
@@ -124,7 +129,7 @@ def _collecting_afterwards() -> Iterator[None]:
     try:
         yield
     finally:
-        gc.enable()
+        lifetime.collect_again()
 
 
 def _check_ranks() -> None:
@@ -141,7 +146,9 @@ def _check_ranks() -> None:
         raise UsageError(f"RANK={rank}, WORLD_SIZE={world}: ranks count from 0 to WORLD_SIZE - 1, as torchrun sets them")
 
 
-def _agree(world: World, root: Path, name: str, experiment: Experiment, data_root: Path, *, fresh: bool) -> tuple[Run, str]:
+def _agree(
+    world: World, root: Path, name: str, experiment: Experiment, data_root: Path, *, fresh: bool, force: bool
+) -> tuple[Run, str]:
     """The run directory, which rank 0 finds or makes, and a name for this stretch of the run.
 
     If rank 0 cannot, it says why, and the others leave without a word.
@@ -153,7 +160,8 @@ def _agree(world: World, root: Path, name: str, experiment: Experiment, data_roo
     try:
         if world.main:
             local_world = world.local_size
-            found = _find_or_create(root, name, experiment, data_root, fresh=fresh, world=world.size, local_world=local_world)
+            options: dict[str, Any] = {"fresh": fresh, "force": force, "world": world.size, "local_world": local_world}
+            found = _find_or_create(root, name, experiment, data_root, **options)
             told = found.id, f"train-{secrets.token_hex(4)}"
     finally:
         told = world.share(told)  # also when it failed: the others wait for it
@@ -173,14 +181,14 @@ def _agree(world: World, root: Path, name: str, experiment: Experiment, data_roo
 
 
 def _find_or_create(
-    root: Path, name: str, experiment: Experiment, data_root: Path, *, fresh: bool, world: int, local_world: int
+    root: Path, name: str, experiment: Experiment, data_root: Path, *, fresh: bool, force: bool, world: int, local_world: int
 ) -> Run:
     from .. import runs
     from ..errors import RunError
     from ..launch import provenance
     from ..launch import submit as launch
     from ..launch.status import is_live, status
-    from ..launch.weights import with_weights, without_weights
+    from ..launch.weights import with_weights
     from ..plan import make_plan
 
     found = runs.named(root, name)
@@ -196,14 +204,52 @@ def _find_or_create(
         typer.echo(f"{found.id}: starting over; the run so far is now {aside.name}")
         exists = False
     placement, notes = _placement(experiment, world, local_world)
+
+    def planned() -> tuple[Experiment, dict[str, Any]]:
+        stored = launch.checked_train_images(experiment, data_root)
+        [weighted] = with_weights([experiment], data_root)
+        return weighted, make_plan(weighted, placement, stored, notes).as_dict()
+
     if exists:
-        if runs.experiment_text(without_weights(found.experiment())) != runs.experiment_text(without_weights(experiment)):
-            raise RunError(f"{found.id} trains another experiment; use --fresh to start over or --name with another name")
+        _go_on_as(found, experiment, planned, force=force)
         return found
-    stored = launch.checked_train_images(experiment, data_root)
-    [experiment] = with_weights([experiment], data_root)
-    plan = make_plan(experiment, placement, stored, notes)
-    return runs.create(root, name, experiment, plan.as_dict(), provenance.collect())
+    return runs.create(root, name, *planned(), provenance.collect())
+
+
+def _go_on_as(
+    found: Run, experiment: Experiment, planned: Callable[[], tuple[Experiment, dict[str, Any]]], *, force: bool
+) -> None:
+    """Have a run go on with what its job file says now, if that makes the same updates, or by force.
+
+    Raises:
+        RunError: it would make others; the message names the fields.
+    """
+    from .. import files, runs
+    from ..config.difference import differences, matters
+    from ..config.fields import shown
+    from ..errors import RunError
+    from ..launch.status import status
+    from ..launch.weights import without_weights
+
+    changed = differences(without_weights(found.experiment()), without_weights(experiment))
+    if not changed:
+        return
+    said = [f"{name}: {shown(before)} -> {shown(now)}" for name, (before, now) in changed.items()]
+    important = [words for (name, values), words in zip(changed.items(), said, strict=True) if matters(name, *values)]
+    if important and not force:
+        raise RunError(
+            f"{found.id} was begun with another experiment ({'; '.join(important)}); --fresh starts over, --name NAME begins "
+            "another run, --force goes on from its checkpoint all the same"
+        )
+    seen = status(found)
+    if not seen.ended:  # on another host, perhaps, where it would read this the next time it begins
+        raise RunError(
+            f"{found.id} is {seen.state}{f' ({seen.reason})' if seen.reason else ''}: its job file cannot change now"
+        )
+    experiment, plan = planned()
+    files.write_json(found.path / "plan.json", plan)
+    files.write_text(found.experiment_file, runs.experiment_text(experiment))
+    typer.echo(f"{found.id}: goes on with {'; '.join(said)}")
 
 
 def _placement(experiment: Experiment, world: int, local_world: int) -> tuple[Placement, tuple[str, ...]]:

@@ -61,49 +61,77 @@ class Cluster(Model):
     """One site: the executor, what every request carries, and how jobs are prepared and stopped there."""
 
     name: str
+    """The profile is called what its file is called; this need not be written."""
     executor: Literal["slurm", "local"] = "slurm"
+    """``slurm``, or this machine without a scheduler."""
     description: Line = ""
+    """One line, for ``hpc-cifar jobs`` and ``validate``."""
 
     # Where jobs go. The command line overrides these one by one.
     partition: Word | None = None
+    """Partition; the site's default without it. ``--partition`` overrides it."""
     account: Word | None = None
+    """Account; ``--account`` overrides it."""
     qos: Word | None = None
+    """Quality of service; ``--qos`` overrides it."""
     constraint: Constraint | None = None
+    """Features of nodes, joined by & or |; ``--constraint`` overrides it."""
     exclude: Hosts | None = None
+    """Nodes to leave out; ``--exclude`` overrides it."""
     nodelist: Hosts | None = None
+    """Nodes that a job must have."""
 
     # How GPUs are asked for, and what a node has.
     gpu_request: Literal["gpus_per_node", "gres", "none"] = "gpus_per_node"
+    """``--gpus-per-node=N``, ``--gres=gpu:N``, or no GPUs asked for."""
     gpu_type: Annotated[str, Field(max_length=64), AfterValidator(_gpu_type)] | None = None
+    """Such as ``a100``: ``--gpus-per-node=a100:8``."""
     gpus_per_node_available: Annotated[Whole, Field(ge=0, le=64)] | None = None
+    """GPUs of a node. A job that asks for more is refused; where it is 0, it gets CPU processes instead."""
     cpus_per_process: Annotated[Count, Field(le=1024)] | None = None
+    """CPUs of each process, where the job file does not say."""
     memory_gib_per_node: Positive | None = None
+    """Memory of a node, where the job file does not say; the site's default without it."""
     exclusive: Flag = False
+    """Whole nodes, even for a job that needs less."""
 
     # What happens before the program starts.
     modules: tuple[Annotated[str, Field(max_length=256), AfterValidator(_module)], ...] = ()
+    """Loaded in this order before the program starts."""
     setup: tuple[Line, ...] = ()
+    """Shell lines, after the modules."""
     environment: dict[str, Line] = Field(default_factory=dict)
+    """Variables of the jobs; keys and tokens are refused."""
     python: Annotated[str, Field(max_length=1024), AfterValidator(_python)] | None = None
+    """The interpreter of the jobs; that which submits without it, and ``python3`` in a container."""
     container: Container | None = None
+    """The container that jobs run in."""
 
     # What a job does on its nodes before it trains.
     scratch: Annotated[str, Field(max_length=1024), AfterValidator(_scratch)] | None = None
+    """Folder on a node's own disk, such as ``$TMPDIR`` or ``/dev/shm``: nodes train from a verified copy of the data there."""
     preflight: Flag = True
+    """Check every node before training; a bad one is named and excluded, and the job requeued once."""
     preflight_timeout_s: Annotated[Whole, Field(ge=2, le=3600)] = DEFAULT_PREFLIGHT_S
+    """How long nodes wait for each other in these checks."""
 
     # How jobs end.
     max_time: Duration | None = None
+    """The longest job, in quotes. A time limit above it is cut to it."""
     signal_delay_s: Annotated[Whole, Field(ge=5, le=3600)] = 120
+    """How long before the time limit Slurm warns a job; enough to save a checkpoint."""
     requeue: Flag = True
-    # Follow-up jobs that wait behind the first (afterany), for sites whose nodes have no scontrol or that forbid requeueing.
-    # Each continues the run; once it has finished they end at once.
+    """Jobs may go back to the queue, and do so by themselves."""
     chain_links: Annotated[Whole, Field(ge=0, le=100)] = 0
+    """Jobs that wait behind the first (afterany) and continue the run, where jobs cannot requeue themselves."""
     preemptible: Flag = False
+    """Where a job cannot ask Slurm, it takes a SIGTERM for a preemption, not for ``scancel``."""
 
     # What this model has no field for.
     sbatch_extra: dict[str, Flag | Whole | Line] = Field(default_factory=dict)
+    """Any other sbatch option, without the dashes: ``{reservation: course}``."""
     srun_args: tuple[Annotated[str, Field(max_length=1024), AfterValidator(_option)], ...] = ()
+    """Any other srun option, with its dashes."""
 
     @field_validator("name")
     @classmethod

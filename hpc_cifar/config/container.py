@@ -40,9 +40,13 @@ class Container(Model):
     """
 
     runtime: Literal["apptainer", "singularity", "pyxis", "none"]
+    """What starts it; ``none`` is as good as no container at all."""
     image: Annotated[str, Field(max_length=1024), AfterValidator(_image)] | None = None
+    """An absolute path, or an address such as ``docker://NAME:TAG``."""
     binds: tuple[Annotated[str, Field(max_length=2048), AfterValidator(_bind)], ...] = ()
+    """Folders it sees beside the run and the datasets: ``SOURCE``, ``SOURCE:TARGET`` or ``SOURCE:TARGET:ro``."""
     args: tuple[Option, ...] = ()
+    """Options of ``apptainer exec``, or of pyxis (``--container-...``)."""
 
     @model_validator(mode="after")
     def _fits_the_runtime(self) -> Container:

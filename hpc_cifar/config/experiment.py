@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from .fields import Count, Duration, Model, Positive, Real, Whole, matching, shown
+from .fields import Count, Duration, Flag, Model, Positive, Real, Whole, matching, shown
 from .layers import all_layers
 from .model import ModelConfig, PretrainedModel
 from .optimization import LARS, AdamW, Constant, Fraction, Muon, Optimizer, Plateau, ScheduleConfig, Staged, Step
@@ -32,23 +32,24 @@ _dataset = matching(r"[a-z0-9][a-z0-9_-]{0,31}", "1 to 32 lower-case letters, di
 
 
 class Augment(Model):
-    """Pad, crop, flip, cut out, rotate and shift; every draw is a function of (seed, epoch, sample index).
-
-    ``padding_value`` is the raw pixel value, 0 to 255, one for all channels or one each, of ``padding_mode: constant``.
-    ``flip: alternating`` mirrors every image in every other epoch. The rotation is up to so many degrees either way, the shift
-    up to that fraction of the size, both ways, in both directions or ``[vertical, horizontal]``. They interpolate, on the
-    device, after all else, and ``warp_fill`` is what comes into view: the nearest pixel, a reflection (which repeats the edge,
-    as that of the padding does not), or black.
-    """
+    """Random changes of training images; every draw is a function of (seed, epoch, sample index)."""
 
     crop_padding: Annotated[Whole, Field(ge=0, le=256)] = 0
+    """Pixels added on every side before a crop of the old size at a random place; 0 is no crop."""
     padding_mode: Literal["zero", "reflect", "constant"] = "zero"
+    """What the border is made of; ``reflect`` does not repeat the edge."""
     padding_value: RawValue | Annotated[tuple[RawValue, ...], Field(min_length=1, max_length=4)] = 0
+    """Raw pixel value, 0 to 255, of ``padding_mode: constant``: one for all channels, or a list of one each."""
     flip: Literal["none", "random", "alternating"] = "none"
+    """Mirror left to right: ``random`` about half of the images, ``alternating`` every image in every other epoch."""
     cutout: Annotated[Whole, Field(ge=0, le=256)] = 0
+    """Side in pixels of a black square at a random place; 0 is none."""
     rotation_degrees: Annotated[Real, Field(ge=0, le=180)] = 0.0
+    """Rotate by up to so many degrees either way. Rotation and shift interpolate, after all else, on the device."""
     shift_fraction: Fraction | Annotated[tuple[Fraction, ...], Field(min_length=2, max_length=2)] = 0.0
+    """Shift by up to that fraction of the size, both ways; a list is ``[vertical, horizontal]``."""
     warp_fill: Literal["nearest", "reflect", "black"] = "nearest"
+    """What rotations and shifts bring into view: the nearest pixel, a reflection (which repeats the edge), or black."""
 
     @model_validator(mode="after")
     def _value_of_constant_padding(self) -> Augment:
@@ -76,28 +77,32 @@ class Augment(Model):
 
 
 class Data(Model):
-    """Which images, in which batches. ``batch_size`` is global: all ranks together. ``validation`` is the share of the training
-    images held out, or ``test`` to repeat a source that validated on the test images. With ``folds: K``, one of the K parts of
-    a stratified split of the training images is held out instead of that share: the one with the number ``fold``, from 0.
-    ``train_images`` trains on so many of the rest only, of each class its share.
-
-    All pipelines deliver the same pixels; ``auto`` takes the fastest that can run. ``workers`` are threads of ``ffcv`` and
-    ``dali``, as many as the rank has processors unless a number says fewer; for ``reference`` they are processes, two unless a
-    number says else.
-    """
+    """Which images, in which batches."""
 
     dataset: Annotated[str, AfterValidator(_dataset)] = "cifar10"
+    """A prepared dataset: ``cifar10``, ``cifar100``, ``digits``, or the name under which ``prepare`` took class folders."""
     pipeline: Literal["auto", "resident", "ffcv", "dali", "reference"] = "auto"
+    """What delivers the images. All deliver the same pixels; ``auto`` takes the fastest that can run."""
     batch_size: Annotated[Count, Field(le=1_000_000)]
+    """Images of one step over all processes together."""
     micro_batch_size: Count | None = None
+    """Most images of one forward pass of a process; a larger share is done in parts, for the same update."""
     validation: Literal["test"] | Annotated[Real, Field(gt=0, lt=1)] = 0.1
+    """Share of the training images held out; or ``test``, to repeat a source that validated on the test images."""
     train_images: Count | None = None
+    """Train on so many of the images that are not held out, of each class its share; without it on all."""
     split_seed: Annotated[Whole, Field(ge=0, lt=2**63)] = 0
+    """Seed of the split into training and validation images."""
     folds: Annotated[Whole, Field(ge=2, le=1000)] | None = None
+    """Cut the training images into so many stratified parts and hold one out, instead of a share."""
     fold: Annotated[Whole, Field(ge=0)] | None = None
+    """Number of the part that is held out, from 0; ``submit --kfold`` runs them all."""
     augment: Augment = Augment()
+    """Random changes of training images."""
     normalize: Literal["mean_std", "zero_one"] = "mean_std"
+    """By mean and standard deviation of the training images, by channel; or pixels from 0 to 1 as they are."""
     workers: Literal["auto"] | Annotated[Whole, Field(ge=0, le=256)] = "auto"
+    """Threads of ``ffcv`` and ``dali``, by default the processors of a process; processes of ``reference``, by default 2."""
 
     @model_validator(mode="after")
     def _one_of_the_folds(self) -> Data:
@@ -115,29 +120,41 @@ class Data(Model):
 
 
 class Tracking(Model):
-    """Weights & Biases; a missing login or network never stops a run."""
+    """Weights & Biases; a missing login, network or server never stops a run."""
 
     wandb: Literal["online", "offline", "disabled"] = "disabled"
+    """``online`` uploads while the job runs; ``offline`` and ``disabled`` leave it to ``hpc-cifar sync``."""
     project: Annotated[str, Field(min_length=1, max_length=128)] = "hpc-cifar"
+    """Project in W&B."""
     entity: str | None = None
+    """User or team in W&B; the login's default without it."""
     group: Annotated[str, Field(max_length=128)] | None = None
+    """Campaign of the run: W&B's group, ``report --campaign``, ``list --campaign``; ``submit --campaign`` sets it."""
     tags: tuple[Annotated[str, Field(min_length=1, max_length=64)], ...] = ()
+    """Tags in W&B."""
+    alerts: Flag = False
+    """A message by W&B when the run has finished or failed."""
+    artifact: Flag = False
+    """Keep the selected checkpoint of a finished run in W&B, too."""
 
 
 class Resources(Model):
-    """What one run asks for. ``processes_per_node`` is for CPU runs; with GPUs there is one process a GPU.
-
-    A run whose step takes longer than ``hang_timeout_s`` (and ten times its slowest step so far) counts as hung and is
-    restarted from its last checkpoint; null switches that off.
-    """
+    """What one run asks for."""
 
     nodes: Annotated[Count, Field(le=10_000)] = 1
+    """Nodes."""
     gpus_per_node: Annotated[Whole, Field(ge=0, le=64)] = 0
+    """GPUs of each node, with one process each; 0 is a run on CPUs."""
     processes_per_node: Annotated[Count, Field(le=1024)] | None = None
+    """Processes of each node of a run on CPUs: 1 on Slurm, 2 on this machine without it."""
     cpus_per_process: Annotated[Count, Field(le=1024)] | None = None
+    """CPUs of each process; what the profile says without it."""
     memory_gib_per_node: Positive | None = None
+    """Memory of each node; what the profile says without it."""
     time: Duration = "01:00:00"
+    """Time limit of one job, in quotes. A run that needs more goes on in another job."""
     hang_timeout_s: Positive | None = 45.0
+    """A step that takes longer than this, and ten times the slowest so far, is a hang; the run restarts. null: never."""
 
     @model_validator(mode="after")
     def _one_process_a_gpu(self) -> Resources:
@@ -150,37 +167,61 @@ class Resources(Model):
 
 
 class Claim(Model):
-    """The source's own figures, kept beside the job so that a report can compare. Accuracies are fractions of 1."""
+    """The source's own figures, which a report puts beside what was measured. Accuracies are fractions of 1."""
 
     source: str
+    """Where the figures come from."""
     inferred: tuple[str, ...] = ()
+    """What the source leaves open, and this file decides."""
     note: str | None = None
+    """Anything else that a reader should know."""
     train_accuracy: Annotated[Real, Field(ge=0, le=1)] | None = None
+    """Claimed accuracy on the training images."""
     train_loss: Annotated[Real, Field(ge=0)] | None = None
+    """Claimed loss on the training images."""
     val_accuracy: Annotated[Real, Field(ge=0, le=1)] | None = None
+    """Claimed accuracy on the validation images."""
     val_loss: Annotated[Real, Field(ge=0)] | None = None
+    """Claimed loss on the validation images."""
     test_accuracy: Annotated[Real, Field(ge=0, le=1)] | None = None
+    """Claimed accuracy on the test images."""
     test_loss: Annotated[Real, Field(ge=0)] | None = None
+    """Claimed loss on the test images."""
     epochs: Count | None = None
+    """Epochs that the source trained for."""
     hours: Positive | None = None
+    """Hours that its training took."""
 
 
 class Experiment(Model):
     """One experiment file."""
 
     name: str
+    """Names the run's folder and its Slurm job: 1 to 64 letters, digits, ``.``, ``_`` or ``-``, a letter or digit first."""
     seed: Annotated[Whole, Field(ge=0, lt=2**63)] = 0
+    """Of weights, order of images, augmentation and dropout."""
     epochs: Annotated[Count, Field(le=1_000_000)]
+    """Passes over the training images."""
     model: ModelConfig
+    """The network."""
     data: Data
+    """Images and batches."""
     optimizer: Optimizer
+    """How weights are updated."""
     schedule: ScheduleConfig = Constant(name="constant")
+    """How the rate changes during the run."""
     loss: Loss = Loss()
+    """What is minimised."""
     training: Training = Training()
+    """How a step is computed."""
     checkpoint: Checkpoint = Checkpoint()
+    """What is saved, and which weights count."""
     tracking: Tracking = Tracking()
+    """Weights & Biases."""
     resources: Resources = Resources()
+    """Nodes, processes and time."""
     claim: Claim | None = None
+    """Figures of a published source."""
 
     @field_validator("name")
     @classmethod
@@ -214,11 +255,8 @@ class Experiment(Model):
     def _a_graph_decides_nothing_on_the_host(self) -> Experiment:
         if self.training.graph is not True:
             return self
-        if isinstance(self.optimizer, Muon | LARS) or self.optimizer.lookahead is not None:
-            name = self.optimizer.name if isinstance(self.optimizer, Muon | LARS) else "lookahead"
-            raise ValueError(
-                f"training.graph: {name} counts its steps and rates on the host; use sgd, adam or adamw without lookahead"
-            )
+        if isinstance(self.optimizer, Muon | LARS):
+            raise ValueError(f"training.graph: {self.optimizer.name} keeps its rates on the host; use sgd, adam or adamw")
         if self.training.gradient_sync == "ddp":
             raise ValueError(
                 "training.graph: gradient_sync: ddp changes its buckets after the first step; use gradient_sync: flat"

@@ -20,24 +20,27 @@ Penalty = Annotated[Real, Field(ge=0)]
 
 
 class Conv(Model):
-    """2-d convolution; ``padding: same`` keeps height and width at stride 1 (kernel must be odd), ``valid`` pads nothing.
-
-    ``l2`` times the sum of the squared weights is added to the loss, as Keras' ``kernel_regularizer=l2(...)``; reported losses
-    are without it. ``max_norm`` is the largest length of a filter's weights, kept after every update (Srivastava et al. 2014).
-    ``init: whiten`` (first layer only) begins with the main directions of the training images' patches, both signs of each.
-    With ``fixed_weights`` the weights stay as they begin and only the bias is trained.
-    """
+    """2-d convolution."""
 
     type: Literal["conv"]
     filters: Size
+    """Output channels."""
     kernel: Annotated[Size, Field(le=64)] = 3
+    """Side of the kernel."""
     stride: Annotated[Size, Field(le=64)] = 1
+    """Step of the kernel."""
     padding: Literal["same", "valid"] | Annotated[Whole, Field(ge=0, le=64)] = "same"
+    """``same`` keeps height and width at stride 1 (the kernel must be odd), ``valid`` pads nothing; or pixels a side."""
     bias: Flag = True
+    """Whether there is a bias."""
     l2: Penalty = 0.0
+    """Times the sum of the squared weights, added to the loss as Keras' ``l2(...)`` does; reported losses are without it."""
     max_norm: Positive | None = None
+    """Largest length of a filter's weights, kept after every update (Srivastava et al. 2014)."""
     init: Literal["model", "whiten"] = "model"
+    """``whiten`` (first layer only) begins with the main directions of the training images' patches, both signs of each."""
     fixed_weights: Flag = False
+    """The weights stay as they begin, and only the bias is trained."""
 
     @model_validator(mode="after")
     def _nothing_changes_fixed_weights(self) -> Conv:
@@ -47,38 +50,45 @@ class Conv(Model):
 
 
 class Dense(Model):
-    """Fully connected layer on a flat input; ``l2`` and ``max_norm`` (of each unit's weights) as for ``conv``."""
+    """Fully connected layer on a flat input."""
 
     type: Literal["dense"]
     units: Size
+    """Outputs."""
     bias: Flag = True
+    """Whether there is a bias."""
     l2: Penalty = 0.0
+    """As for ``conv``."""
     max_norm: Positive | None = None
+    """Largest length of a unit's weights, as for ``conv``."""
 
 
 class BatchNorm(Model):
-    """Batch normalisation; ``momentum`` is the share of the old running statistics (Keras) that is kept. Without ``scale`` its
-    factor stays 1.
-    """
+    """Batch normalisation."""
 
     type: Literal["batch_norm"]
     momentum: Small = 0.9
+    """Share of the old running statistics that is kept (Keras)."""
     eps: Small = 1e-5
+    """Added to the variance."""
     scale: Flag = True
+    """Whether it has a factor that is trained."""
 
 
 class MaxPool(Model):
-    """Largest value of each ``size`` x ``size`` square; a rest at the edge is dropped."""
+    """Largest value of each square; a rest at the edge is dropped."""
 
     type: Literal["max_pool"]
     size: Annotated[Size, Field(le=64)] = 2
+    """Side of the square."""
 
 
 class AvgPool(Model):
-    """Mean of each ``size`` x ``size`` square; a rest at the edge is dropped."""
+    """Mean of each square; a rest at the edge is dropped."""
 
     type: Literal["avg_pool"]
     size: Annotated[Size, Field(le=64)] = 2
+    """Side of the square."""
 
 
 class GlobalMaxPool(Model):
@@ -94,20 +104,21 @@ class GlobalAvgPool(Model):
 
 
 class Dropout(Model):
-    """Zeroes a share ``rate`` of the values in training."""
+    """Zeroes some values in training."""
 
     type: Literal["dropout"]
     rate: Rate
+    """Share of the values."""
 
 
 class DropBlock(Model):
-    """Zeroes squares of ``size`` x ``size`` values (odd) in training, a share ``rate`` of all, and scales the rest up
-    (Ghiasi et al. 2018).
-    """
+    """Zeroes squares of values in training and scales the rest up (Ghiasi et al. 2018)."""
 
     type: Literal["drop_block"]
     rate: Rate
+    """Share of the values."""
     size: Annotated[Size, Field(le=63)] = 3
+    """Side of a square, odd."""
 
     @field_validator("size")
     @classmethod
@@ -152,8 +163,11 @@ class APTx(Model):
 
     type: Literal["aptx"]
     alpha: Real = 1.0
+    """See there."""
     beta: Real = 1.0
+    """See there."""
     gamma: Real = 0.5
+    """See there."""
 
 
 PlainLayer = (
@@ -192,13 +206,13 @@ InnerLayer = Annotated[Annotated[PlainLayer, Field(discriminator="type")], Befor
 
 
 class Residual(Model):
-    """The sum of what ``layers`` and ``shortcut`` make of the same input (He et al. 2016). Without a shortcut the input itself
-    is added. Blocks do not contain blocks.
-    """
+    """The sum of what two lists of layers make of the same input (He et al. 2016). Blocks do not contain blocks."""
 
     type: Literal["residual"]
     layers: Annotated[tuple[InnerLayer, ...], Field(min_length=1, max_length=100)]
+    """The first list."""
     shortcut: Annotated[tuple[InnerLayer, ...], Field(max_length=100)] = ()
+    """The second one; the input itself is added without it."""
 
 
 AnyLayer = PlainLayer | Residual

@@ -21,6 +21,7 @@ from .messages import Place, Problem, shown_key, shown_path
 from .model import ModelConfig, PretrainedModel, SequentialModel
 from .shapes import CIFAR_INPUT, ShapeError, check_layers
 from .source import MAX_DEPTH, Node, parse, read_text
+from .sweep import Sweep
 
 SET = "--set"
 
@@ -43,6 +44,15 @@ def load_cluster(path: Path, sets: Sequence[str] = ()) -> Cluster:
         ConfigError: every problem of the file and of the changes.
     """
     return _load(path, sets, Cluster)
+
+
+def load_sweep(path: Path) -> Sweep:
+    """The sweep in ``path``.
+
+    Raises:
+        ConfigError: every problem of the file.
+    """
+    return _load(path, (), Sweep)
 
 
 def _load(path: Path, sets: Sequence[str], model: type[AnyModel]) -> AnyModel:
@@ -107,7 +117,7 @@ def _read(path: Path, sets: Sequence[str], model: type[AnyModel]) -> tuple[AnyMo
         problems.append(Problem(root.place, "", f"should hold {_what(model)} as lines of key: value, not {found}"))
         return None, _lines(problems)
     other = _kind(root)
-    if other is not None and other is not model:
+    if other is not None and other is not model and model is not Sweep:
         use = "name it with --cluster" if other is Cluster else "profiles have keys such as executor and partition"
         return None, _lines([*problems, Problem(Place(file), "", f"holds {_what(other)}, not {_what(model)}; {use}")])
     for change in sets:
@@ -205,7 +215,7 @@ def _steps(key: str) -> list[str]:
 
 
 def _what(model: type[BaseModel]) -> str:
-    return "one experiment" if model is Experiment else "one cluster profile"
+    return {Experiment: "one experiment", Sweep: "one sweep"}.get(model, "one cluster profile")
 
 
 def _lines(problems: list[Problem]) -> list[str]:

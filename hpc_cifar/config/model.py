@@ -17,42 +17,41 @@ _part = matching(r"frozen|all|last[1-9][0-9]{0,3}", "frozen, all, or such as las
 
 
 class SequentialModel(Model):
-    """A network written as a list of layers, applied in order to a (channels, height, width) input."""
+    """A network written as a list of layers."""
 
     family: Literal["sequential"]
     layers: Layers
+    """Layers, applied in order to a (channels, height, width) input. The last one has a value a class."""
     init: Init = "torch"
+    """First weights: torch's own; Glorot or He, with biases 0; torch's own with convolutions that pass channels through."""
     logit_scale: Positive = 1.0
+    """Factor on the outputs."""
 
 
 class PretrainedModel(Model):
-    """A backbone of torchvision or timm without its own classifier, and a head of layers.
-
-    Attributes:
-        weights: ``imagenet`` are the library's, fetched by ``hpc-cifar prepare --weights`` or found in its own cache; else a
-            file; null begins at random.
-        train: which layers of the backbone are trained besides the head. Convolutions, dense layers, normalisations and pools
-            count, in the order in which the library defines them, so that ``last4`` of VGG16 is Keras' ``layers[-4:]``.
-        resize: side in pixels to which images are enlarged on the device.
-        preprocessing: ``weights`` gives pixels the mean and spread that the weights were trained with, ``zero_one`` leaves
-            them in 0..1; ``data.normalize`` does not count here.
-        head: layers on the backbone's maps; global average pooling and one dense layer unless it says else.
-        backbone_lr_factor: on the rate of the backbone's layers.
-        batch_norm: ``frozen`` keeps the backbone's running statistics; ``auto`` does so in layers that are not trained.
-        cache_features: the maps of a frozen backbone are computed once where nothing is augmented.
-    """
+    """A backbone of torchvision or timm without its own classifier, and a head of layers."""
 
     family: Literal["torchvision", "timm"]
     name: Annotated[str, AfterValidator(_name)]
+    """The library's name of it, such as ``vgg16``."""
     weights: str | None = "imagenet"
+    """``imagenet`` (the library's, from ``prepare --weights`` or its cache), a file, or null: begin at random."""
     train: Annotated[str, AfterValidator(_part)] = "frozen"
+    """Layers of the backbone that are trained beside the head: ``frozen`` (none), ``all``, or such as ``last4``."""
     resize: Annotated[Whole, Field(ge=8, le=1024)] | None = None
+    """Side in pixels to which images are enlarged, on the device."""
     preprocessing: Literal["weights", "zero_one"] = "weights"
+    """Mean and spread that the weights were trained with, or pixels from 0 to 1; ``data.normalize`` does not count."""
     head: Layers | None = None
+    """Layers on the backbone's maps; without it global average pooling and one dense layer."""
     init: Init = "torch"
+    """First weights of the head, as for ``sequential``."""
     backbone_lr_factor: Annotated[Positive, Field(le=1)] = 1.0
+    """On the rate of the backbone's layers."""
     batch_norm: Literal["auto", "frozen"] = "auto"
+    """``frozen`` keeps the backbone's running statistics; ``auto`` does so in layers that are not trained."""
     cache_features: Literal["auto"] | Flag = "auto"
+    """Compute the maps of a frozen backbone once; ``auto``: where nothing is augmented."""
 
     @model_validator(mode="after")
     def _random_weights_are_trained(self) -> PretrainedModel:

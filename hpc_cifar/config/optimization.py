@@ -21,23 +21,23 @@ Monitor = Literal["val_loss", "val_accuracy"]
 
 
 class Lookahead(Model):
-    """Every ``steps`` updates the weights go back to ``alpha`` of the way from where they were (Zhang et al. 2019)."""
+    """Slow weights that the optimizer's weights return to (Zhang et al. 2019)."""
 
     steps: Count = 6
+    """Updates between returns."""
     alpha: Annotated[Real, Field(gt=0, le=1)] = 0.5
+    """Fraction of the way from the slow weights to the fast ones that both are set to."""
 
 
 class AnyOptimizer(Model):
-    """Fields of every optimizer.
-
-    ``base_batch_size``: ``lr`` is meant for a batch of that size and grows linearly with ``data.batch_size`` (Goyal et al.
-    2017); a warm-up in the schedule usually goes with it. ``norm_bias_lr_factor`` is on the rate of the biases of
-    normalisations, and their weight decay is divided by it: they move faster and shrink no faster (Jordan 2024).
-    """
+    """Fields of every optimizer."""
 
     base_batch_size: Count | None = None
+    """``lr`` is meant for this batch size and grows linearly with ``data.batch_size`` (Goyal et al. 2017)."""
     norm_bias_lr_factor: Positive = 1.0
+    """On the rate of the biases of normalisations; their weight decay is divided by it (Jordan 2024)."""
     lookahead: Lookahead | None = None
+    """Slow weights that the optimizer's weights return to."""
 
 
 class SGD(AnyOptimizer):
@@ -45,9 +45,13 @@ class SGD(AnyOptimizer):
 
     name: Literal["sgd"]
     lr: Positive
+    """Learning rate, which the schedule multiplies."""
     momentum: Share = 0.0
+    """Momentum."""
     nesterov: Flag = False
+    """Nesterov momentum."""
     weight_decay: NotNegative = 0.0
+    """Added to the gradient (L2)."""
 
     @model_validator(mode="after")
     def _nesterov_needs_momentum(self) -> SGD:
@@ -60,16 +64,21 @@ class AnyAdam(AnyOptimizer):
     """Fields of Adam and AdamW."""
 
     lr: Positive = 1e-3
+    """Learning rate, which the schedule multiplies."""
     beta1: Share = 0.9
+    """Decay of the first moment."""
     beta2: Share = 0.999
+    """Decay of the second moment."""
     eps: Positive = 1e-8
+    """Added to the denominator."""
 
 
 class Adam(AnyAdam):
-    """Adam; ``weight_decay`` is added to the gradient (L2)."""
+    """Adam."""
 
     name: Literal["adam"]
     weight_decay: NotNegative = 0.0
+    """Added to the gradient (L2)."""
 
 
 class AdamW(AnyAdam):
@@ -77,20 +86,23 @@ class AdamW(AnyAdam):
 
     name: Literal["adamw"]
     weight_decay: NotNegative = 1e-2
+    """Decoupled weight decay."""
 
 
 class Muon(AnyOptimizer):
-    """Orthogonalised momentum for the weights of convolutions and dense layers (Jordan 2024); AdamW for all others.
-
-    ``other_lr`` is AdamW's rate, which follows the same schedule.
-    """
+    """Orthogonalised momentum for the weights of convolutions and dense layers (Jordan 2024); AdamW for all others."""
 
     name: Literal["muon"]
     lr: Positive = 0.02
+    """Learning rate, which the schedule multiplies."""
     momentum: Share = 0.95
+    """Momentum."""
     nesterov: Flag = True
+    """Nesterov momentum."""
     weight_decay: NotNegative = 0.0
+    """Decoupled weight decay."""
     other_lr: Positive = 1e-3
+    """AdamW's rate, which follows the same schedule."""
 
 
 class LARS(AnyOptimizer):
@@ -101,10 +113,15 @@ class LARS(AnyOptimizer):
 
     name: Literal["lars"]
     lr: Positive
+    """Learning rate, which the schedule multiplies."""
     momentum: Share = 0.9
+    """Momentum."""
     nesterov: Flag = False
+    """Nesterov momentum."""
     weight_decay: NotNegative = 0.0
+    """Added to the gradient (L2)."""
     trust_coefficient: Positive = 1e-3
+    """Length of a layer's step relative to that of its weights."""
 
 
 Optimizer = Annotated[SGD | Adam | AdamW | Muon | LARS, Field(discriminator="name")]
@@ -114,9 +131,10 @@ Optimizer = Annotated[SGD | Adam | AdamW | Muon | LARS, Field(discriminator="nam
 
 
 class Schedule(Model):
-    """Fields shared by most schedules: the factor on ``lr`` rises linearly from 0 over ``warmup_epochs`` first."""
+    """Fields shared by most schedules."""
 
     warmup_epochs: NotNegative = 0.0
+    """Epochs over which the factor on ``lr`` rises linearly from 0 first."""
 
 
 class Constant(Schedule):
@@ -126,27 +144,33 @@ class Constant(Schedule):
 
 
 class Cosine(Schedule):
-    """Half a cosine from ``lr`` down to ``final_factor`` times ``lr``."""
+    """Half a cosine from ``lr`` down."""
 
     name: Literal["cosine"]
     final_factor: Fraction = 0.0
+    """What it ends at, as a factor on ``lr``."""
 
 
 class OneCycle(Model):
-    """Linear up to ``lr`` over the first ``peak`` of the steps, which is its warm-up, then linear down to ``final_factor``."""
+    """Linear up to ``lr``, which is its warm-up, then linear down."""
 
     name: Literal["one_cycle"]
     peak: Annotated[Real, Field(gt=0, lt=1)] = 0.25
+    """Share of the steps until the peak."""
     initial_factor: Fraction = 0.0
+    """What it begins at, as a factor on ``lr``."""
     final_factor: Fraction = 0.0
+    """What it ends at, as a factor on ``lr``."""
 
 
 class Step(Schedule):
-    """``lr`` is multiplied by ``factor`` at the start of each epoch in ``epochs`` (counted from 1)."""
+    """``lr`` is multiplied by a factor at the start of some epochs."""
 
     name: Literal["step"]
     epochs: Annotated[tuple[Count, ...], Field(min_length=1)]
+    """Numbers of these epochs, counted from 1, rising."""
     factor: Annotated[Real, Field(gt=0, lt=1)] = 0.1
+    """The factor."""
 
     @field_validator("epochs")
     @classmethod
@@ -157,17 +181,20 @@ class Step(Schedule):
 
 
 class Stage(Model):
-    """From the start of ``epoch`` (counted from 1) on, the rate is ``lr``."""
+    """The rate from an epoch on."""
 
     epoch: Count
+    """From the start of this epoch, counted from 1."""
     lr: Positive
+    """Learning rate from there on."""
 
 
 class Staged(Schedule):
-    """Rates by stages: ``stages: [{epoch: 5, lr: 0.0012}, ...]``; the optimizer's ``lr`` holds before the first of them."""
+    """Rates by stages."""
 
     name: Literal["staged"]
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
+    """Such as ``[{epoch: 5, lr: 0.0012}, ...]``, rising; the optimizer's ``lr`` holds before the first of them."""
 
     @field_validator("stages")
     @classmethod
@@ -179,11 +206,13 @@ class Staged(Schedule):
 
 
 class Exponential(Schedule):
-    """``lr`` is multiplied by ``factor`` after every epoch, smoothly over its steps if ``every_step``."""
+    """``lr`` is multiplied by a factor after every epoch."""
 
     name: Literal["exponential"]
     factor: Annotated[Real, Field(gt=0, lt=1)]
+    """The factor."""
     every_step: Flag = False
+    """Spread smoothly over the steps of an epoch."""
 
 
 class InverseTime(Schedule):
@@ -191,31 +220,37 @@ class InverseTime(Schedule):
 
     name: Literal["inverse_time"]
     decay: Positive
+    """For each update."""
 
 
 class Triangular(Model):
-    """Up from ``initial_factor`` to ``lr`` and down again, linearly, every ``period_epochs`` (Smith 2017); each triangle is
-    ``decay`` times as high as the one before.
-    """
+    """Up to ``lr`` and down again, linearly, again and again (Smith 2017)."""
 
     name: Literal["triangular"]
     period_epochs: Positive
+    """Epochs of one triangle."""
     initial_factor: Fraction = 0.1
+    """What each begins at, as a factor on ``lr``."""
     decay: Annotated[Real, Field(gt=0, le=1)] = 1.0
+    """Height of each triangle relative to the one before."""
 
 
 class Plateau(Schedule):
-    """``lr`` is multiplied by ``factor`` when ``monitor`` has not got better by more than ``min_delta`` for ``patience``
-    evaluated epochs; the count begins anew after ``cooldown`` more. It never falls below ``min_lr``.
-    """
+    """``lr`` is multiplied by a factor when validation has not got better for some epochs."""
 
     name: Literal["plateau"]
     monitor: Monitor = "val_loss"
+    """What is watched."""
     factor: Annotated[Real, Field(gt=0, lt=1)] = 0.1
+    """The factor."""
     patience: Count = 10
+    """Evaluated epochs without getting better."""
     min_delta: NotNegative = 1e-4
+    """What has to be exceeded to count as better."""
     cooldown: Annotated[Whole, Field(ge=0)] = 0
+    """Evaluated epochs after a change until the count begins anew."""
     min_lr: NotNegative = 0.0
+    """The rate never falls below it."""
 
 
 ScheduleConfig = Annotated[
@@ -225,11 +260,11 @@ ScheduleConfig = Annotated[
 
 
 class EarlyStopping(Model):
-    """The run is finished when ``monitor`` has not got better by more than ``min_delta`` for ``patience`` evaluated epochs.
-
-    ``checkpoint.select: best`` has the weights of the best epoch tested; its ``monitor`` should be the same.
-    """
+    """The run is finished when validation has not got better for some epochs."""
 
     monitor: Monitor = "val_loss"
+    """What is watched; ``checkpoint.monitor`` should be the same, and ``checkpoint.select: best`` tests the best epoch."""
     patience: Count
+    """Evaluated epochs without getting better."""
     min_delta: NotNegative = 0.0
+    """What has to be exceeded to count as better."""

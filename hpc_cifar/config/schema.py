@@ -1,7 +1,7 @@
 """JSON Schema of the experiment file, for editors (``# yaml-language-server: $schema=...``).
 
-pydantic writes the schema of the models; this adds what their validators accept beyond it: layers in short form and numbers
-as text.
+pydantic writes the schema of the models; this adds what each field means, and what their validators accept beyond it: layers in
+short form and numbers as text.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from .described import descriptions, models_of
 from .experiment import NAME_PATTERN, Experiment
 from .fields import NUMBER_TEXT
 from .layers import LAYER_NAMES
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
-DURATION_PATTERN = r"^([0-9]{1,3}-)?[0-9]{1,3}:[0-5][0-9]:[0-5][0-9]$"
 DATASET_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,31}$"
 
 # pydantic keeps its own names for bounds that stand behind a validator
@@ -29,13 +29,16 @@ def experiment_schema() -> dict[str, Any]:
     """The schema of one experiment file, draft 2020-12."""
     generated: dict[str, Any] = Experiment.model_json_schema()
     definitions: dict[str, Any] = generated["$defs"]
+    for name, model in models_of(Experiment).items():
+        properties = (generated if model is Experiment else definitions[name])["properties"]
+        for field, text in descriptions(model).items():
+            properties[field]["description"] = text.replace("``", "`")
     definitions["Layer"] = _layer(definitions, "Layer", LAYER_NAMES)
     definitions["InnerLayer"] = _layer(definitions, "InnerLayer", [name for name in LAYER_NAMES if name != "residual"])
     definitions["SequentialModel"]["properties"]["layers"]["items"] = {"$ref": "#/$defs/Layer"}
     for kind, field in itertools.product(("Residual", "ResidualOptions"), ("layers", "shortcut")):
         definitions[kind]["properties"][field]["items"] = {"$ref": "#/$defs/InnerLayer"}
     definitions["Data"]["properties"]["dataset"]["pattern"] = DATASET_PATTERN
-    definitions["Resources"]["properties"]["time"]["pattern"] = DURATION_PATTERN
     generated["properties"]["name"]["pattern"] = f"^{NAME_PATTERN.pattern}$"
     schema: dict[str, Any] = _tidy(generated)
     return {"$schema": DIALECT, **schema, "title": "hpc-cifar experiment"}

@@ -6,51 +6,62 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from .fields import Count, Flag, Model, Positive, Real, Share
+from .fields import Count, Flag, Model, Positive, Real, Share, Whole
 from .optimization import EarlyStopping
 
 
 class Loss(Model):
-    """Cross entropy, with label smoothing if wanted."""
+    """Cross entropy."""
 
     label_smoothing: Share = 0.0
+    """Share of the target that is spread over all classes."""
 
 
 class Training(Model):
-    """How a step is computed.
-
-    ``precision: auto`` is bf16 autocast on a GPU that has it, else float32; ``float64`` is slow, and tells rounding noise from
-    a real difference between two runs. ``batch_norm: global`` takes the statistics over the batches of all ranks.
-    ``gradient_sync: flat`` is one all-reduce in a fixed order (reproducible at any world size); ``ddp`` is torch's
-    DistributedDataParallel with overlapping buckets; ``auto`` is flat below 4 million parameters.
-    ``gradient_compression: bf16`` sends half as many bytes, for large networks on slow links; the ranks still add to float32
-    weights. ``compile`` is torch.compile; ``graph`` replays the step as one CUDA graph, on a CPU as its eager twin: each shape
-    of a batch from its fourth step on, and with flat gradients. ``auto`` is off in both.
-
-    ``test_time_augmentation`` has the test set looked at in shifted and mirrored views, too: ``tta_accuracy`` stands beside
-    ``test_accuracy``, as ``evaluate --tta`` shows it.
-    """
+    """How a step is computed."""
 
     precision: Literal["auto", "float32", "bf16", "float64"] = "auto"
+    """``auto``: bf16 autocast on a GPU that has it, else float32. ``float64``: to tell rounding from real differences."""
     channels_last: Literal["auto"] | Flag = "auto"
+    """Memory layout of images and convolutions; ``auto`` is true."""
     batch_norm: Literal["local", "global"] = "local"
+    """Statistics of each process's own images, or of the batch over all processes."""
     gradient_sync: Literal["auto", "flat", "ddp"] = "auto"
+    """One all-reduce in a fixed order, or torch's DistributedDataParallel; ``auto``: flat below 4 million parameters."""
     gradient_compression: Literal["none", "bf16"] = "none"
+    """``bf16`` sends half as many bytes, for large networks on slow links; weights stay float32."""
     compile: Literal["auto"] | Flag = "auto"
+    """torch.compile; ``auto`` is false."""
     graph: Literal["auto"] | Flag = "auto"
+    """Replay the step as one CUDA graph, with flat gradients; on a CPU its eager twin. ``auto`` is false."""
     clip_grad_norm: Positive | None = None
+    """Largest norm of the gradient."""
     ema_decay: Annotated[Real, Field(gt=0, lt=1)] | None = None
+    """Keep an exponential moving average of the weights with this decay; it is what is validated and tested."""
     early_stopping: EarlyStopping | None = None
+    """When a run is finished before its last epoch."""
+    skip_non_finite: Annotated[Whole, Field(ge=0, le=1000)] = 0
+    """How often a loss that is not finite sends the run back to its last checkpoint, to leave that batch out; 0 ends it."""
     log_every_steps: Count = 10
+    """Steps of a row of ``metrics.jsonl``."""
     evaluate_every_epochs: Count = 1
+    """Epochs between validations; the last epoch has one in any case."""
     test_time_augmentation: Flag = False
+    """Also test with shifted and mirrored views: ``tta_accuracy`` beside ``test_accuracy``."""
 
 
 class Checkpoint(Model):
-    """How often to save, how many to keep, and which weights count: those of the last step or the best on validation."""
+    """How often to save, how many to keep, and which weights count."""
 
     every_epochs: Count = 1
+    """Epochs between checkpoints; the last epoch has one in any case, and each that is the best so far."""
     every_steps: Count | None = None
+    """Also after so many steps; for long epochs, and where a preemption comes without warning."""
     keep_last: Count = 3
+    """How many of the newest ones stay; the best one stays, too."""
+    keep_every_epochs: Count | None = None
+    """Also keep that of every so many epochs."""
     select: Literal["last", "best"] = "last"
+    """Weights that are tested and exported: of the last step, or of the best validation."""
     monitor: Literal["val_accuracy", "val_loss"] = "val_accuracy"
+    """What ``best`` is judged by."""

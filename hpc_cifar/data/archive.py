@@ -13,7 +13,7 @@ import io
 import lzma
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,6 +21,9 @@ from ..errors import DataError
 
 LARGEST_MEMBER_BYTES = 192 * 2**20  # the training images of CIFAR-100 have 155 MB; anything far above is no dataset we read
 _READ_ERRORS = (OSError, EOFError, lzma.LZMAError, zlib.error, tarfile.TarError, ValueError, OverflowError)
+
+
+Tell = Callable[[int, int], None]
 
 
 class _Watched(io.RawIOBase):
@@ -40,9 +43,9 @@ class _Watched(io.RawIOBase):
         return data
 
 
-def _open_stream(path: Path) -> IO[bytes]:
-    with path.open("rb") as stream:
-        magic = stream.read(6)
+def _decompressed(stream: IO[bytes]) -> IO[bytes]:
+    magic = stream.read(6)
+    stream.seek(0)
     opener: Any
     if magic.startswith(b"\x1f\x8b"):
         opener = gzip.open
@@ -51,8 +54,8 @@ def _open_stream(path: Path) -> IO[bytes]:
     elif magic.startswith(b"BZh"):
         opener = bz2.open
     else:
-        opener = Path.open
-    return opener(path, "rb")  # type: ignore[no-any-return]
+        return stream
+    return opener(stream, "rb")  # type: ignore[no-any-return]
 
 
 def _damaged(path: Path, after: str | None, why: object) -> DataError:
@@ -60,10 +63,11 @@ def _damaged(path: Path, after: str | None, why: object) -> DataError:
     return DataError(f"{path}: the archive is truncated or damaged {where} ({why}); get a fresh copy")
 
 
-def _tar_files(path: Path) -> Iterator[tuple[str, bytes]]:
+def _tar_files(path: Path, tell: Tell) -> Iterator[tuple[str, bytes]]:
     last: str | None = None
     try:
-        with _open_stream(path) as plain:
+        with path.open("rb") as stream, _decompressed(stream) as plain:
+            size = path.stat().st_size
             watched = _Watched(plain)
             with tarfile.open(fileobj=watched, mode="r|") as archive:
                 for member in archive:
@@ -81,6 +85,7 @@ def _tar_files(path: Path) -> Iterator[tuple[str, bytes]]:
                     if len(data) != member.size:
                         raise _damaged(path, last, f"member {member.name} has {len(data)} of {member.size} bytes")
                     last = name
+                    tell(stream.tell(), size)
                     yield name, data
                 end = archive.offset  # where tarfile saw the end, or a header that it could not read
             while watched.read(2**20):  # to the end, where gzip and xz keep their checksum
@@ -95,8 +100,10 @@ def _tar_files(path: Path) -> Iterator[tuple[str, bytes]]:
         raise _damaged(path, last, error) from None
 
 
-def _folder_files(folder: Path) -> Iterator[tuple[str, bytes]]:
-    for path in folder_paths(folder):
+def _folder_files(folder: Path, tell: Tell) -> Iterator[tuple[str, bytes]]:
+    paths = folder_paths(folder)
+    for number, path in enumerate(paths):
+        tell(number, len(paths))
         try:
             size = path.stat().st_size
             if size > LARGEST_MEMBER_BYTES:
@@ -115,17 +122,20 @@ def folder_paths(folder: Path) -> list[Path]:
     return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
-def files(source: Path) -> Iterator[tuple[str, bytes]]:
+def files(source: Path, tell: Tell = lambda done, total: None) -> Iterator[tuple[str, bytes]]:
     """Name and content of every plain file of a folder or (compressed) tar archive.
+
+    Args:
+        tell: called before every file with how much has been read of how much: bytes of an archive, files of a folder.
 
     Raises:
         DataError: it is missing, unreadable, truncated or damaged, or has members that are links or point elsewhere.
             Damage may only show after the last file: use nothing of it before the iterator has ended.
     """
     if source.is_dir():
-        yield from _folder_files(source)
+        yield from _folder_files(source, tell)
     elif source.is_file():
-        yield from _tar_files(source)
+        yield from _tar_files(source, tell)
     else:
         raise DataError(f"{source}: no such file or folder; --archive and HPC_CIFAR_ARCHIVE take an archive or a folder")
 

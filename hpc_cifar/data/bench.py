@@ -127,8 +127,8 @@ def run(store: Store, images: int, batch_size: int, rounds: int, say: Callable[[
     for line in table(rates, "reference"):
         say(line)
     return {
-        "data": store.label, "n": rounds, "batch_size": batch_size, "images": count, "dtype": kind, "hardware": facts,
-        "versions": versions(), "left_out": missing, "images_per_second": rates,
+        "data": store.label, "n": rounds, "batch_size": batch_size, "images": count, "dtype": kind, "device": device,
+        "hardware": facts, "versions": versions(), "left_out": missing, "images_per_second": rates,
     }  # fmt: skip
 
 

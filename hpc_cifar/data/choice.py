@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import re
 from collections.abc import Mapping
 
 import torch
@@ -14,12 +15,15 @@ from .store import Arrays
 NAMES = ("resident", "ffcv", "dali", "reference")
 SPARE = 0.5  # of the free memory of a GPU, left to the network
 
-_GET = {
-    "ffcv": "pip install 'hpc-cifar[ffcv]' builds it where libopencv-dev, libturbojpeg0-dev, pkg-config and g++ are; else use "
-    "conda, a module or a container",
-    "dali": "pip install 'hpc-cifar[dali]'",
-}
 _MODULES = {"ffcv": "ffcv", "dali": "nvidia.dali"}
+_GET = {
+    "ffcv": "pip install the wheel that `make ffcv-wheel` builds, which needs neither root nor OpenCV; or 'hpc-cifar[ffcv]' "
+    "where g++, pkg-config, libopencv-dev and libturbojpeg0-dev are; or have it from conda, a module or the container: "
+    "docs/install.md",
+    "dali": "pip install 'hpc-cifar[dali]', or have it from the container: docs/install.md",
+}
+_DISTRIBUTIONS = {"cv2": "opencv-python-headless", "nvidia": "nvidia-dali-cuda130", "nvidia.dali": "nvidia-dali-cuda130"}
+_NO_LIBRARY = re.compile(r"(lib[\w.+-]+\.so[\w.]*): cannot open shared object file")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,16 +43,30 @@ def problem(name: str, arrays: Arrays | None = None) -> str:
         threads = torch.get_num_threads()
         try:
             importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            missing = error.name or module
-            return f"{missing} is not installed ({_GET[name]})"
-        except Exception as error:  # a library of it is missing, or it does not fit the rest of the installation
-            return f"{module} cannot be imported: {first_line(error)} ({_GET[name]})"
+        except Exception as error:  # it, what it imports or a library is missing; or it does not fit the installation
+            return _missing(name, module, error)
         finally:
             torch.set_num_threads(threads)  # ffcv sets it to 1
     if name == "ffcv" and arrays is not None and arrays.beton is None:
         return "there is no train.beton beside the dataset; run hpc-cifar prepare --beton for it"
     return ""
+
+
+def _missing(name: str, module: str, error: Exception) -> str:
+    """What is not there, and how to get it."""
+    if isinstance(error, ModuleNotFoundError):
+        lacking = error.name or module
+        package = _DISTRIBUTIONS.get(lacking, lacking)
+        if module == lacking or module.startswith(f"{lacking}."):
+            return f"{package} is not installed ({_GET[name]})"
+        return f"{package}, which {name} needs, is not installed (pip install {package})"
+    found = _NO_LIBRARY.search(str(error))
+    if found and found[1].startswith("libGL.so"):  # of the package that ffcv asks for, beside ours or instead of it
+        remedy = "pip uninstall opencv-python, then pip install --force-reinstall opencv-python-headless"
+        return f"{found[1]}, which opencv-python needs, is not on this machine ({remedy})"
+    if found:
+        return f"{found[1]}, a library that {name} needs, is not on this machine ({_GET[name]})"
+    return f"{module} cannot be imported: {first_line(error)} ({_GET[name]})"
 
 
 def choose(wanted: str, device: torch.device, arrays: Arrays, failed: Mapping[str, str] | None = None) -> Choice:

@@ -15,7 +15,9 @@ _SPLIT_SEED = 0
 def read() -> tuple[
     tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]], tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]], tuple[str, ...]
 ]:
-    """1,797 digits, 80 % for training and 20 % for the test, stratified, always the same ones.
+    """1,797 digits, 80 % for training and 20 % for the test, stratified, always the same ones, and the names of the classes.
+
+    Images are uint8 (n, 32, 32, 3), labels int64 (n,).
 
     Each of the 8 x 8 values from 0 to 16 becomes 4 x 4 pixels from 0 to 255, the same in three channels.
     """

@@ -67,7 +67,11 @@ def _two_below(value: npt.NDArray[np.uint64], first: int, second: int) -> tuple[
 
 
 def order(seed: int, epoch: int, indices: npt.ArrayLike, stream: int = ORDER) -> Ints:
-    """``indices`` in the order of ``epoch``: int64, whatever the order in which they come."""
+    """``indices`` (n,) in the order of ``epoch``: int64 (n,), whatever the order in which they come.
+
+    Args:
+        stream: another order for another purpose, of the same seed and epoch.
+    """
     samples = np.asarray(indices, dtype=np.int64)
     return samples[np.argsort(hashes(seed, epoch, stream, samples), kind="stable")]
 
@@ -96,7 +100,7 @@ class Draws:
 def augmentation(
     seed: int, epoch: int, indices: npt.ArrayLike, augment: Augment, height: int, width: int | None = None
 ) -> Draws:
-    """Draws of the samples ``indices`` in ``epoch``.
+    """Draws of the samples ``indices`` (n,) in ``epoch``.
 
     Args:
         height, width: of the finished image in pixels; the width is the height if left out.
@@ -135,7 +139,7 @@ class Warps:
 
 
 def warp(seed: int, epoch: int, indices: npt.ArrayLike, augment: Augment) -> Warps:
-    """Rotations and shifts of the samples ``indices`` in ``epoch``, uniform from minus to plus what ``augment`` says."""
+    """Rotations and shifts of the samples ``indices`` (n,) in ``epoch``, uniform from minus to plus what ``augment`` says."""
     samples = np.asarray(indices, dtype=np.int64)
     turn = (hashes(seed, epoch, ROTATE, samples) >> np.uint64(11)).astype(np.float64) * 2.0**-53
     both = hashes(seed, epoch, SHIFT, samples)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,22 @@ def _at_a_fixed_path(function: Any) -> Kernel | None:
     return types.FunctionType(code.replace(co_filename=str(source)), globals(), code.co_name)
 
 
+@contextlib.contextmanager
+def _without_scipy() -> Iterator[None]:
+    """numba asks for scipy's BLAS at its first function, for a third of a second; here nothing is multiplied. ``a @ b`` in a
+    function of somebody else's asks again.
+    """
+    blas = "scipy.linalg.cython_blas"
+    missing = blas not in sys.modules
+    if missing:
+        sys.modules[blas] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if missing:
+            sys.modules.pop(blas, None)
+
+
 @functools.cache
 def fill_of(item: str) -> Kernel:
     """The loop for tables and batches of ``item``, "float32" or "uint16"; compiled, or loaded from the cache.
@@ -145,7 +162,7 @@ def fill_of(item: str) -> Kernel:
         integer, array(number), boolean, integer, integer, numba.types.Array(number, 1, "C"),
     )  # fmt: skip
     if (cached := _at_a_fixed_path(_fill)) is not None:
-        with contextlib.suppress(OSError):  # the disk is full: compiled for this process alone, then
+        with _without_scipy(), contextlib.suppress(OSError):  # the disk is full: compiled for this process alone, then
             kept: Kernel = numba.njit(signature, cache=True, nogil=True, boundscheck=False)(cached)
             return kept
     kernel: Kernel = numba.njit(signature, nogil=True, boundscheck=False)(_fill)

@@ -241,7 +241,9 @@ def evaluation_batches(
     """This rank's contiguous shard of ``indices``, in their order, without draws; no sample comes twice over all ranks.
 
     Args:
+        indices: (n,) of images in ``arrays``.
         batch_size: images of a batch of this rank. A rank without images yields nothing: ranks must not meet inside the loop.
+        mean, std: (channels,) of pixels from 0 to 1; images are normalised by them.
 
     The ``global_size`` of each batch is the number of all indices: sums over all batches and ranks divided by it are means.
     """
@@ -284,7 +286,11 @@ class Epochs:
     width: int
 
     def samples_of(self, epoch: int, first: int) -> tuple[npt.NDArray[np.int64], Positions]:
-        """Samples of this rank from batch ``first`` on, one after the other, and how they fall into batches."""
+        """Samples of this rank from batch ``first`` on, and how they fall into batches.
+
+        Returns:
+            int64 (n,), one batch after the other; for each batch its number, its images over all ranks, and those of this rank.
+        """
         order = draws.order(self.seed, epoch, self.indices)
         batch = self.config.batch_size
         parts, positions = [order[:0]], []
@@ -302,7 +308,7 @@ class Epochs:
         return draws.augmentation(self.seed, epoch, samples, self.config.augment, self.height, self.width)
 
     def of(self, epoch: int, first: int) -> tuple[npt.NDArray[np.int64], draws.Draws, Positions]:
-        """Samples, draws and positions in batches, from batch ``first`` on."""
+        """What :meth:`samples_of` returns from batch ``first`` on, with the draws of each sample in between."""
         samples, positions = self.samples_of(epoch, first)
         return samples, self.draws_of(epoch, samples), positions
 

@@ -112,11 +112,31 @@ def _prepare(
             source = _downloaded(dataset, root, download, console, url, md5)
             identity = _identity(dataset, source)
         _say(console, f"{dataset}: reading {source}")
-        data = sources.read(source, dataset)
+        with _reading(console) as tell:
+            data = sources.read(source, dataset, tell)
     if source is not None and source.is_file():
         identity["sha256"] = files.sha256_of(source)
     _build(root, dataset, data, {**identity, "content": data.content})
     return _report(Store.open(root, dataset, verify=True), console)
+
+
+@contextlib.contextmanager
+def _reading(console: Console) -> Iterator[archives.Tell]:
+    """On a terminal, a bar of how much has been read."""
+    if not console.is_terminal:
+        yield lambda done, total: None
+        return
+    from rich import progress
+
+    columns = (
+        progress.TextColumn("reading"),
+        progress.BarColumn(),
+        progress.TaskProgressColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _with_beton(made: Store, wanted: bool | None, console: Console) -> Store:

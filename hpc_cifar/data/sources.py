@@ -82,13 +82,16 @@ def _kind(name: str) -> str | None:
     return "images" if images.place(name) else None
 
 
-def read(source: Path, dataset: str) -> Dataset:
+def read(source: Path, dataset: str, tell: archive.Tell = lambda done, total: None) -> Dataset:
     """Read and check ``source``, an archive or folder with the official batches or with class folders.
+
+    Args:
+        tell: called before every file, see :func:`hpc_cifar.data.archive.files`.
 
     Raises:
         DataError: it is missing, truncated, damaged, altered, or does not hold what ``dataset`` needs.
     """
-    found = archive.files(source)
+    found = archive.files(source, tell)
     for name, data in found:
         kind = _kind(name)
         if kind == "hundred" and not data.startswith(b"\x80"):  # any file may be called that; these are pickles

@@ -146,7 +146,7 @@ class Kernel:
         return images, labels
 
     def empty(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Memory for the images and labels of a launch."""
+        """Memory for a launch: images (count, channels, height, width) in the output's dtype and layout; labels (count,)."""
         device = self._output.device
         layout = torch.channels_last if self._output.channels_last else torch.contiguous_format
         shape = (count, self._channels, self._height, self._width)
@@ -154,7 +154,11 @@ class Kernel:
         return images, torch.empty(count, dtype=torch.int64, device=device)
 
     def launch(self, images: torch.Tensor, labels: torch.Tensor) -> None:
-        """Fill memory from :meth:`empty` with the samples that begin at ``position`` in ``order``; safe in a CUDA graph."""
+        """Fill memory from :meth:`empty` with the samples that begin at ``position`` in ``order``; safe in a CUDA graph.
+
+        Args:
+            images, labels: (n, channels, height, width) and (n,), on the device; n may be 0.
+        """
         if not len(labels):
             return
         augment = self._augment

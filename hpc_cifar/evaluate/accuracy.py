@@ -38,7 +38,7 @@ class Sums:
 
     @torch.no_grad()
     def add(self, images: Tensor, labels: Tensor, _global_size: int) -> None:
-        """A batch; may be recorded in a CUDA graph."""
+        """A batch: images (n, channels, height, width), labels int64 (n,). It may be recorded in a CUDA graph."""
         # entered for each batch: autocast keeps the weights it has cast until it ends, and a graph would keep the ones of its
         # recording for ever
         with self._inference():

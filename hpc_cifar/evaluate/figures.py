@@ -45,6 +45,17 @@ def confusion(matrix: npt.ArrayLike, classes: Sequence[str], path: Path) -> Path
     return _save(figure, path)
 
 
+def tiles(images: Images, folder: Path) -> None:
+    """Each image (N, H, W, C) as a file of its own, ``00.png`` and on; those of an earlier evaluation go."""
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.png"):
+        old.unlink()
+    for number, image in enumerate(images):
+        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(folder / f"{number:02}.png")
+
+
 def reliability(bins: Sequence[Mapping[str, Any]], ece: float, path: Path) -> Path:
     """Accuracy over confidence, and how many images have it."""
     figure = _new(5.5, 6.5)

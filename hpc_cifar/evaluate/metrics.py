@@ -47,14 +47,19 @@ def summary(probabilities: Floats, labels: Ints, classes: Sequence[str]) -> dict
 
 
 def top_k(probabilities: Floats, labels: Ints, k: int) -> float:
-    """Share of the images whose class is among the ``k`` most probable."""
+    """Share, 0 to 1, of the images whose class is among the ``k`` most probable: probabilities (n, classes), labels (n,)."""
     k = min(k, probabilities.shape[1])
     best = np.argpartition(-probabilities, k - 1, axis=1)[:, :k]
     return float((best == labels[:, None]).any(1).mean())
 
 
 def calibration(probabilities: Floats, labels: Ints, bins: int = BINS) -> list[dict[str, Any]]:
-    """Images by the confidence of their prediction, in bins of equal width (Guo et al. 2017); empty ones are left out."""
+    """Images by the confidence of their prediction, in bins of equal width (Guo et al. 2017); empty ones are left out.
+
+    Args:
+        probabilities: (n, classes), each row of sum 1.
+        labels: (n,).
+    """
     confidence, right = probabilities.max(1), probabilities.argmax(1) == labels
     number = np.minimum((confidence * bins).astype(int), bins - 1)
     return [
@@ -70,7 +75,11 @@ def calibration(probabilities: Floats, labels: Ints, bins: int = BINS) -> list[d
 
 
 def most_confused(matrix: npt.ArrayLike, classes: Sequence[str], count: int = PAIRS) -> list[dict[str, Any]]:
-    """Pairs of classes by how often one is taken for the other, either way."""
+    """Pairs of classes by how often one is taken for the other, either way.
+
+    Args:
+        matrix: (classes, classes) images, by their class and the predicted one.
+    """
     wrong = np.asarray(matrix).copy()
     np.fill_diagonal(wrong, 0)
     both = [(int(wrong[a, b] + wrong[b, a]), a, b) for a in range(len(classes)) for b in range(a + 1, len(classes))]
@@ -82,7 +91,7 @@ def most_confused(matrix: npt.ArrayLike, classes: Sequence[str], count: int = PA
 
 
 def misclassified(probabilities: Floats, labels: Ints, count: int = 36) -> list[int]:
-    """Positions of the wrong predictions that were made most confidently."""
+    """Positions of the wrong predictions that were made most confidently: probabilities (n, classes), labels (n,)."""
     predicted = probabilities.argmax(1)
     wrong = np.flatnonzero(predicted != labels)
     order = np.argsort(-probabilities[wrong, predicted[wrong]], kind="stable")

@@ -58,6 +58,8 @@ def stays_ended(run: Run, rank: int) -> str:
     from .. import files
 
     state = run.state()
+    if state.get("state") == "stopped" and state.get("reason") == "pruned":
+        return "stopped"
     if state.get("state") == "stopped":  # by a TERM that no preemption signal went with
         if rank == 0:
             run.write_state(**{**state, "state": "cancelled", "reason": "cancelled with scancel"})

@@ -22,6 +22,7 @@ from .status import ENDED, chain_of, controller_of, elsewhere, is_live, status
 
 CANCEL_GRACE_S = 75.0  # a little more than the controller gives the ranks
 READ_S = 0.25  # between looks into a run directory
+LAST_LOOKS = 4  # at the logs of a run that has ended
 ASK_S, RARELY_S = 3.0, 10.0  # between questions to the scheduler; where nobody looks on, they become rare
 
 
@@ -37,18 +38,21 @@ def log_files(run: Run, rank: int = 0) -> list[Path]:
 def follow_logs(run: Run, rank: int) -> Iterator[tuple[Path, str]]:
     """Pieces of the logs as they are written, until the run has ended; new files of later jobs too."""
     offsets: dict[Path, int] = {}
-    asked, ended, news = 0.0, False, False
+    asked, ended, news, last_looks = 0.0, False, False, LAST_LOOKS
     while True:
         for path in log_files(run, rank):
             with path.open("rb") as stream:
                 stream.seek(offsets.get(path, 0))
                 data = stream.read()
-            whole = len(data) if ended else data.rfind(b"\n") + 1  # a line that is still being written waits
+            whole = len(data) if last_looks == 1 else data.rfind(b"\n") + 1  # a line that is still being written waits
             if whole:
                 offsets[path] = offsets.get(path, 0) + whole
                 yield path, data[:whole].decode(errors="replace")
-        if ended:
+        if ended and not (last_looks := last_looks - 1):
             return
+        if ended:  # its processes may have a last word
+            time.sleep(READ_S)
+            continue
         if news or time.monotonic() - asked > ASK_S:
             ended, asked = status(run).ended, time.monotonic()
         if not ended:

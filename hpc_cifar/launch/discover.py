@@ -82,8 +82,8 @@ def site() -> Site:
         LaunchError: there is no Slurm on this machine, or it does not answer.
     """
     if shutil.which("sinfo") is None:
-        raise LaunchError("no Slurm on this machine (sinfo is missing): run init on the cluster's login node")
-    told = _must(["sinfo", "--exact", "--noheader", "--format=%R|%D|%c|%m|%G|%f"])
+        raise LaunchError("no Slurm on this machine (sinfo is missing): run this on the cluster's login node")
+    told = _must(["sinfo", "--all", "--exact", "--noheader", "--format=%R|%D|%c|%m|%G|%f"])
     kinds: dict[str, list[Nodes]] = {}
     for line in told.splitlines():
         name, count, cpus, memory, gres, features, *_ = [*line.split("|"), "", "", "", "", "", ""]
@@ -91,7 +91,7 @@ def site() -> Site:
             kind = Nodes(_number(count), _number(cpus), _number(memory), gpus_of(gres), _known(features))
             kinds.setdefault(name.strip(), []).append(kind)
     partitions = []
-    for line in _must(["scontrol", "--oneliner", "show", "partition"]).splitlines():
+    for line in _must(["scontrol", "--all", "--oneliner", "show", "partition"]).splitlines():
         settings = dict(re.findall(r"(\w+)=(\S*)", line))
         name = settings.get("PartitionName", "")
         if name:
@@ -129,7 +129,7 @@ def _must(command: list[str]) -> str:
         return reply.out
     words = reply.err if reply.code is None else slurm_words(reply.err or reply.out)
     if reply.unanswered:
-        raise NoCluster(f"no Slurm cluster answers here: run init on its login node ({words})")
+        raise NoCluster(f"no Slurm cluster answers here: run this on its login node ({words})")
     raise LaunchError(f"{command[0]} failed: {words}")
 
 

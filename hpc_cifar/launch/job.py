@@ -6,16 +6,16 @@ modules can still be read after a requeue.
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import os
 import signal
+import sys
 import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import stages
+from .. import lifetime, stages
 from . import chain
 
 if TYPE_CHECKING:
@@ -38,7 +38,9 @@ class EarlyStop(BaseException):
 class EarlySignals:
     """Handles stop signals that the training loop does not: the first one raises EarlyStop while ``armed``, all are noted.
 
-    A preemption sends several within milliseconds; those after the first must not break off what the first one began.
+    A preemption sends several within milliseconds; those after the first must not break off what the first one began. One that
+    comes during an import waits for the next import: it may be a library in C++ that runs Python while it is initialised, which
+    ends the process for an exception (seen in ``torch.distributed``).
     """
 
     def __init__(self) -> None:
@@ -47,9 +49,14 @@ class EarlySignals:
 
     def __call__(self, number: int, frame: types.FrameType | None) -> None:
         self.noted.append(number)
-        if self.armed:
+        if self.armed and not in_import(frame):
             self.armed = False
             raise EarlyStop
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        """As a finder in ``sys.meta_path``, which every import of a new module asks: finds nothing."""
+        if self.armed:
+            self.check()
 
     def check(self) -> None:
         """Raise EarlyStop if a signal came: one that was only noted, or whose EarlyStop a library has swallowed."""
@@ -76,10 +83,19 @@ class TrainJob:
             self.after = tuple(str(path) for path in after)
 
     def __call__(self) -> dict[str, Any]:
+        try:
+            result = self._run()
+        except SystemExit as end:  # the job begins again, or has failed
+            leave(end.code if isinstance(end.code, int) else int(end.code is not None))
+            raise
+        leave(0)  # when submitit has written the result
+        return result
+
+    def _run(self) -> dict[str, Any]:
         stages.done("process")
         import submitit
 
-        gc.disable()  # collections while torch is imported find nothing and take a tenth of the start; the trainer enables them
+        lifetime.collect_later()  # the trainer does again
         env = submitit.JobEnvironment()
         usr: signal.Signals = env._usr_sig()
         hand_over = signal.getsignal(usr)  # submitit's own handler, before the training loop installs its flag
@@ -89,9 +105,11 @@ class TrainJob:
             signal.signal(number, early)
         from ..runs import Run
         from . import requeue
+        from . import trial as trials
 
         run = Run(Path(self.run))
         set_environment(env)
+        sys.meta_path.insert(0, early)
         try:
             early.armed = True
             early.check()
@@ -116,12 +134,15 @@ class TrainJob:
             if isinstance(error, LostRank) and requeue.restart_after_loss(run, env, error):
                 raise SystemExit(0) from None
             record_failure(run, error, rank=env.global_rank, segment=segment())
+            trials.ended(run, env.global_rank, {"state": "failed"}, error)
             raise
         finally:
-            gc.enable()
+            sys.meta_path.remove(early)
+            lifetime.collect_again()  # where training did not begin
             ignore_signals()
         if requeue.wants_requeue(result, env.cluster) and not run.cancel_marker.exists():
             requeue.requeue(run, env, usr, hand_over, result)
+        trials.ended(run, env.global_rank, result)
         return result
 
     def _train(self, run: Run, env: Any, early: EarlySignals) -> dict[str, Any]:
@@ -135,11 +156,19 @@ class TrainJob:
         from .dependency import check_finished
 
         check_finished(self.after)
+        trial = None
+        if (run.path / "sweep.json").exists():
+            from . import sweep
+
+            if restart_count() and {"state": "stopped", "reason": "pruned"}.items() <= run.state().items():
+                return run.result() or {}
+            trial = sweep.take(run, env.global_rank, Path(self.data_root))
         if env.local_rank == 0:
             read_ahead(run, Path(self.data_root), run.experiment())
         from ..train.loop import train
         from . import preflight, requeue
 
+        early.check()
         stages.done("imports")
         with preflight.ready(run, env, Path(self.data_root)) as node:
             stages.done("preflight")
@@ -153,6 +182,7 @@ class TrainJob:
                     begin=node.record,
                     segment=segment(),
                     on_hang=lambda reason: requeue.restart_hung(run, env, reason),
+                    gives_up=trial.gives_up if trial else None,
                 )
             finally:
                 ignore_signals()  # nothing may interrupt the clean-up, and the result must not get lost in it
@@ -162,6 +192,21 @@ class TrainJob:
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
+
+
+def in_import(frame: types.FrameType | None) -> bool:
+    """Whether Python imports something in this frame or in one that called it."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def leave(code: int) -> None:
+    """End the process soon, if this job is all that it is for."""
+    if getattr(sys.modules["__main__"].__spec__, "name", "") == "submitit.core._submit":
+        lifetime.leave_soon(code)
 
 
 def ignore_signals() -> None:
@@ -261,7 +306,7 @@ def record_failure(run: Run, error: BaseException, *, rank: int, segment: str) -
             run.write_state(**{**run.state(), "state": "cancelled"})
             return
         first = next((old for old in files.read_json_lines(reports) if old.get("segment") == segment), row)
-        reason = first["reason"] if first["rank"] == rank else f"rank {first['rank']}: {first['reason']}"
+        reason = first["reason"] if first["rank"] == 0 else f"rank {first['rank']}: {first['reason']}"
         run.write_state(**{**run.state(), "state": "failed", "reason": reason})
     except OSError as problem:  # a full disk must not hide the error itself
         print(f"hpc-cifar: the failure could not be recorded in {run.path}: {problem}", flush=True)

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from ..config.cluster import Cluster
 from ..config.experiment import NAME_PATTERN
 from ..config.fields import shown
+from ..config.messages import did_you_mean
 from ..errors import LaunchError, UsageError
 from .discover import Partition, Site
 
@@ -36,8 +37,8 @@ def chosen(found: Site, wanted: str | None) -> Partition:
     for one in found.partitions:
         if one.name == wanted:
             return one
-    names = ", ".join(one.name for one in found.partitions)
-    raise UsageError(f"--partition: no partition named {shown(wanted)}; there are {names}")
+    hint = did_you_mean(wanted, [one.name for one in found.partitions], "partitions")
+    raise UsageError(f"--partition: no partition named {shown(wanted)}; {hint}")
 
 
 def text_of(found: Site, name: str, partition: Partition) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -162,6 +163,9 @@ def requeue(run: Run, env: Any, usr: signal.Signals, hand_over: Any, result: dic
         leftover.with_suffix(leftover.suffix + ".save_tmp").unlink(missing_ok=True)
         try:
             hand_over(usr, None)
+        except SystemExit:
+            _cancel_again(run, env)
+            raise
         except Exception as error:
             problem = error
             if env.cluster == "slurm" and _slurm_job_state(env.job_id)[0] in REQUEUED:
@@ -173,6 +177,14 @@ def requeue(run: Run, env: Any, usr: signal.Signals, hand_over: Any, result: dic
     reason = f"stopped with a checkpoint but could not be requeued ({text}); continue it with: hpc-cifar resume {run.id}"
     run.write_state(**{**run.state(), "state": "failed", "reason": reason})
     raise SystemExit(1)
+
+
+def _cancel_again(run: Run, env: Any) -> None:
+    """What was cancelled in the moment in which it was requeued: Slurm may have heard of the cancel first."""
+    if env.cluster == "slurm" and run.cancel_marker.exists():
+        with contextlib.suppress(OSError, subprocess.SubprocessError):  # the marker ends it anyway, as it begins
+            subprocess.run(["scancel", env.job_id], capture_output=True, timeout=20, check=False)
+        run.write_state(**{**run.state(), "state": "cancelled"})
 
 
 def _slurm_deals_with(run: Run, job_id: str) -> bool:

@@ -6,12 +6,14 @@ import contextlib
 import os
 import secrets
 import shutil
+import sys
 from pathlib import Path
 
 from ..errors import RunError
 
 PACKAGE = Path(__file__).resolve().parent.parent
-_SKIPPED = shutil.ignore_patterns("__pycache__", "*.pyc", "*.pyo", ".*", "*~", "#*#", "*.nbi", "*.nbc")
+_SKIPPED = shutil.ignore_patterns(".*", "*~", "#*#", "*.nbi", "*.nbc")
+_BYTECODE = f".{sys.implementation.cache_tag}.pyc"
 
 
 def take(code: Path, package: Path = PACKAGE) -> Path:
@@ -24,8 +26,7 @@ def take(code: Path, package: Path = PACKAGE) -> Path:
     building = code.with_name(f".{code.name}.{secrets.token_hex(4)}.new")
     try:
         building.mkdir(mode=0o700)
-        # contents only: a read-only site-packages must not make a run directory that nobody can delete
-        shutil.copytree(package, building / package.name, ignore=_SKIPPED, copy_function=shutil.copyfile)
+        shutil.copytree(package, building / package.name, ignore=_skipped, copy_function=_copy)
         for folder in (building, *(path for path in building.rglob("*") if path.is_dir())):
             folder.chmod(0o700)
         building.rename(code)
@@ -52,8 +53,26 @@ def share(code: Path, existing: Path) -> Path:
     return code
 
 
+def _skipped(folder: str, names: list[str]) -> set[str]:
+    """All bytecode but what this Python has compiled already, which spares every rank half a second."""
+    foreign = {name for name in names if name.endswith((".pyc", ".pyo")) and not name.endswith(_BYTECODE)}
+    return foreign | _SKIPPED(folder, names)
+
+
+def _copy(source: str, target: str) -> str:
+    """Contents and times, by which Python tells whether its bytecode is that of a file. No modes: a read-only site-packages
+    must not make a run directory that nobody can delete.
+    """
+    while True:
+        before = Path(source).stat()
+        shutil.copyfile(source, target)
+        if Path(source).stat().st_mtime_ns == before.st_mtime_ns:  # else an editor has saved it: old text with a new time
+            os.utime(target, ns=(before.st_atime_ns, before.st_mtime_ns))
+            return target
+
+
 def _link(source: str, target: str) -> str:
     with contextlib.suppress(OSError):  # no hard links here, or too many of one file
         os.link(source, target)
         return target
-    return shutil.copyfile(source, target)
+    return _copy(source, target)

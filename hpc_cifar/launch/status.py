@@ -133,6 +133,8 @@ def _status(run: Run, job: dict[str, Any], answer: slurm.Answer) -> Status:
     elif alive is False and word not in ENDED:
         cancelled = run.cancel_marker.exists()
         word, reason = ("cancelled", reason) if cancelled else ("failed", VANISHED)
+    elif word == "failed" and job.get("executor") == "local" and process.is_alive(controller_of(run, job)):
+        word, reason = "running", None  # a rank has said so; its job ends the others now, who may still write
     elif alive is None and word in ("running", "requeued"):
         reason = f"on {job.get('host') or state.get('host') or 'another host'}, last heard of {state.get('updated', 'never')}"
     return _row(run, job, state, result, word, reason, known)

@@ -67,7 +67,11 @@ def checked_train_images(experiment: Experiment, data_root: Path) -> int:
 
 
 def place(experiment: Experiment, cluster: Cluster) -> tuple[Placement, int, tuple[str, ...]]:
-    """Where the processes go, the time of one job in seconds, and what was adapted."""
+    """Where the processes go, the time of one job in seconds, and what was adapted.
+
+    Raises:
+        UsageError: more GPUs a node than the profile's nodes have.
+    """
     resources = experiment.resources
     time_s, notes = seconds_of(resources.time), []
     if cluster.max_time is not None and time_s > seconds_of(cluster.max_time):

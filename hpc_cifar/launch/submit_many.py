@@ -12,7 +12,7 @@ from ..config.cluster import Cluster
 from ..config.expand import Element
 from ..errors import LaunchError, NoCluster, UsageError
 from ..runs import Run
-from . import array, dependency, estimate, local, provenance, script, submit
+from . import array, dependency, estimate, local, provenance, script, submit, sweep
 from .array import Planned
 from .estimate import Length, Start
 from .submit import Submitted
@@ -185,6 +185,8 @@ def submit_all(
     with submit.recorded(waiting):
         for run in made.values():
             submit.make_ready(run, cluster, None if run is waiting[0] else waiting[0].code)
+        if swept := [(made[id(one)], one.element) for one in planned if one.element.point]:
+            sweep.begin(root, swept[0][1].experiment.tracking.group or "sweep", swept)
         files.make_durable(path for run in waiting for path in (*run.path.glob("*.json"), run.experiment_file, run.path))
         files.fsync_folder(root)
         if cluster.executor == "local":

@@ -1,11 +1,15 @@
-"""Weights & Biases on rank 0: a mirror of ``metrics.jsonl`` that may be missing, slow or broken without harm.
+"""A run directory's mirror in Weights & Biases: one W&B run, whose steps are the numbers of the rows of ``metrics.jsonl``.
 
-Every segment of a run uses the same id with ``resume="allow"``, and metrics are plotted against our own ``global_step`` and
-``epoch``, since W&B renumbers its ``_step`` on sync.
+W&B says where it stands when the run is opened, so an upload goes on there: it can be repeated at any time, by any process that
+sees the run directory, and no row comes twice. Source: the client of wandb 0.31, whose ``starting_step`` follows the last row
+that the server has.
 """
 
 from __future__ import annotations
 
+import configparser
+import contextlib
+import hashlib
 import netrc
 import os
 import secrets
@@ -14,144 +18,257 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from ..config.experiment import Tracking
-from ..errors import first_line
+from .. import files
+from ..errors import TrackingError, first_line
+from ..runs import Run
+from .rows import Tail
 
 INIT_TIMEOUT_S = 20
 FINISH_TIMEOUT_S = 20
+SUMMARY = (
+    *("state", "reason"),
+    *("test_accuracy", "test_loss", "tta_accuracy", "tta_loss", "gpu_hours", "seconds", "restarts", "lost_steps"),
+    *("host_memory_mib", "device_memory_mib", "checkpoints", "checkpoint_seconds", "data", "device", "world_size"),
+)
+HOSTS = ("api.forge.coreweave.com", "api.wandb.ai")  # where the client looks unless it is told: since 0.31, and before
+EPOCH_CURVES = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "images_per_second")
+NO_CURVES = ("kind", "step", "epoch", "time")  # of a row: not curves
 
 
-def new_id() -> str:
-    """A fresh W&B run id."""
-    return secrets.token_hex(6)
+def id_of(run: Run) -> str:
+    """The run's id in W&B: one for all its segments, made by whoever asks first."""
+    path = run.path / "wandb-id"
+    if not path.exists():
+        files.write_text(path, secrets.token_hex(6))
+    return path.read_text(encoding="utf-8")
 
 
-class WandbMirror:
-    """One segment's W&B run; every call returns quickly and never raises.
+def mode(wanted: str, say: Callable[[str], None]) -> str:
+    """``online``, ``offline`` or ``disabled``: what the job file wants, or WANDB_MODE, as far as there is a login."""
+    found = os.environ.get("WANDB_MODE", wanted) if wanted != "disabled" else wanted
+    if found == "online" and not has_login():
+        say("W&B: no login here (wandb login, or WANDB_API_KEY); hpc-cifar sync uploads later")
+        return "offline"
+    return found if found in ("online", "offline") else "disabled"
 
-    Args:
-        config: the job file's ``tracking`` block.
-        folder: the run directory; W&B's files go below it.
-        run_id: stable over restarts.
-        name, settings: shown in W&B.
-        say: prints one line for the user.
-    """
 
-    def __init__(
-        self,
-        config: Tracking,
-        folder: Path,
-        run_id: str,
-        name: str,
-        settings: dict[str, Any],
-        say: Callable[[str], None],
-    ) -> None:
-        self._run: Any = None
-        self._say = say
-        self.mode = self._choose_mode(config.wandb)
-        if self.mode == "disabled":
-            return
-        arguments = {
-            "project": config.project,
-            "entity": config.entity,
-            "group": config.group,
-            "tags": list(config.tags) or None,
-            "id": run_id,
-            "resume": "allow",
-            "name": name,
-            "dir": str(folder),
-            "config": settings,
-        }
-        if not self._start(arguments) and self.mode == "online":
-            self.mode = "offline"
-            self._say("W&B: could not be reached; recording offline, upload later from the run's wandb folder")
-            self._start(arguments)
-
-    def _choose_mode(self, wanted: str) -> str:
-        wanted = os.environ.get("WANDB_MODE", wanted) if wanted != "disabled" else wanted
-        if wanted == "online" and not _has_login():
-            self._say("W&B: no login here (wandb login, or WANDB_API_KEY); recording offline")
-            return "offline"
-        return wanted if wanted in ("online", "offline") else "disabled"
-
-    def _start(self, arguments: dict[str, Any]) -> bool:
-        try:
-            import wandb
-
-            self._run = wandb.init(
-                **arguments,
-                mode="online" if self.mode == "online" else "offline",
-                settings=wandb.Settings(
-                    init_timeout=INIT_TIMEOUT_S,
-                    finish_timeout=FINISH_TIMEOUT_S,
-                    x_transaction_log_flush_interval=2,  # the default of 15 s loses the last rows on a kill
-                    console="off",
-                    silent=True,
-                    disable_git=True,  # provenance.json has it, and a snapshot is no checkout
-                ),
-            )
-            self._run.define_metric("*", step_metric="epoch")
-            self._run.define_metric("step/*", step_metric="global_step")
-        except Exception as error:  # whatever the client or its service does, training goes on
-            self._give_up(f"W&B ({self.mode}): {first_line(error)}", teardown=True)
-            return False
+def has_login() -> bool:
+    """Whether W&B would find a key, without asking its server: a variable, or a netrc entry for its host."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-
-    def log(self, row: dict[str, Any]) -> None:
-        """Mirror one row of ``metrics.jsonl``."""
-        if self._run is None:
-            return
-        prefix = "step/" if row["kind"] == "step" else ""  # curves over steps and over epochs are different panels
-        skipped = ("kind", "step", "epoch", "time")
-        values = {prefix + key: value for key, value in row.items() if key not in skipped and value is not None}
-        try:
-            self._run.log({"global_step": row["step"], "epoch": row["epoch"], **values})
-        except Exception as error:
-            self._give_up(f"W&B stopped taking metrics: {first_line(error)}; metrics.jsonl has them all")
-
-    def pictures(self, files: dict[str, Path]) -> None:
-        """Log image files under these names."""
-        if self._run is None:
-            return
-        try:
-            import wandb
-
-            self._run.log({name: wandb.Image(str(path)) for name, path in files.items()})
-        except Exception as error:
-            self._give_up(f"W&B stopped taking pictures: {first_line(error)}; they lie in the run directory")
-
-    def finish(self, summary: dict[str, Any], *, preempted: bool = False, failed: bool = False) -> None:
-        """Write the summary and close, in bounded time."""
-        if self._run is None:
-            return
-        try:
-            if preempted:
-                self._run.mark_preempting()
-            self._run.summary.update({key: value for key, value in summary.items() if value is not None})
-            self._run.finish(exit_code=1 if preempted or failed else 0)
-        except Exception as error:
-            self._give_up(f"W&B could not be finished: {first_line(error)}; metrics.jsonl has everything")
-        self._run = None
-
-    def _give_up(self, line: str, *, teardown: bool = False) -> None:
-        self._say(line)
-        self._run = None
-        if teardown:
-            try:
-                import wandb
-
-                wandb.teardown()
-            except Exception:  # the service may be half started; there is nothing left to close
-                pass
-
-
-def _has_login() -> bool:
-    """Whether W&B would find a key, without asking its server: the variable, or a netrc entry for its host."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    named = urlparse(server()).netloc
     try:
         path = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
-        return netrc.netrc(str(path)).authenticators(host) is not None
+        known = netrc.netrc(str(path))
+        return any(known.authenticators(host) for host in ((named,) if named else HOSTS))
     except (OSError, netrc.NetrcParseError, RuntimeError):
         return False
+
+
+def server() -> str:
+    """The address that was chosen for W&B; empty where nobody has chosen one."""
+    return os.environ.get("WANDB_BASE_URL") or _host_in_settings()
+
+
+def _host_in_settings() -> str:
+    """What ``wandb login --host`` wrote down: the client's settings, of this folder or of the user."""
+    paths = [Path(os.environ.get("WANDB_DIR") or ".") / "wandb" / "settings"]
+    with contextlib.suppress(RuntimeError):  # no home folder at all, as in some containers
+        paths.insert(0, Path(os.environ.get("WANDB_CONFIG_DIR") or Path.home() / ".config" / "wandb") / "settings")
+    found = ""
+    for path in paths:
+        settings = configparser.ConfigParser()
+        try:
+            settings.read(path, encoding="utf-8")
+        except (configparser.Error, UnicodeDecodeError):
+            continue
+        found = settings.get("default", "base_url", fallback=found)
+    return found
+
+
+class Upload:
+    """A run that is open in W&B.
+
+    Args:
+        run: its directory; W&B's own files go below it.
+        pid: process whose memory and processors W&B's system metrics are of, if it runs here.
+        artifact_s: how long :meth:`close` waits for what is on its way, of a run whose checkpoint is kept in W&B.
+
+    Raises:
+        TrackingError: W&B does not answer, or does not want it.
+    """
+
+    def __init__(self, run: Run, pid: int | None = None, artifact_s: float = FINISH_TIMEOUT_S) -> None:
+        os.environ.setdefault("WANDB_SILENT", "true")  # it tells where it found its key before it reads its settings
+        import wandb
+
+        self.run = run
+        self._tail = Tail(run.metrics_file)
+        self._ledger = run.path / "wandb-pictures.json"
+        tracking = run.experiment().tracking
+        self._alerts, self._artifact = tracking.alerts, tracking.artifact
+        self._shown: set[str] = set()  # digests of the pictures that this upload has handed over
+        settings: dict[str, Any] = {
+            "init_timeout": INIT_TIMEOUT_S,
+            "finish_timeout": artifact_s if tracking.artifact else FINISH_TIMEOUT_S,
+            "x_transaction_log_flush_interval": 2,
+            "console": "off",
+            "silent": True,
+            "disable_git": True,  # provenance.json has it, and a snapshot is no checkout
+            **({"x_stats_pid": pid} if pid is not None else {"x_disable_stats": True, "x_disable_meta": True}),
+        }
+        try:
+            self._wandb = wandb.init(
+                project=tracking.project,
+                entity=tracking.entity,
+                group=tracking.group,
+                job_type="train",
+                tags=list(tracking.tags) or None,
+                id=id_of(run),
+                resume="allow",
+                name=run.id,
+                dir=str(run.path),
+                config=self._config(),
+                mode="online",
+                settings=wandb.Settings(**settings),
+            )
+            for name in EPOCH_CURVES:
+                self._wandb.define_metric(name, step_metric="epoch")
+            self._wandb.define_metric("step/*", step_metric="global_step")
+        except Exception as error:  # whatever the client or its service does
+            _forget()
+            raise TrackingError(f"W&B: {first_line(error)}") from None
+        self.begun = int(self._wandb.starting_step)  # W&B has what has a smaller number
+        self.taken = self.begun
+        self.pushed = 0  # rows
+
+    @property
+    def address(self) -> str:
+        """Where people see it."""
+        return str(self._wandb.url or "")
+
+    @property
+    def path(self) -> str:
+        """Entity, project and id."""
+        return f"{self._wandb.entity}/{self._wandb.project}/{self._wandb.id}"
+
+    @property
+    def damaged(self) -> int:
+        """Lines of ``metrics.jsonl`` that were left out."""
+        return self._tail.damaged
+
+    def _config(self) -> dict[str, Any]:
+        provenance = files.read_json(self.run.path / "provenance.json") or {}
+        git = {key: value for key, value in (provenance.get("git") or {}).items() if key in ("commit", "dirty")}
+        known = {key: provenance[key] for key in ("packages", "python", "host", "command") if key in provenance}
+        return {
+            "experiment": self.run.experiment().model_dump(mode="json"),
+            "plan": self.run.plan(),
+            "run": self.run.id,
+            "data": self.run.state().get("data"),
+            "git": git,
+            **known,
+        }
+
+    def push(self) -> int:
+        """Hand over rows and pictures that W&B has not got; the number of rows."""
+        count = 0
+        try:
+            for at, row in self._tail.new():
+                if at < self.taken:
+                    continue
+                prefix = "step/" if row["kind"] == "step" else ""  # curves over steps and epochs are different panels
+                values = {prefix + k: v for k, v in row.items() if k not in NO_CURVES and v is not None}
+                self._wandb.log({"global_step": row["step"], "epoch": row["epoch"], **values}, step=at, commit=True)
+                self.taken = at + 1
+                count += 1
+            self._push_pictures(files.read_json(self._ledger) or [])
+        except Exception as error:
+            raise TrackingError(f"W&B took no more rows: {first_line(error)}") from None
+        self.pushed += count
+        return count
+
+    def _push_pictures(self, taken: list[dict[str, Any]]) -> None:
+        """Pictures of evaluations, once each: with a number of their own, behind the rows that there are.
+
+        It is noted first; if the pictures do not arrive, they get another one next time.
+        """
+        import wandb
+
+        arrived = (place["digest"] for place in taken if place["at"] < self.begun)
+        known = {*arrived, *self._shown}
+        for folder in sorted(path for path in (self.run.path / "evaluation").glob("*") if path.is_dir()):
+            pictures = sorted(folder.glob("*.png"))
+            digest = hashlib.sha256("".join(files.sha256_of(path) for path in pictures).encode()).hexdigest()
+            if not pictures or digest in known:
+                continue
+            at = max(self.taken, self._tail.last + 1)
+            self._shown.add(digest)
+            taken.append({"at": at, "digest": digest, "folder": folder.name})
+            files.write_json(self._ledger, taken)
+            shown = {f"evaluation/{folder.name}-{path.stem}": wandb.Image(str(path)) for path in pictures}
+            self._wandb.log(shown, step=at, commit=True)
+            self.taken = at + 1
+
+    def close(self, left: bool = False) -> None:
+        """Hand over the rest and the summary; in bounded time.
+
+        Args:
+            left: whoever trained has gone, so that a run that seems to run has failed.
+
+        Raises:
+            TrackingError: W&B may not have everything.
+        """
+        state = self.run.state()
+        ended = (self.run.result() or {}) if state.get("state") != "requeued" else {}
+        values = {key: value for key, value in (state | ended).items() if key in SUMMARY and value is not None}
+        events = [row for row in files.read_json_lines(self.run.metrics_file) if row.get("kind") == "event"]
+        values["preemptions"] = sum(row.get("event") == "requeued" and row.get("reason") == "preempted" for row in events)
+        try:
+            if state.get("state") == "requeued":  # first, since the machine may be gone before the rest has arrived
+                self._wandb.mark_preempting()
+            self.push()
+            told = self._wandb.summary.get("state")  # type: ignore[no-untyped-call]  # by an upload before
+            self._wandb.summary.update(values | self._evaluations())
+            if self._alerts and told != state.get("state") and state.get("state") in ("finished", "failed"):
+                self._wandb.alert(f"{self.run.id}: {state['state']}"[:63], str(state.get("reason") or "see its report"))
+            if self._artifact and state.get("state") == "finished":
+                self._push_checkpoint()
+            good = state.get("state") in ("finished", "stopped", "cancelled", "" if left else "running")
+            self._wandb.finish(exit_code=0 if good else 1)
+        except Exception as error:
+            _forget()
+            raise TrackingError(f"W&B could not be finished: {first_line(error)}") from None
+
+    def _push_checkpoint(self) -> None:
+        """The selected one, as a version of the experiment's model; W&B knows the same files again."""
+        import wandb
+
+        experiment = self.run.experiment()
+        selected = "best" if experiment.checkpoint.select == "best" else "latest"
+        folder = (self.run.checkpoints / selected).resolve()
+        about = {"run": self.run.id, **(files.read_json(folder / "manifest.json") or {})}
+        artifact = wandb.Artifact(f"{experiment.name}-model", type="model", metadata=about)
+        artifact.add_dir(str(folder))
+        self._wandb.log_artifact(artifact, aliases=[selected, self.run.id])
+
+    def _evaluations(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for path in (self.run.path / "evaluation").glob("*/evaluation.json"):
+            result = files.read_json(path) or {}
+            numbers = {name: result[name] for name in ("accuracy", "loss", "top5_accuracy", "ece") if name in result}
+            numbers |= result.get("macro", {})
+            if "tta" in result:
+                numbers["tta_accuracy"] = result["tta"]["accuracy"]
+            found |= {f"evaluation/{path.parent.name}_{name}": value for name, value in numbers.items()}
+        return found
+
+
+def _forget() -> None:
+    """Let go of the client's service, which may be half started."""
+    try:
+        import wandb
+
+        wandb.teardown(exit_code=1)
+    except Exception:
+        pass

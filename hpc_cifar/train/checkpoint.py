@@ -55,10 +55,15 @@ def save(
     metrics: dict[str, float] | None = None,
     best_step: int | None = None,
     keep_last: int = 3,
+    keep_every_epochs: int | None = None,
+    whole_epoch: bool = False,
 ) -> Path:
     """Write one checkpoint and move ``latest`` to it, and ``best`` if ``best_step`` is this one.
 
-    Old ones beyond ``keep_last`` go, the best stays.
+    Old ones beyond ``keep_last`` go; the best stays, and of every ``keep_every_epochs`` epochs the one at its end.
+
+    Args:
+        whole_epoch: it is at the end of ``epoch``, which counts from 1 then.
 
     Raises:
         CheckpointError: the file system refused; what was there before is untouched.
@@ -68,34 +73,36 @@ def save(
     target = folder / name
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    data = buffer.getbuffer()
-    manifest = {
-        "format": FORMAT,
-        "step": step,
-        "epoch": epoch,
-        "bytes": len(data),
-        "sha256": hashlib.sha256(data).hexdigest(),
-        "best_step": best_step,
-        "metrics": metrics or {},
-    }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(building, ignore_errors=True)
-        building.mkdir()
-        with files.atomic_file(building / "state.pt") as stream:
-            stream.write(data)
-        files.write_json(building / "manifest.json", manifest)
-        if target.exists():  # the same step again, now as the best; never seen half removed
-            target.rename(folder / f".{name}.{os.getpid()}.old.new")
-        building.rename(target)
-        files.fsync_folder(folder)
-        _point(folder, "latest", name)
-        if best_step == step:
-            _point(folder, "best", name)
-    except OSError as error:
-        shutil.rmtree(building, ignore_errors=True)
-        raise CheckpointError(f"{target}: cannot save the checkpoint: {error.strerror or error}") from None
-    _prune(folder, keep_last)
+    # given back even when the disk refuses: Python 3.12.1 crashes when it collects an exception that holds a memoryview
+    with buffer.getbuffer() as data:
+        manifest = {
+            "format": FORMAT,
+            "step": step,
+            "epoch": epoch,
+            "whole_epoch": whole_epoch,
+            "bytes": len(data),
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "best_step": best_step,
+            "metrics": metrics or {},
+        }
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(building, ignore_errors=True)
+            building.mkdir()
+            with files.atomic_file(building / "state.pt") as stream:
+                stream.write(data)
+            files.write_json(building / "manifest.json", manifest)
+            if target.exists():  # the same step again, now as the best; never seen half removed
+                target.rename(folder / f".{name}.{os.getpid()}.old.new")
+            building.rename(target)
+            files.fsync_folder(folder)
+            _point(folder, "latest", name)
+            if best_step == step:
+                _point(folder, "best", name)
+        except OSError as error:
+            shutil.rmtree(building, ignore_errors=True)
+            raise CheckpointError(f"{target}: cannot save the checkpoint: {error.strerror or error}") from None
+    _prune(folder, keep_last, keep_every_epochs)
     return target
 
 
@@ -107,10 +114,11 @@ def _point(folder: Path, link: str, name: str) -> None:
     temporary.replace(folder / link)
 
 
-def _prune(folder: Path, keep_last: int) -> None:
+def _prune(folder: Path, keep_last: int, every: int | None) -> None:
     keep = {os.path.realpath(folder / link) for link in ("latest", "best")}
     for old in stored(folder)[keep_last:]:
-        if os.path.realpath(old.folder) not in keep:
+        stays = every is not None and old.manifest.get("whole_epoch") and old.manifest["epoch"] % every == 0
+        if os.path.realpath(old.folder) not in keep and not stays:
             shutil.rmtree(old.folder, ignore_errors=True)
     aside = sorted(folder.glob("damaged-*"), key=lambda path: path.stat().st_mtime)
     for old_damage in aside[:-1]:
@@ -189,9 +197,7 @@ def settle(folder: Path, chosen: Saved) -> bool:
     A newer one is damaged, and would hide the good ones written from now on. Returns False if the best of that time is gone.
     """
     try:
-        for saved in stored(folder):
-            if saved.step > chosen.step:
-                saved.folder.rename(folder / f"damaged-{saved.folder.name}-{secrets.token_hex(2)}")
+        set_aside(folder, chosen.step + 1)
         _point(folder, "latest", chosen.folder.name)
         best = None if chosen.best_step is None else folder / f"step-{chosen.best_step:08d}"
         if best is not None and best.is_dir():
@@ -203,7 +209,34 @@ def settle(folder: Path, chosen: Saved) -> bool:
     return best is None or best.is_dir()
 
 
+def set_aside(folder: Path, step: int) -> None:
+    """Have nobody find the checkpoints from ``step`` on."""
+    for saved in stored(folder):
+        if saved.step >= step:
+            saved.folder.rename(folder / f"damaged-{saved.folder.name}-{secrets.token_hex(2)}")
+
+
 def named(folder: Path, link: str) -> Saved | None:
     """The checkpoint called ``link`` (``latest``, ``best`` or a folder's name), if it is there."""
     target = folder / link
     return _open(target) if target.is_dir() else None
+
+
+def same(one: Saved, other: Saved) -> bool:
+    """Whether two checkpoints hold the same weights, optimizer state and average, bit for bit.
+
+    Raises:
+        CheckpointError: one cannot be read, or is damaged.
+    """
+    first, second = read(one), read(other)
+    return all(_equal(first[name], second[name]) for name in ("model", "optimizer", "ema"))
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return isinstance(other, dict) and one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return isinstance(other, list | tuple) and len(one) == len(other) and all(map(_equal, one, other))
+    return bool(one == other)

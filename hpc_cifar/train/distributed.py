@@ -59,7 +59,7 @@ class World:
             dist.barrier(group=self.control)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Sum ``tensor`` over the ranks, in place, on the device's own backend."""
+        """Sum ``tensor``, of any shape, over the ranks, in place, on the device's own backend; alone it stays as it is."""
         if self.control is not None:
             dist.all_reduce(tensor)
         return tensor

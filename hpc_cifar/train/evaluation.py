@@ -60,6 +60,7 @@ def evaluate(trained: Trained, split: str, *, tta: bool, pictures: bool, maps_of
         views = tta_views(SHIFT)
         averaged, _ = probabilities(trained.network, trained.batches(arrays, indices), views, inference)
         result["tta"] = {"views": len(views), **metrics.summary(averaged, labels, classes)}
+    figures.tiles(arrays.images[indices[wrong]], folder / "mistakes")
     if pictures:
         figures.confusion(result["confusion"], classes, folder / "confusion.png")
         figures.reliability(result["calibration"], result["ece"], folder / "reliability.png")

@@ -105,6 +105,9 @@ class Features:
         """Features, labels, and the row of each image of the store; call on every rank.
 
         Of the training part only the images that the run looks at are there; of the others the row is 0.
+
+        Returns:
+            (m, channels, height, width) in the head's type and int64 (m,), of the images that are there; int64 (all images,).
         """
         if id(arrays) not in self._known:
             whole = np.arange(len(arrays.labels))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
-import os
 from pathlib import Path
 from typing import Any, TextIO
 
+from .. import files
 from ..errors import RunBusy, RunError
 from .distributed import World
 
@@ -44,20 +43,13 @@ class RunLock:
 
     def _take(self) -> RunError | None:
         try:
-            self._stream = self._path.open("a+", encoding="utf-8")
-            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            assert self._stream is not None
-            self._stream.seek(0)
-            holder = self._stream.read().strip() or "another process"
-            return RunBusy(f"{self._path.parent}: this run is being trained already, by {holder}; wait for it or cancel it")
+            self._stream = files.hold(self._path)
+        except BlockingIOError as error:
+            return RunBusy(
+                f"{self._path.parent}: this run is being trained already, by {error.strerror}; wait for it or cancel it"
+            )
         except OSError as error:
-            if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-                return None  # a file system without locks, such as Lustre without -o flock: go on without one
             return RunError(f"{self._path}: cannot be locked: {error.strerror or error}")
-        self._stream.truncate(0)
-        self._stream.write(f"process {os.getpid()} on {os.uname().nodename}\n")
-        self._stream.flush()
         return None
 
     def __exit__(self, *_: Any) -> None:

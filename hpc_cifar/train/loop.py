@@ -10,13 +10,14 @@ from typing import Any
 
 from .. import stages
 from ..config.experiment import Experiment
-from ..errors import HpcCifarError, LostRank, first_line
+from ..errors import HpcCifarError, LostRank, NonFiniteLoss, RunError, first_line
 from ..runs import Run
+from . import recovery, rehearsal
 from .distributed import World, connected, is_lost_peer
 from .lock import RunLock
 from .stop import StopFlag
 from .trainer import Trainer
-from .watchdog import OnHang, Watchdog
+from .watchdog import OnHang, Watchdog, lost_ranks
 
 
 def train(
@@ -29,6 +30,7 @@ def train(
     begin: Callable[[], None] | None = None,
     segment: str = "",
     on_hang: OnHang | None = None,
+    gives_up: Callable[[dict[str, Any]], bool] | None = None,
 ) -> dict[str, Any]:
     """Start or continue ``run`` on this rank, until it is finished, stopped or failed.
 
@@ -41,6 +43,7 @@ def train(
         begin: called on rank 0 as soon as the run belongs to this job alone.
         segment: names this stretch of the run, such as ``<job id>.<restart>``.
         on_hang: what the watchdog calls when the ranks hang; the process ends then.
+        gives_up: asked on rank 0 with the row of each finished epoch, whether to stop there; state ``stopped``, as ``pruned``.
 
     Returns:
         The result, as in ``result.json``; ``state`` is ``finished``, ``stopped``, ``cancelled``, or ``requeued`` when the
@@ -53,20 +56,31 @@ def train(
     if world is None:  # connected before signals only set a flag: a rank that waits for the others must still be stoppable
         with connected(wants_gpu(run.experiment())) as world:
             options: dict[str, Any] = {"max_steps": max_steps, "data_root": data_root, "console": console}
-            return train(run, **options, world=world, begin=begin, segment=segment, on_hang=on_hang)
+            return train(run, **options, world=world, begin=begin, segment=segment, on_hang=on_hang, gives_up=gives_up)
     try:
         stages.done("process group")
         with StopFlag() as flag, RunLock(run.path, world):
             if begin is not None and world.main:
                 begin()
             world.barrier()
-            return _train(run, world, flag, max_steps, data_root, console, segment, on_hang)
+            segment = world.share(segment or secrets.token_hex(4))
+
+            def attempt() -> dict[str, Any]:
+                trainer = Trainer(run, world, flag, max_steps, data_root, console)
+                if gives_up is not None:
+                    trainer.records.on_epoch = lambda row: flag.prune() if gives_up(row) else None
+                return _trained(trainer, segment, on_hang)
+
+            return _train(run, world, attempt)
+    except OSError as error:
+        raise RunError(f"{error.filename or run.path}: {error.strerror or error}") from error
     except RuntimeError as error:
         if not is_lost_peer(error):
             raise
+        lost = lost_ranks(run.path, segment, world) or "another rank"
         raise LostRank(
-            f"rank {world.rank} on {os.uname().nodename} lost contact with another rank, which has probably ended; "
-            f"its log says why, and the same command continues from the last checkpoint ({first_line(error)})"
+            f"rank {world.rank} on {os.uname().nodename} lost contact with {lost}, which has probably ended; its log says "
+            f"why, and the same command continues from the last checkpoint ({first_line(error)})"
         ) from None
 
 
@@ -75,28 +89,34 @@ def wants_gpu(experiment: Experiment) -> bool:
     return experiment.resources.gpus_per_node > 0
 
 
-def _train(
-    run: Run,
-    world: World,
-    flag: StopFlag,
-    max_steps: int | None,
-    data_root: Path,
-    console: bool,
-    segment: str,
-    on_hang: OnHang | None,
-) -> dict[str, Any]:
+def _train(run: Run, world: World, attempt: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """With the run locked: nothing to do, or a segment of training; a failure is written to ``state.json``."""
     if world.share(run.cancel_marker.exists()):
         return {"state": "cancelled", "run": run.id}
     if world.share(run.finished()):
         return run.result() or {}
     try:
-        trainer = Trainer(run, world, flag, max_steps, data_root, console)
-        segment = world.share(segment or secrets.token_hex(4))
-        patience = trainer.experiment.resources.hang_timeout_s
-        with Watchdog(run.path, segment, world, patience, on_hang, trainer.records.progress.say) as trainer.watchdog:
-            return trainer.train()
+        while True:
+            try:
+                with recovery.memory_told(run.experiment(), world):
+                    return attempt()
+            except NonFiniteLoss as error:  # on every rank alike
+                if not recovery.leave_out(run, world, error.step):
+                    raise
     except HpcCifarError as error:
         if world.main:
             run.write_state(**{**run.state(), "state": "failed", "reason": str(error)})
         raise
+
+
+def _trained(trainer: Trainer, segment: str, on_hang: OnHang | None) -> dict[str, Any]:
+    """From the newest checkpoint as far as it goes."""
+    run, world = trainer.run, trainer.world
+    rehearsal.begin(run.path, world.rank, lambda: trainer.session.position.step)
+    patience = trainer.experiment.resources.hang_timeout_s
+    with Watchdog(run.path, segment, world, patience, on_hang, trainer.records.progress.say) as trainer.watchdog:
+        try:
+            return trainer.train()
+        except NonFiniteLoss:
+            trainer.agreement.settle()  # what is in flight between the ranks
+            raise

@@ -42,7 +42,7 @@ def problems_here(
         gpu: whether the job asked for GPUs.
         verify: read every byte of the dataset and compare its digests.
     """
-    checks: dict[str, Callable[[], None]] = {"device": lambda: _check_device(gpu, local_rank, local_size)}
+    checks: dict[str, Callable[[], None]] = {"device": lambda: check_device(gpu, local_rank, local_size)}
     if local_rank == 0:
         checks |= {
             "memory": lambda: _check_memory(local_size),
@@ -62,7 +62,12 @@ def problems_here(
     return found
 
 
-def _check_device(gpu: bool, local_rank: int, local_size: int) -> None:
+def check_device(gpu: bool, local_rank: int, local_size: int) -> None:
+    """A small product on a rank's device, and enough free memory there.
+
+    Raises:
+        Broken: the device is missing, wrong, or full.
+    """
     device = device_for(gpu, local_rank, local_size)
     if gpu and device.type != "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0

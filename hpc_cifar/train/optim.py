@@ -80,6 +80,22 @@ def _build(config: Optimizer, groups: list[dict[str, Any]], capturable: bool) ->
             )
 
 
+def halves(optimizer: torch.optim.Optimizer, graph: bool) -> tuple[Callable[[], object], Callable[[], object] | None]:
+    """What a step does on the device alone, and what of it the host decides: with lookahead and a graph, when to go back."""
+    wrapper: Any = optimizer  # timm's Lookahead, if it is one
+    if not graph or not hasattr(wrapper, "update_slow"):
+        return optimizer.step, None
+    fast: torch.optim.Optimizer = wrapper._base_optimizer
+
+    def slow() -> None:  # as timm's step does it
+        for group in fast.param_groups:
+            group["lookahead_step"] += 1
+            if group["lookahead_step"] % group["lookahead_k"] == 0:
+                wrapper.update_slow(group)
+
+    return fast.step, slow
+
+
 def keep_norms(rules: Sequence[Rule]) -> None:
     """Shorten the weights of every filter or unit that have become longer than their ``max_norm``."""
     with torch.no_grad():

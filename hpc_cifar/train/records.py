@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .. import files
 from ..config.experiment import Experiment
+from ..errors import LostRank, NonFiniteLoss, first_line
 from ..plan import Plan
 from ..runs import Run, now
+from ..track.companion import Companion
 from ..track.metrics import MetricsLog
 from ..track.progress import Progress
-from ..track.wandb_run import WandbMirror
-from .distributed import World
+from . import recovery
+from .distributed import World, is_lost_peer
 from .session import Session
+
+SHOWN = 32  # images of the first batch
 
 
 class Records:
@@ -27,6 +33,8 @@ class Records:
         last_step: where this segment would end undisturbed.
         console: whether rank 0 prints.
     """
+
+    on_epoch: Callable[[dict[str, Any]], None] | None = None  # on rank 0, with the row of each finished epoch
 
     def __init__(
         self,
@@ -48,19 +56,13 @@ class Records:
         self.progress = Progress(console and world.main, last_step, session.position.step)
         self._lost_steps = int(self._before.get("lost_steps", 0))  # trained, and to be trained again
         self._metrics: MetricsLog | None = None
-        self._wandb: WandbMirror | None = None
+        self._wandb: Companion | None = None
         if world.main:
             self._metrics = MetricsLog(run.metrics_file, session.position.step)
             reached = max(self._metrics.reached, int(self._before.get("step") or 0))
             self._lost_steps += max(0, reached - session.position.step)
-            self._wandb = WandbMirror(
-                experiment.tracking,
-                run.path,
-                session.wandb_id,
-                run.id,
-                {"experiment": experiment.model_dump(mode="json"), "plan": plan.as_dict(), "data": data_label, "run": run.id},
-                self.progress.say,
-            )
+            self.state("running")  # what W&B is told of the run
+            self._wandb = Companion(run, experiment.tracking, self.progress.say)
 
     def announce(self, parameters: int, precision: str, notes: list[str]) -> None:
         """The first lines of a segment: what is trained on what, and what was adapted."""
@@ -79,6 +81,20 @@ class Records:
         """Which pipeline feeds the training, and why that one."""
         self.progress.say(f"pipeline: {name} ({why})")
         self.event("pipeline", pipeline=name, why=why)
+
+    def first_batch(self, images: torch.Tensor) -> None:
+        """What the network is given first, as a picture for W&B: (N, C, H, W), stretched to the range of a picture."""
+        if not self._world.main or self._experiment.tracking.wandb == "disabled" or images.dim() != 4:
+            return
+        path = self._run.path / "evaluation" / "training" / "batch.png"
+        if path.exists():
+            return
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with files.atomic_file(path) as stream:
+                _sheet(images[:SHOWN]).save(stream, "PNG")
+        except Exception as error:  # nothing that is only looked at ends a training
+            self.progress.say(f"note: no picture of the first batch: {first_line(error)}")
 
     def startup(self, seconds: dict[str, float]) -> None:
         """How long this rank took to its first step, by stage."""
@@ -103,6 +119,8 @@ class Records:
         self._emit("epoch", row["epoch"], row["step"], values)
         self.progress.epoch(row, self._experiment.epochs)
         self.state("running", train_loss=row["train_loss"])
+        if self.on_epoch is not None and self._world.main:
+            self.on_epoch(row)
 
     def event(self, event: str, **values: Any) -> None:
         if self._metrics is not None:
@@ -111,8 +129,8 @@ class Records:
             self._metrics.write("event", epoch=position.epoch, step=position.step, event=event, **known)
 
     def _emit(self, kind: str, epoch: int, step: int, values: dict[str, Any]) -> None:
-        if self._metrics is not None and self._wandb is not None:
-            self._wandb.log(self._metrics.write(kind, epoch=epoch, step=step, **values))
+        if self._metrics is not None:
+            self._metrics.write(kind, epoch=epoch, step=step, **values)
 
     def state(self, state: str, **values: Any) -> dict[str, Any]:
         """Write ``state.json`` on rank 0 and return its content, with the time and GPU-hours of all segments so far."""
@@ -146,20 +164,44 @@ class Records:
         return record
 
     def finish(self, result: dict[str, Any]) -> None:
-        """Close metrics and W&B with the result of this segment."""
+        """Close metrics and W&B with the result of this segment, which has been written."""
         self.event(result["state"], **{name: result.get(name) for name in ("reason", "heard_after_ms", "saved_after_ms")})
-        if self._wandb is not None:
-            summary = {key: result.get(key) for key in ("test_accuracy", "test_loss", "gpu_hours", "restarts")}
-            self._wandb.finish(summary, preempted=result["state"] == "requeued")
+        self.close()
+
+    def left(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        """Close, after saying of a failure that it is one; a rank that was lost may come back."""
+        lost = isinstance(error, LostRank) or (isinstance(error, RuntimeError) and is_lost_peer(error))
+        if isinstance(error, NonFiniteLoss) and recovery.goes_back(self._run, error.step):
+            self.event("went back", reason=first_line(error))
+            self.state("running", restarts=int(self._before.get("restarts", -1)))  # it is no restart
+            self.progress.say(f"note: {error}; going back to the last checkpoint, to leave this batch out")
+        elif self._metrics is not None and isinstance(error, Exception) and not lost:
+            self.event("failed", reason=first_line(error))
+            self.state("failed", reason=str(error))
         self.close()
 
     def close(self) -> None:
-        """Let go of files and terminal; W&B is told of a failure if :meth:`finish` was not reached."""
-        if self._wandb is not None:
-            self._wandb.finish({}, failed=True)
+        """Let go of files and terminal; W&B takes a run that is still running for a failed one."""
         if self._metrics is not None:
             self._metrics.close()
+        if self._wandb is not None:
+            self._wandb.finish()
         self.progress.close()
+
+
+def _sheet(images: torch.Tensor) -> Any:
+    """A picture of rows of eight."""
+    from PIL import Image
+
+    values = images.detach().float().cpu()
+    low, high = values.amin(), values.amax()
+    pixels = ((values - low) / (high - low).clamp_min(1e-9) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    height, width = pixels.shape[1:3]
+    sheet = Image.new("RGB", (min(8, len(pixels)) * (width + 2) + 2, -(-len(pixels) // 8) * (height + 2) + 2), "white")
+    for number, one in enumerate(pixels):
+        picture = Image.fromarray(one.squeeze(-1) if one.shape[-1] == 1 else one[..., :3])
+        sheet.paste(picture, (number % 8 * (width + 2) + 2, number // 8 * (height + 2) + 2))
+    return sheet
 
 
 def peak_memory(world: World) -> dict[str, int]:

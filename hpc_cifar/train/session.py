@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from .distributed import World
 from .optim import EMA
+from .saver import copy_of
 from .setup import AveragedStatistics
 from .step import Stepper
 
@@ -35,36 +36,34 @@ class Session:
     world: World
     local_statistics: bool
     split_digest: str
-    wandb_id: str
     position: Position = field(default_factory=Position)
     history: list[dict[str, Any]] = field(default_factory=list)  # rows of finished epochs
     best: float | None = None  # of checkpoint.monitor
     best_step: int | None = None
 
     def state(self) -> dict[str, Any] | None:
-        """What a checkpoint holds, on rank 0; None elsewhere. Call on every rank."""
+        """What a checkpoint holds, on rank 0; None elsewhere. Call on every rank. Its tensors are copies, on their devices."""
         own = {
-            "epoch_sums": self.stepper.epoch_sums.cpu(),
+            "epoch_sums": self.stepper.epoch_sums.cpu().clone(),  # on a CPU the same tensor, which the next step changes
             "buffers": [b.cpu().clone() for b in self.network.buffers()] if self.local_statistics else None,
         }
         per_rank = self.world.gather(own)
         with AveragedStatistics(self.network, self.world, self.local_statistics):
-            model = {name: tensor.cpu().clone() for name, tensor in self.network.state_dict().items()}
+            model = copy_of(dict(self.network.state_dict())) if self.world.main else {}
         if not self.world.main:
             return None
-        optimizer = self.optimizer.state_dict()
+        optimizer = copy_of(self.optimizer.state_dict())
         for group in optimizer["param_groups"]:  # set anew before every step; a tensor where the step is a CUDA graph
             group["lr"] = float(group["lr"])
         return {
             "model": model,
             "optimizer": optimizer,
-            "ema": None if self.ema is None else {"shadow": self.ema.shadow, "updates": self.ema.updates},
+            "ema": None if self.ema is None else {"shadow": copy_of(self.ema.shadow), "updates": self.ema.updates},
             "position": {"epoch": self.position.epoch, "batch": self.position.batch, "step": self.position.step},
             "per_rank": per_rank,
             "world_size": self.world.size,
             "split_digest": self.split_digest,
-            "wandb_id": self.wandb_id,
-            "history": self.history,
+            "history": [dict(row) for row in self.history],
             "best": self.best,
             "best_step": self.best_step,
         }
@@ -94,7 +93,7 @@ class Session:
             self._restore_average(state)
             self.ema.updates = state["ema"]["updates"]
         self.position = Position(**state["position"])
-        self.wandb_id, self.history = state["wandb_id"], state["history"]
+        self.history = state["history"]
         self.best, self.best_step = state["best"], state["best_step"]
         if state["world_size"] == self.world.size:
             own = state["per_rank"][self.world.rank]

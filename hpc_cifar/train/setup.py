@@ -124,6 +124,9 @@ def make_network(
 
     Args:
         weights_root: read pretrained weights; their folder. None where a checkpoint follows.
+
+    Raises:
+        UsageError: the pretrained weights are not there, or do not fit.
     """
     torch.manual_seed(experiment.seed)
     store = prepared.store

@@ -19,7 +19,7 @@ from ..models.build import Rule
 from ..plan import Plan, shard
 from .distributed import GradientSync, World
 from .graph import Graphs
-from .optim import EMA, LR_FACTOR, keep_norms
+from .optim import EMA, LR_FACTOR, halves, keep_norms
 from .schedule import History, factor
 
 DROPOUT = 101  # stream of draws, apart from those in data/draws.py
@@ -77,6 +77,7 @@ class Stepper:
         self._experiment = experiment
         self._sync = sync
         self._optimizer = optimizer
+        self._fast, self._slow = halves(optimizer, graph)
         self._ema = ema
         self._world = world
         self._precision = precision
@@ -107,6 +108,9 @@ class Stepper:
             self._ema.prepare()
         run = self._graphs or self._update
         run(batch.images, batch.labels, batch.global_size)
+        if self._slow is not None:
+            self._slow()
+            self._settle()
         self._seen += 1
         return self.rate
 
@@ -135,11 +139,15 @@ class Stepper:
         self._sync.finish()
         if experiment.training.clip_grad_norm is not None:
             nn.utils.clip_grad_norm_(self._parameters, experiment.training.clip_grad_norm)
-        self._optimizer.step()
+        self._fast()
+        if self._slow is None:
+            self._settle()
+        self._account(loss_sum, correct, len(labels), global_size)
+
+    def _settle(self) -> None:
         keep_norms(self._rules)
         if self._ema is not None:
             self._ema.apply()
-        self._account(loss_sum, correct, len(labels), global_size)
 
     def _micro_batch(self, images: Tensor, labels: Tensor, global_size: int) -> tuple[Tensor, Tensor]:
         """Forward and backward of one micro-batch; (sum of losses, number of correct predictions), detached."""

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from .distributed import World
 
 # what a signal asks for; a larger number wins when ranks differ
-REASONS = {0: "", 1: "interrupted", 2: "terminated", 3: "preempted"}
+REASONS = {0: "", 1: "interrupted", 2: "terminated", 3: "preempted", 4: "pruned"}
 
 
 def preemption_signal() -> signal.Signals:
@@ -52,6 +52,10 @@ class StopFlag:
         for which in codes:
             self._previous[which] = signal.signal(which, handle)
         return self
+
+    def prune(self) -> None:
+        """As a signal would: the run is given up, whatever else is asked of it."""
+        self.code = 4
 
     def milliseconds(self) -> int | None:
         """Since this process heard of the first signal; None if it heard of none."""

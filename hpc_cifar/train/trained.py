@@ -47,7 +47,7 @@ class Trained:
     history: list[dict[str, Any]]
 
     def images(self, split: str) -> tuple[Arrays, npt.NDArray[np.int64]]:
-        """The arrays that hold ``test`` or ``validation``, and the indices of its images there.
+        """The arrays that hold ``test`` or ``validation``, and the indices int64 (n,) of its images there.
 
         Raises:
             UsageError: the run held no images out.
@@ -60,7 +60,7 @@ class Trained:
         return store.train, held_out
 
     def batches(self, arrays: Arrays, indices: npt.NDArray[np.int64]) -> Iterator[Batch]:
-        """Some images in their order, as the network gets them."""
+        """The images ``indices`` (n,) in their order, as the network gets them; at most ``BATCH`` in each."""
         return data.evaluation_batches(
             self.experiment.data, arrays, indices, batch_size=BATCH, rank=0, world_size=1, device=self.device,
             dtype=self.precision, channels_last=self.channels_last, mean=self.prepared.mean, std=self.prepared.std,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import gc
 import math
 import os
 import time
@@ -15,18 +13,19 @@ from typing import Any
 
 import torch
 
-from .. import files, stages
+from .. import files, lifetime, stages
 from ..config.experiment import Experiment
 from ..data import pipeline as data
 from ..errors import HpcCifarError, NonFiniteLoss, RunError
 from ..models import build
 from ..plan import Plan
 from ..runs import Run, now
-from ..track.wandb_run import new_id
 from . import checkpoint, features, optim
 from .distributed import World, gradient_sync
 from .graph import WARM_UP
 from .records import Records, peak_memory
+from .recovery import left_out
+from .saver import Saver
 from .schedule import stopped_early
 from .session import Session
 from .setup import (
@@ -65,7 +64,10 @@ class Trainer:
         stages.done("network")
         self.validation = Validation(self.experiment, self.prepared, self.session, self.precision, self.channels_last)
         self.shapes: Counter[tuple[torch.Size, int]] = Counter()  # steps made with each, where a shape has to be prepared
+        self.saver = Saver(run.checkpoints, self.experiment.checkpoint, world.device)
         self.saved_step = -1
+        self.left_out = world.share(left_out(run))  # steps that are not made
+        self.saving: list[float] = []  # seconds of each checkpoint, in which no step was made
         self.pending: list[tuple[PendingWindow, int, int, float]] = []  # with its epoch, step and learning rate
         notes = [*self.plan.notes, *self._resume()]
         stages.done("resume")
@@ -99,15 +101,7 @@ class Trainer:
             world,
             local_statistics=experiment.training.batch_norm == "local" and world.size > 1,
             split_digest=split_digest(self.prepared),
-            wandb_id=world.share(self._wandb_id()),
         )
-
-    def _wandb_id(self) -> str:
-        """One id for all segments, kept beside the checkpoints' copy since a run may be killed before its first checkpoint."""
-        path = self.run.path / "wandb-id"
-        if self.world.main and not path.exists():
-            files.write_text(path, new_id())
-        return path.read_text(encoding="utf-8") if self.world.main else ""
 
     def _resume(self) -> list[str]:
         """Continue from the newest good checkpoint, if there is one; rank 0 decides which. Returns what to tell people."""
@@ -145,8 +139,9 @@ class Trainer:
         with contextlib.ExitStack() as opened:
             opened.callback(self.session.stepper.close)
             opened.callback(self.validation.close)
-            opened.callback(self.records.close)
-            _collect_again()
+            opened.push(self.records.left)
+            opened.callback(self._settle)
+            lifetime.collect_again()
             try:
                 reason = self._epochs(opened.enter_context(contextlib.closing(self._pipeline())))
             except StopAsked as asked:  # before the first step
@@ -190,15 +185,19 @@ class Trainer:
         session.stepper.start_clock()
         self.epoch_images = 0
         for batch in pipeline.batches(position.epoch, position.batch):
-            with self._patience(batch):
-                rate = session.stepper(batch, position.step, session.history)
+            rate = session.stepper.rate
+            if position.step + 1 not in self.left_out:
+                with self._patience(batch):
+                    rate = session.stepper(batch, position.step, session.history)
             if not self.begun:
                 self._first_step_is_made()
+                self.records.first_batch(batch.images)
             position.batch += 1
             position.step += 1
             self.watchdog.step(position.step)
+            self.saver.check()
             self.epoch_images += batch.global_size
-            if session.stepper.window_full:
+            if position.batch % self.experiment.training.log_every_steps == 0:  # the same steps after a resume
                 self._take_window(rate)
             if position.batch == self.plan.steps_per_epoch:
                 self._finish_epoch(rate)
@@ -236,8 +235,8 @@ class Trainer:
         row: dict[str, Any] = {
             "epoch": number,
             "step": position.step,
-            "train_loss": loss / count,
-            "train_accuracy": correct / count,
+            "train_loss": loss / max(count, 1),
+            "train_accuracy": correct / max(count, 1),
             "lr": rate,
             "images_per_second": round(self.epoch_images / seconds, 1),
         }
@@ -275,12 +274,16 @@ class Trainer:
         self.pending.clear()
 
     def _non_finite(self, step: int, loss: float) -> NonFiniteLoss:
+        problem = self._settle()
         good = checkpoint.named(self.run.checkpoints, "latest")
         kept = f"the last good checkpoint is {good.folder.resolve()}" if good else "no checkpoint was written yet"
-        return NonFiniteLoss(
+        kept += f" (the one after it: {problem})" if problem else ""
+        error = NonFiniteLoss(
             f"the training loss became {loss} at step {step} (epoch {(step - 1) // self.plan.steps_per_epoch + 1}); {kept}. "
             "A lower lr, a warm-up or training.clip_grad_norm usually helps"
         )
+        error.step = step
+        return error
 
     # ---- evaluation and checkpoints ----------------------------------------------------------------------------------
 
@@ -310,30 +313,38 @@ class Trainer:
             self._take_window(self.session.stepper.rate)
         self._report_windows()
         self._check_weights()
+        began = time.perf_counter()
         with self.watchdog.phase("save"):
-            self._write_checkpoint(best)
+            self.saver.wait()  # before there is another copy of the state
+            state = self.session.state()
+            if state is not None:
+                last = (self.session.history or [{}])[-1]
+                self.saver.save(
+                    state,
+                    step=position.step,
+                    epoch=position.epoch,
+                    whole_epoch=position.batch == 0 and position.step > 0,
+                    metrics={key: value for key, value in last.items() if isinstance(value, float)},
+                    best_step=self.session.best_step,
+                )
             self.world.barrier()  # else the others wait for rank 0 in a step, which is to be quicker than a checkpoint
         self.saved_step = position.step
+        self.saving.append(time.perf_counter() - began)
 
-    def _write_checkpoint(self, best: bool) -> None:
-        position = self.session.position
-        state = self.session.state()
-        if state is not None:
-            metrics = {key: value for key, value in (self.session.history or [{}])[-1].items() if isinstance(value, float)}
-            checkpoint.save(
-                self.run.checkpoints,
-                state,
-                step=position.step,
-                epoch=position.epoch,
-                metrics=metrics,
-                best_step=self.session.best_step,
-                keep_last=self.experiment.checkpoint.keep_last,
-            )
+    def _settle(self) -> str:
+        with self.watchdog.phase("save"):
+            return self.saver.settle()
+
+    def _is_saved(self) -> None:
+        """Wait until the last checkpoint is on disk, on every rank."""
+        with self.watchdog.phase("save"):
+            self.saver.wait()
+            self.world.barrier()
 
     def _check_weights(self) -> None:
         """A finite loss can still have an update that overflows; the weights are the same on all ranks, so all raise alike."""
-        parameters = [p.detach() for p in self.session.network.parameters()]
-        if not bool(torch.stack([p.isfinite().all() for p in parameters]).all()):
+        largest = torch.nn.utils.get_total_norm([p.detach() for p in self.session.network.parameters()], math.inf)
+        if not math.isfinite(largest.item()):
             raise self._non_finite(self.session.position.step, math.nan)
 
     def _use_selected_weights(self) -> None:
@@ -352,6 +363,7 @@ class Trainer:
         position = self.session.position
         taken = {"heard": self.flag.milliseconds()}
         self._save()
+        self._is_saved()
         taken["saved"] = self.flag.milliseconds()
         result: dict[str, Any] = {"run": self.run.id, "data": self.prepared.store.label}
         if self._is_through():
@@ -376,6 +388,7 @@ class Trainer:
         state = self.records.state(result["state"], reason=result.get("reason"))
         result |= {"epochs": position.epoch, "steps": position.step}
         result |= {key: state[key] for key in ("restarts", "lost_steps", "gpu_hours", "seconds")}
+        result |= {"checkpoints": len(self.saving), "checkpoint_seconds": round(sum(self.saving), 3)}  # of this segment
         result |= peak_memory(self.world)
         result |= {"selected": self.experiment.checkpoint.select, "ended": now()}
         if self.world.main and result["state"] != "requeued":
@@ -384,11 +397,3 @@ class Trainer:
             self.records.finish(result)
             self.world.barrier()
         return result
-
-
-def _collect_again() -> None:
-    """Collect garbage, if who began this process had switched that off: what is here now stays, and is not looked at again."""
-    if not gc.isenabled():
-        gc.freeze()
-        atexit.register(gc.unfreeze)  # libraries in C++ complain at the end of what was not freed
-        gc.enable()

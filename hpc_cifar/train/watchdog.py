@@ -25,7 +25,7 @@ from typing import Any
 
 from .. import files
 from ..runs import now
-from .distributed import World
+from .distributed import World, is_lost_peer
 
 POLL_S = 0.5
 HEARTBEAT_S = 5.0
@@ -36,6 +36,7 @@ ASLEEP_S = 5.0  # between two polls: the whole process was stopped, as by Slurm'
 ANSWER_S = 4.0  # for the other ranks to write their stacks
 REPORT_S = 90.0  # for the rank that noticed to report and to ask for the restart: Slurm may be busy
 EXIT_CODE = 1
+LEFT, FAILED = "left", "failed"  # last phases: it lost another rank; it was the first to go
 
 OnHang = Callable[[str], int]
 """Called once, on the rank that noticed, with the reason; asks for the restart and gives the exit code of all ranks."""
@@ -55,7 +56,7 @@ class Watchdog:
         self, run: Path, segment: str, world: World, timeout_s: float | None, on_hang: OnHang | None, say: Callable[[str], None]
     ) -> None:
         self._beats, self._alarm_folder = run / "heartbeat", run / "hangs" / segment
-        self._world, self._timeout_s, self._on_hang, self._say = world, timeout_s, on_hang, say
+        self._segment, self._world, self._timeout_s, self._on_hang, self._say = segment, world, timeout_s, on_hang, say
         self._step, self._phase, self._moved = -1, "start", time.monotonic()
         self._longest_s = 0.0
         self._stop = threading.Event()
@@ -68,10 +69,14 @@ class Watchdog:
             self._thread.start()
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
+            if error is not None:  # so that whoever lost a rank can tell the first to go from those that follow
+                self._phase = LEFT if isinstance(error, RuntimeError) and is_lost_peer(error) else FAILED
+                with contextlib.suppress(OSError):
+                    self._write_beat()
 
     # ---- called by the training loop ---------------------------------------------------------------------------------
 
@@ -130,6 +135,7 @@ class Watchdog:
     def _beat(self) -> dict[str, Any]:
         return {
             "rank": self._world.rank,
+            "segment": self._segment,
             "host": os.uname().nodename,
             "pid": os.getpid(),
             "step": self._step,
@@ -221,6 +227,20 @@ class Watchdog:
             # stopped by a signal: once it goes on, it writes its own stacks and leaves; else it will never leave by itself
             os.kill(pid, signal.SIGCONT if state.startswith("T") else signal.SIGKILL)
         return f"{seen} (state {state})"
+
+
+def lost_ranks(run: Path, segment: str, world: World) -> str:
+    """Which other ranks have ended, as far as heartbeats and the processes of this node tell; empty where they do not."""
+    found = (files.read_json(run / "heartbeat" / f"rank-{rank}.json") for rank in range(world.size) if rank != world.rank)
+    beats = [beat for beat in found if isinstance(beat, dict) and beat.get("segment") == segment and beat["phase"] != LEFT]
+    elsewhere = [beat for beat in beats if beat["host"] != os.uname().nodename]  # their processes cannot be seen
+    gone = [beat for beat in beats if beat["phase"] == FAILED or (beat not in elsewhere and not _lives(beat["pid"]))]
+    words = [f"rank {beat['rank']} on {beat['host']} (process {beat['pid']})" for beat in gone or elsewhere]
+    return ("" if gone else "one of ") + ", ".join(words) if words else ""
+
+
+def _lives(pid: int) -> bool:
+    return _is_ours(pid) and not _proc_state(pid).startswith(("Z", "X"))
 
 
 def _is_ours(pid: int) -> bool:

@@ -29,6 +29,8 @@ import configuration
 from configuration import NODES, Options
 from processes import ClusterError, Daemons, kill_members, until
 
+LAST_JOB_ID = 99_999  # configuration.first_job_id() and what follows
+SOCKET_PATH = 107  # characters that the kernel takes
 PACKAGES = {"munged": "munge", "slurmctld": "slurm-wlm", "slurmd": "slurm-wlm", "sbatch": "slurm-wlm", "unshare": "util-linux"}
 NODE_SCRIPT = 'hostname "$1" && mount --bind "$2" /etc/hosts && exec slurmd -D -N "$1" -f "$3"'
 
@@ -52,8 +54,10 @@ def check_machine(options: Options) -> None:
 
 def check_folder(folder: Path) -> None:
     """Make ``folder`` ours and private."""
-    if len(f"{folder}/munge.socket") > 100:
-        raise ClusterError(f"{folder}: too long a path for a socket; name a shorter one with --dir")
+    longest = f"{folder}/spool/{NODES[0]}/{NODES[0]}_{LAST_JOB_ID}.4294967291"  # of a batch step; its job would be held
+    if len(longest) > SOCKET_PATH:
+        most = len(str(folder)) - (len(longest) - SOCKET_PATH)
+        raise ClusterError(f"{folder}: too long a path for Slurm's sockets; name one of at most {most} characters with --dir")
     if any(character in str(folder) for character in " ,#[]%"):
         raise ClusterError(f"{folder}: Slurm's configuration cannot hold this path; name another with --dir")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)

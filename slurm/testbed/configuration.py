@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,11 @@ def hosts() -> str:
     return "\n".join(lines) + "\n"
 
 
+def first_job_id() -> int:
+    """Jobs derive ports from their ids, and other clusters of this kind may run on the machine."""
+    return 1 + 1000 * secrets.randbelow(60)
+
+
 def slurm_conf(folder: Path, options: Options, ports: Ports) -> str:
     """slurm.conf of three nodes on one machine, quick to schedule, with preemption between partitions."""
     controller = ["preempt_send_user_signal"] if options.preempt_send_user_signal else []
@@ -104,6 +110,7 @@ SlurmdTimeout=10
 SlurmctldTimeout=10
 KillWait=5
 MinJobAge=900
+FirstJobId={first_job_id()}
 JobRequeue=1
 MailProg=/bin/true
 SchedulerType=sched/backfill

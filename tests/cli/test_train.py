@@ -90,11 +90,25 @@ def test_a_failure_is_in_the_run_directory(site: Site) -> None:
     assert (seen["state"], seen["reason"]) == ("failed", "the training loss became nan at step 5")
 
 
+def test_what_makes_no_other_updates_may_change_and_the_rest_by_force(site: Site) -> None:
+    site.cli("train", site.job(), "--name", "mine", "--max-steps", "5")
+    harmless = ("--set", "checkpoint.keep_last=7", "--set", "tracking.wandb=offline", "--set", "resources.nodes=3")
+    done = site.cli("train", site.job(), "--name", "mine", "--max-steps", "6", *harmless)
+    assert "mine: goes on with " in done.stdout and "checkpoint.keep_last: 3 -> 7" in done.stdout
+    other = ("--name", "mine", *harmless, "--set", "optimizer.lr=0.5", "--set", "data.augment.flip=random")
+    refused = site.cli("train", site.job(), *other, code=1)
+    assert "optimizer.lr: 0.1 -> 0.5" in refused.stderr and "data.augment.flip" in refused.stderr
+    assert "keep_last" not in refused.stderr and only_run(site).experiment().optimizer.lr == 0.1
+    site.cli("train", site.job(), *other, "--set", "data.batch_size=72", "--force")
+    assert only_run(site).experiment().optimizer.lr == 0.5 and only_run(site).finished()
+    assert only_run(site).plan()["batch_size"] == 72
+
+
 def test_another_name_and_a_name_that_is_taken(site: Site) -> None:
     site.cli("train", site.job(epochs=1), "--name", "mine")
     assert only_run(site).id == "mine"
     refused = site.cli("train", site.job(epochs=2), "--name", "mine", code=1)
-    assert "mine trains another experiment" in refused.stderr
+    assert "mine was begun with another experiment (epochs: 1 -> 2); --fresh starts over" in refused.stderr
     assert site.cli("train", site.job(), "--name", "../out", code=2).stderr.startswith("hpc-cifar: error: run name")
 
 

@@ -255,9 +255,9 @@ def test_l2_is_no_decoupled_decay(tmp_path: Path) -> None:
     ids=["empty", "blank", "comment", "dashes", "list", "text", "latin", "utf16", "10MB", "brackets"],
 )
 def test_files_that_are_no_experiment(tmp_path: Path, text: bytes, expected: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     (line,) = problems(tmp_path, text)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
     assert re.sub(r"(x\.yaml:1): [^:]*\]: ", r"\1: ", line) == expected
 
 
@@ -280,10 +280,10 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 def test_alias_bomb_costs_nothing(tmp_path: Path) -> None:
     rows = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     rows += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 30)]
-    start = time.perf_counter()
+    start = time.process_time()
     (line,) = problems(tmp_path, "\n".join(rows))
     assert "values once its aliases are expanded; make the file smaller" in line
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_deep_nesting_through_aliases(tmp_path: Path) -> None:
@@ -310,9 +310,9 @@ def test_thousand_layers_load_fast(tmp_path: Path) -> None:
     layers = "    - conv: {filters: 4, kernel: 3, padding: same, bias: false}\n    - relu\n" * 498
     path = write(tmp_path, GOOD.replace("    - relu\n", layers))
     load_experiment(path)
-    start = time.perf_counter()
+    start = time.process_time()
     assert len(load_experiment(path).model.layers) == 999
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize(

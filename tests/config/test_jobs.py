@@ -16,7 +16,7 @@ from hpc_cifar.config.shapes import LayerShape, layer_shapes, parameter_count
 # no source claims anything for these
 OURS = {
     "quickstart", "quickstart-digits", "effnet-lite0", "resnet50-224", "inceptionv3-299", "resnet50-frozen-expected",
-    "resnet18", "speed94", "speed96", "deep300-large-batch",
+    "resnet18", "speed94", "speed96", "speed-cpu", "deep300-large-batch", "deep300-tuned",
 }  # fmt: skip
 TRANSFER = ["vgg16-frozen", "vgg16-finetuned", "vgg16-last4", "resnet50-frozen", "inceptionv3-75"]
 SOURCES = {

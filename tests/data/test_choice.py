@@ -52,6 +52,55 @@ def test_auto_chooses_by_device_memory_and_what_is_installed(arrays: Arrays, gpu
     assert plain.name == "reference" and "dali: no dali here" in plain.why
 
 
+@pytest.mark.parametrize(
+    ("name", "raised", "said"),
+    [
+        (
+            "ffcv",
+            ModuleNotFoundError("No module named 'ffcv'", name="ffcv"),
+            r"ffcv is not installed \(.*`make ffcv-wheel`.*conda",
+        ),
+        (
+            "dali",
+            ModuleNotFoundError("No module", name="nvidia"),
+            r"nvidia-dali-cuda130 is not installed \(pip install 'hpc-ci",
+        ),
+        (
+            "ffcv",
+            ModuleNotFoundError("No module", name="cv2"),
+            r"opencv-python-headless, which ffcv needs, .*\(pip install open",
+        ),
+        (
+            "ffcv",
+            OSError("libturbojpeg.so.0: cannot open shared object file: No"),
+            r"libturbojpeg.so.0, a library that ffcv needs,",
+        ),
+        (
+            "ffcv",
+            ImportError("libGL.so.1: cannot open shared object file: No"),
+            r"libGL.so.1, .* \(pip uninstall opencv-python, ",
+        ),
+        (
+            "dali",
+            OSError("libcufile.so.0: cannot open shared object file"),
+            r"libcufile.so.0, a library that dali needs,.*container",
+        ),
+        ("ffcv", AttributeError("numba has no\nxyz"), r"ffcv cannot be imported: numba has no \("),
+    ],
+    ids=lambda value: "" if isinstance(value, Exception) else None,
+)
+def test_what_is_missing_and_how_to_get_it(
+    arrays: Arrays, monkeypatch: pytest.MonkeyPatch, name: str, raised: Exception, said: str
+) -> None:
+    def fails(module: str) -> None:
+        raise raised
+
+    monkeypatch.setattr(choice.importlib, "import_module", fails)
+    with pytest.raises(UsageError, match=f"data.pipeline: {name}: {said}.*; or use pipeline: auto") as refused:
+        choice.choose(name, torch.device("cpu"), arrays)
+    assert "\n" not in str(refused.value)
+
+
 @pytest.mark.component("dali")
 def test_dali_on_a_gpu_that_is_not_there(arrays: Arrays, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("nvidia.dali")
@@ -64,9 +113,8 @@ def test_dali_on_a_gpu_that_is_not_there(arrays: Arrays, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("name", ["auto", "resident", "reference"])
-def test_a_gpu_that_is_not_there(arrays: Arrays, name: str) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU here")
+def test_a_gpu_that_is_not_there(arrays: Arrays, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UsageError, match=r"no GPU can be used here, though cuda is asked for: is there a driver\?"):
         make(arrays, name, device="cuda")
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -95,6 +97,24 @@ def test_a_folder_is_recognised(tmp_path: Path, console: Console) -> None:
     (folder / "train" / "cat" / "0000.jpg").write_bytes(makers.image_bytes(999))
     with pytest.raises(DataError, match="add --force"):
         prepare("cifar10", archive=folder, root=root, console=console)
+
+
+@pytest.mark.parametrize("colour", [True, False])
+def test_a_terminal_is_told_how_much_has_been_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, colour: bool) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if not colour:
+        monkeypatch.setenv("NO_COLOR", "1")
+    files = makers.image_files()
+    folder = makers.write_folder(tmp_path / "images", files)
+    terminal = Console(file=io.StringIO(), force_terminal=True)
+    prepare("cifar10", archive=folder, root=tmp_path / "root", console=terminal)
+    assert isinstance(terminal.file, io.StringIO)
+    said = terminal.file.getvalue()
+    shares = re.findall(r"reading .*?(\d+)%", re.sub(r"\x1b\[[0-9;]*m", "", said))
+    assert int(shares[-1]) == round(100 * (len(files) - 1) / len(files)), "before the last file"
+    assert bool(re.search(r"\x1b\[(?:[0-9;]*;)?3[0-8][;m]", said)) == colour
 
 
 def test_digits_and_names(tmp_path: Path, archive: Path, console: Console, monkeypatch: pytest.MonkeyPatch) -> None:

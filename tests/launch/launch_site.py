@@ -54,7 +54,7 @@ class Site:
         self.folder = folder
         self.package = folder / "src" / "hpc_cifar"
         self.runs, self.data, self.work = folder / "runs", folder / "data", folder / "work"
-        shutil.copytree(PACKAGE, self.package, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(PACKAGE, self.package)  # with its bytecode, which is as new as the copy
         shutil.copy(HERE / "fake_loop.py", self.package / "train" / "loop.py")
         shutil.copy(HERE / "fake_store.py", self.package / "data" / "store.py")
         (self.data / "digits").mkdir(parents=True)

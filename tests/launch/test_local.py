@@ -15,6 +15,7 @@ from launch_site import Site, eventually
 from hpc_cifar import files
 from hpc_cifar.launch import control, process
 from hpc_cifar.launch.local import process_file
+from hpc_cifar.launch.status import status
 
 pytestmark = pytest.mark.slow  # real processes, seconds each
 
@@ -34,12 +35,13 @@ def test_two_ranks_run_the_snapshot_in_a_session_of_their_own(site: Site) -> Non
         assert rank["stdin"] == "/dev/null"
         assert rank["fds"] == ["0", "1", "2", "3"]  # 3 is the listing itself
         assert rank["sid"] == site.controller(run)["pid"] != os.getsid(0)
+    assert "torn down" not in site.cli("logs", run.id).stdout, "ranks leave when the result is written"
     assert not list(run.path.glob(".code*"))
     assert run.path.stat().st_mode & 0o777 == 0o700
 
 
 def test_status_json_is_the_contract(site: Site) -> None:
-    run = site.submit("step_s=0.1", epochs=20)
+    run = site.submit("step_s=0.1", epochs=300)
     site.running(run)
     fields = ["run", "state", "job_id", "epoch", "epochs", "step", "val_accuracy", "test_accuracy", "restarts", "gpu_hours"]
     fields += ["eta_s", "reason"]
@@ -117,7 +119,7 @@ def test_a_dead_rank_ends_the_job(site: Site) -> None:
     began = time.monotonic()
     assert f"{run.id}: failed (rank 1 was killed by SIGKILL)\n" == site.cli("wait", run.id, code=1).stdout
     assert time.monotonic() - began < 40
-    assert not process.survivors(site.controller(run))
+    eventually(lambda: not process.survivors(site.controller(run)), what="the end of its controller, which told of the failure")
 
 
 def test_an_exception_becomes_one_line(site: Site) -> None:
@@ -126,6 +128,18 @@ def test_an_exception_becomes_one_line(site: Site) -> None:
     assert done.stdout == f"{run.id}: failed (rank 1: the training loss became nan at step 5)\n"
     assert site.status(run)["reason"] == "rank 1: the training loss became nan at step 5"
     assert "NonFiniteLoss" in site.cli("logs", run.id, "--rank", "1").stdout
+
+
+def test_a_local_run_has_failed_when_its_job_has_ended(site: Site) -> None:
+    """A rank says so first; the others may write that they train until the controller has ended them."""
+    run = site.submit("raise=1", "step_s=0.1", epochs=100)
+    site.cli("wait", run.id, code=1)
+    job, here = process_file(run.submitit, str(run.jobs()[-1]["job_id"])), process.identity(os.getpid())
+    ended = files.read_json(job)
+    files.write_json(job, here)
+    assert (status(run).state, status(run).reason) == ("running", None)
+    files.write_json(job, ended)
+    assert (status(run).state, status(run).reason) == ("failed", "rank 1: the training loss became nan at step 5")
 
 
 def test_logs_follow_to_the_end(site: Site) -> None:
@@ -138,7 +152,7 @@ def test_logs_follow_to_the_end(site: Site) -> None:
 
 
 def test_cancel_saves_and_never_requeues_and_resume_continues(site: Site) -> None:
-    run = site.submit("step_s=0.1", epochs=3)
+    run = site.submit("step_s=0.1", epochs=15)
     site.running(run)
     assert site.cli("cancel", run.id).stdout == f"{run.id}: cancelled\n"
     assert run.cancel_marker.exists()

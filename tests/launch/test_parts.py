@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import pickle
+import py_compile
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from hpc_cifar import lifetime
 from hpc_cifar.config.experiment import Resources
 from hpc_cifar.launch import job, local, process, provenance, snapshot
 from hpc_cifar.runs import Run
@@ -84,10 +87,52 @@ def test_snapshot_is_whole_and_taken_once(tmp_path: Path) -> None:
     code = snapshot.take(tmp_path / "code")
     ours = {p.relative_to(snapshot.PACKAGE) for p in snapshot.PACKAGE.rglob("*.py")}
     assert {p.relative_to(code / "hpc_cifar") for p in (code / "hpc_cifar").rglob("*.py")} == ours
-    assert not list(code.rglob("__pycache__"))
     (code / "hpc_cifar" / "__init__.py").write_text("mine")
     snapshot.take(tmp_path / "code")
     assert (code / "hpc_cifar" / "__init__.py").read_text() == "mine"
+
+
+def test_a_snapshot_has_the_bytecode_of_this_python_and_uses_it(tmp_path: Path) -> None:
+    package = tmp_path / "site" / "hpc_cifar"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("import sys\n\n\ndef where():\n    return sys._getframe().f_code.co_filename\n")
+    py_compile.compile(str(package / "__init__.py"))
+    (package / "__pycache__" / "__init__.cpython-27.pyc").write_bytes(b"of another Python")
+    code = snapshot.take(tmp_path / "code", package)
+    [kept] = code.rglob("*.pyc")
+    assert kept.name.endswith(f".{sys.implementation.cache_tag}.pyc")
+    read = "import hpc_cifar; print(hpc_cifar.where())"
+    done = subprocess.run([sys.executable, "-v", "-c", read], cwd=code, capture_output=True, text=True, check=True)
+    assert str(kept) in done.stderr and "wrote" not in done.stderr, "the bytecode was read, none was made"
+    assert done.stdout.strip() == str(code / "hpc_cifar" / "__init__.py"), "and it names the file of the snapshot"
+    (package / "__init__.py").write_text("def where():\n    return 'edited'\n")  # so the bytecode is of another one
+    snapshot.take(tmp_path / "later", package)
+    done = subprocess.run([sys.executable, "-c", read], cwd=tmp_path / "later", capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "edited"
+
+
+def test_a_rank_leaves_with_its_exit_code_and_all_that_was_printed(tmp_path: Path) -> None:
+    """Only where the process is for the job alone, after all exit handlers, and never instead of a failure."""
+    script = """
+import atexit, ctypes, sys
+from hpc_cifar import lifetime
+atexit.register(print, "handler")
+ctypes.CDLL(None).printf(b"library\\n")
+class Slow:
+    def __del__(self): print("torn down")
+kept = Slow()
+lifetime.leave_soon(int(sys.argv[1]))
+{end}
+"""
+    for end, code, torn in (("sys.exit(3)", 3, False), ("pass", 3, False), ("raise OSError", 1, True)):
+        done = subprocess.run(
+            [sys.executable, "-c", script.format(end=end), "3"], capture_output=True, text=True, cwd=tmp_path, check=False
+        )
+        assert done.returncode == code, done
+        assert {"handler", "library"} <= set(done.stdout.split()), done
+        assert ("torn" in done.stdout) == torn, done
+    job.leave(1)  # pytest is not a rank
+    assert lifetime._code is None
 
 
 SECRETS = ("hunter2hunter2", "a" * 40, "ghp_abcdefghij0123456789", "wandb_v1_0123456789abcdef")
@@ -144,6 +189,27 @@ def test_signals_before_training_end_the_start_once() -> None:
     with pytest.raises(job.EarlyStop):
         armed(signal.SIGTERM, None)
     armed(signal.SIGUSR2, None)
+
+
+def test_a_signal_during_an_import_waits_for_the_next_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library in C++ that runs Python while it is imported ends the process for an exception."""
+    (tmp_path / "signalled.py").write_text(
+        "import os, signal\nos.kill(os.getpid(), signal.SIGUSR2)\nreached = [len('not broken off')]\nimport wanted_next\n"
+    )
+    (tmp_path / "wanted_next.py").write_text("raise RuntimeError('this is never executed')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    early = job.EarlySignals()
+    early.armed = True
+    monkeypatch.setattr(sys, "meta_path", [early, *sys.meta_path])
+    before = signal.signal(signal.SIGUSR2, early)
+    try:
+        with pytest.raises(job.EarlyStop) as stopped:
+            importlib.import_module("signalled")
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    functions = [entry.name for entry in stopped.traceback]
+    assert functions[-2:] == ["find_spec", "check"] and "__call__" not in functions
+    assert (early.noted, early.armed) == ([signal.SIGUSR2], False)
 
 
 def test_a_failure_counts_for_its_own_segment(tmp_path: Path) -> None:

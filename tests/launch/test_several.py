@@ -42,7 +42,7 @@ def test_elements_run_one_after_another_and_the_second_goes_on_when_the_first_fa
 
 
 def test_the_limit_is_how_many_run_at_once(site: Site) -> None:
-    made = submit(site, site.job("step_s=0.2", processes=1), "--seeds", "4", "--array-limit", "2")
+    made = submit(site, site.job("step_s=0.2", epochs=300, processes=1), "--seeds", "4", "--array-limit", "2")
     for run in made[:2]:
         site.running(run)
     assert [row.state for row in status.statuses(made)][2:] == ["pending", "pending"]
@@ -51,9 +51,10 @@ def test_the_limit_is_how_many_run_at_once(site: Site) -> None:
 
 
 def test_cancelling_one_that_waits_leaves_the_others(site: Site) -> None:
-    one, two, three = submit(site, site.job("step_s=0.1", epochs=1, processes=1), "--seeds", "3")
-    site.running(one)
+    one, two, three = submit(site, site.job("held", epochs=1, processes=1), "--seeds", "3")
+    eventually(lambda: site.seen(one), what="its start")
     assert site.cli("cancel", two.id).stdout == f"{two.id}: cancelled\n"
+    (site.runs / "go").touch()
     assert site.cli("wait", one.id, two.id, three.id, code=1).stdout.splitlines() == [
         f"{one.id}: finished",
         f"{two.id}: cancelled",
@@ -88,10 +89,11 @@ def test_json_lists_every_element_and_those_at_once_share_out_the_gpus(site: Sit
 
 
 def test_a_local_run_waits_for_another_and_needs_it_to_finish(site: Site) -> None:
-    first = site.submit("step_s=0.1", epochs=1, processes=1)
+    first = site.submit("held", epochs=1, processes=1)
     [second] = submit(site, site.job(epochs=1, processes=1), "--after", first.id)
-    doomed = site.submit("step_s=0.2", epochs=3, processes=1)
+    doomed = site.submit("step_s=0.2", epochs=300, processes=1)
     [third] = submit(site, site.job(epochs=1, processes=1), "--after", second.id, "--after", doomed.id)
+    (site.runs / "go").touch()
     assert site.cli("wait", second.id).stdout == f"{second.id}: finished\n"
     assert second.jobs()[0]["after"] == [first.id]
     began = (second.path / "seen-0.jsonl").stat().st_mtime

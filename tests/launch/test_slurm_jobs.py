@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import signal
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from launch_site import EXPERIMENT, Site, command, run_with
 
 from hpc_cifar import runs
-from hpc_cifar.errors import LaunchError, RunError
-from hpc_cifar.launch import slurm, status
+from hpc_cifar.errors import LaunchError, LostRank, RunError
+from hpc_cifar.launch import control, job, requeue, several, slurm, status
+from hpc_cifar.launch.job import TrainJob
 
 
 def test_one_forgotten_job_hides_no_other_problem_of_scancel(tmp_path: Path, slurm_says: Any) -> None:
@@ -26,8 +31,6 @@ def test_one_forgotten_job_hides_no_other_problem_of_scancel(tmp_path: Path, slu
 
 def test_cancel_names_the_jobs_of_the_last_submission_only(tmp_path: Path, slurm_says: Any) -> None:
     """Numbers of long ago may be other jobs' by now, or another cluster's."""
-    from hpc_cifar.launch import control, several
-
     slurm_says("8|RUNNING|None\n18|RUNNING|None")
     command(tmp_path / "bin", "scancel", f'echo "$@" >> {tmp_path}/cancelled')
     one, two = (run_with(tmp_path / "runs", old, {"state": "running"}) for old in ("7", "17"))
@@ -70,9 +73,6 @@ class Rank0:
 
 def test_a_time_limit_is_no_cancel(tmp_path: Path, slurm_says: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both end a job by TERM, and Slurm calls both COMPLETING while they do."""
-    import signal
-
-    from hpc_cifar.launch import requeue
 
     def submitits_handler(*_: Any) -> None:
         raise SystemExit("requeued")
@@ -91,14 +91,7 @@ def test_a_time_limit_is_no_cancel(tmp_path: Path, slurm_says: Any, monkeypatch:
 
 def test_a_signal_during_the_first_imports_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """submitit listens before we do, and would requeue a job that must not be, or fail it where that is forbidden."""
-    import os
-    import signal
-    import sys
-
     import submitit
-
-    from hpc_cifar.launch import requeue
-    from hpc_cifar.launch.job import TrainJob
 
     class Finder:
         def find_spec(self, name: str, *_: Any) -> None:
@@ -137,8 +130,6 @@ class Paths:
 def test_a_hung_element_requeues_itself_and_a_cancelled_one_nothing(
     tmp_path: Path, slurm_says: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hpc_cifar.launch import requeue
-
     def hang(state: str) -> tuple[str, str]:
         slurm_says(state)
         command(tmp_path / "bin", "scontrol", f'echo "$@" >> {tmp_path}/asked')
@@ -157,9 +148,6 @@ def test_a_hung_element_requeues_itself_and_a_cancelled_one_nothing(
 def test_a_job_that_lost_a_silent_rank_goes_back_to_the_queue(
     tmp_path: Path, slurm_says: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hpc_cifar.errors import LostRank
-    from hpc_cifar.launch import job, requeue
-
     monkeypatch.setenv("SLURM_JOB_ID", "9")
     monkeypatch.setattr(requeue, "LAST_WORD_S", 0.1)
     slurm_says("RUNNING")
@@ -172,7 +160,29 @@ def test_a_job_that_lost_a_silent_rank_goes_back_to_the_queue(
     talking = run_with(tmp_path / "runs", "9_4", {"state": "running", "step": 5})
     job.record_failure(talking, ValueError("mine"), rank=1, segment=job.segment())
     assert not requeue.restart_after_loss(talking, Rank0(), LostRank("connection closed by peer")), "it could say why"
-    assert talking.state()["reason"] == "ValueError: mine"
+    assert talking.state()["reason"] == "rank 1: ValueError: mine"
+
+
+def test_a_cancel_in_the_moment_of_a_requeue_is_told_to_slurm_again(
+    tmp_path: Path, slurm_says: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm heard of the cancel first, and then of the requeue, which brings the job back."""
+    slurm_says("9_4|RUNNING|None")
+    command(tmp_path / "bin", "scancel", f'echo "$*" >> {tmp_path / "cancelled"}')
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    run = run_with(tmp_path / "runs", "9_4", {"state": "requeued"})
+
+    class Rank0:
+        cluster, job_id, global_rank = "slurm", "9_4", 0
+        paths = SimpleNamespace(submitted_pickle=tmp_path / "job.pkl")
+
+    def as_submitit(number: int, frame: Any) -> None:
+        run.cancel_marker.touch()
+        raise SystemExit(-1)
+
+    with pytest.raises(SystemExit):
+        requeue.requeue(run, Rank0(), signal.SIGUSR2, as_submitit, {"state": "requeued"})
+    assert (tmp_path / "cancelled").read_text() == "9_4\n" and run.state()["state"] == "cancelled"
 
 
 def test_hours_left_are_those_of_the_present_job(tmp_path: Path, slurm_says: Any) -> None:
@@ -203,8 +213,6 @@ def test_another_clusters_jobs_are_neither_asked_for_nor_cancelled(
     tmp_path: Path, slurm_says: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two clusters share a home folder; job 7 of this one is somebody else's work."""
-    from hpc_cifar.launch import control
-
     monkeypatch.setattr(slurm, "configuration", lambda: {"ClusterName": "here"})
     slurm_says("7|RUNNING|None")
     run = run_with(tmp_path / "runs", "7", {"state": "pending"})

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,20 @@ from hpc_cifar import files
 sys.path.insert(0, str(Path(__file__).parent))
 
 from slurm_site import CHAIN, EPOCH_STEPS, PROFILE, Begun, Site, SlurmCluster, running_cluster
+
+OnceMade = Callable[[str, Callable[[Path], object]], Path]
+# modules that take longest, in that order, so that workers which take a module each (--dist loadfile) end at the same time
+LONGEST = ("test_preemption", "test_limits", "test_cluster", "test_truth", "test_training", "test_tracking", "test_preflight")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+
+    def place(item: pytest.Item) -> int:
+        known = item.path.parent == here and item.path.stem in LONGEST
+        return LONGEST.index(item.path.stem) if known else len(LONGEST)
+
+    items.sort(key=place)
 
 
 @contextlib.contextmanager
@@ -64,13 +79,18 @@ def accounting_cluster(
 
 @pytest.fixture(scope="session")
 def undisturbed(
-    slurm_cluster_session: SlurmCluster, digits_data: Path, tmp_path_factory: pytest.TempPathFactory
+    slurm_cluster_session: SlurmCluster, digits_data: Path, tmp_path_factory: pytest.TempPathFactory, made_once: OnceMade
 ) -> dict[int, dict[str, Any]]:
     """Results of runs that nothing happened to, by number of ranks; each rank on a node of its own."""
-    site = Site(slurm_cluster_session, tmp_path_factory.mktemp("undisturbed"), digits_data)
-    site.hasten()
-    runs = {ranks: site.submit("--partition", "high", "--nodes", str(ranks))[0] for ranks in (1, 2)}
-    return dict(zip(runs, site.finished(*runs.values()), strict=True))
+
+    def trained(folder: Path) -> None:
+        site = Site(slurm_cluster_session, tmp_path_factory.mktemp("undisturbed"), digits_data)
+        site.hasten()
+        runs = [site.submit("--partition", "high", "--nodes", str(ranks))[0] for ranks in (1, 2)]
+        files.write_json(folder / "results.json", site.finished(*runs))
+
+    one, two = json.loads((made_once("undisturbed", trained) / "results.json").read_text())
+    return {1: one, 2: two}
 
 
 @pytest.fixture(scope="session")

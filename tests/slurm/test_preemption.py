@@ -163,6 +163,7 @@ def test_cancel_during_the_grace_time_of_a_preemption(cluster: SlurmCluster, tmp
     assert cluster.wait(high) == "COMPLETED"
     cluster.until(lambda: not cluster.call("squeue", "--noheader"), 60, "an empty queue")
     assert cluster.job(job)["JobState"] == "CANCELLED"
+    assert [row["event"] for row in site.rows(run, "event")].count("started") == 1, "it has not trained again"
     assert site.status(run)["state"] == "cancelled"
 
 

@@ -118,8 +118,9 @@ def bad(
 def test_good_nodes_train_from_a_copy_on_each(site: NodesSite) -> None:
     for node in ("n1", "n2", "n3"):
         site.cover(node, site.scratch)  # a disk of its own
-    run, _ = site.with_profile(f"scratch: {site.scratch}\n", "--set", "resources.processes_per_node=2")
+    run, job = site.with_profile(f"scratch: {site.scratch}\n", "--set", "resources.processes_per_node=2")
     site.call("wait", run)
+    site.cluster.wait(job)  # the run is finished before the last rank has left
     place = f"{re.escape(str(site.scratch))}/hpc-cifar-0/"
     logs = "".join(site.log(run, rank) for rank in range(4))
     copied = re.findall(rf"^staging: copied [\d.]+ MiB of digits to {place}\S+ on (n\d)", logs, re.MULTILINE)

@@ -236,24 +236,6 @@ def test_an_earlier_run_tells_how_long_the_next_will_be(slurm_cluster: SlurmClus
     assert "length" not in other, "twice as many processes have another rate"
 
 
-def test_asking_slurm_first_costs_little(slurm_cluster: SlurmCluster, site: Site) -> None:
-    from hpc_cifar.config.cluster import SLURM
-    from hpc_cifar.config.load import load_experiment
-    from hpc_cifar.launch import estimate, script, submit
-
-    experiment = load_experiment(Path(site.job(**LONG)))
-    plan = submit.plan_for(experiment, SLURM, 1000)
-    text = script.executor(experiment, SLURM, plan, site.runs / "tiny-1").script()
-
-    def seconds() -> float:
-        began = time.perf_counter()
-        assert estimate.start_of(text, SLURM, plan).start is not None
-        estimate.length_of(experiment, SLURM, plan, site.runs)
-        return time.perf_counter() - began
-
-    assert min(seconds() for _ in range(5)) < 0.3
-
-
 def test_slurm_does_not_answer(slurm_cluster: SlurmCluster, site: Site) -> None:
     run = submit(site)
     site.running(run)

@@ -1,12 +1,16 @@
 """One rank of a run, as a process of its own, with arguments ``RUN_DIR DATA_ROOT MAX_STEPS [SEEN_FILE]``.
 
-With SEEN_FILE, every rank appends what it was given: ``epoch batch hash,hash,...``, one hash per image of its shard.
+With SEEN_FILE, every rank appends what it was given: ``epoch batch hash,hash,...``, one hash per image of its shard. With
+GIVES_UP_AFTER_EPOCH in its environment, the run is given up there; with DAMAGED_BATCHES, such as ``0:3,1:0``, the images of
+these batches (of an epoch, from 0) are not numbers; LIMITED_TO_MIB is memory that it may take.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
+import resource
 import signal
 import sys
 from collections.abc import Iterator
@@ -40,6 +44,19 @@ def record_batches(path: Path) -> None:
     data.build = recording
 
 
+def damage_batches(places: str) -> None:
+    damaged = {tuple(map(int, place.split(":"))) for place in places.split(",")}
+    taken = data.Pipeline.batches
+
+    def batches(self: data.Pipeline, epoch: int, first: int | None = None) -> Iterator[data.Batch]:
+        for batch in taken(self, epoch, first):
+            if (epoch, batch.number) in damaged:
+                batch.images.fill_(math.nan)
+            yield batch
+
+    data.Pipeline.batches = batches  # type: ignore[method-assign]
+
+
 def as_rank(arguments: list[str], environment: dict[str, str], log: str) -> None:
     """Train; ends the process with the exit code the command line would give. Output is appended to ``log``."""
     # the server that this process is forked from may have been begun by a pipeline, whose workers hear no signals
@@ -52,8 +69,15 @@ def as_rank(arguments: list[str], environment: dict[str, str], log: str) -> None
     run, root, max_steps, *seen = arguments
     if seen:
         record_batches(Path(f"{seen[0]}.{os.environ['RANK']}"))
+    if limit := os.environ.get("LIMITED_TO_MIB"):  # beside what the process has mapped already
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + int(limit) * 2**20,) * 2)
+    if places := os.environ.get("DAMAGED_BATCHES"):
+        damage_batches(places)
+    last = int(os.environ.get("GIVES_UP_AFTER_EPOCH", 0))
+    options: dict[str, Any] = {"gives_up": lambda row: row["epoch"] >= last} if last else {}
     try:
-        train(Run(Path(run)), max_steps=int(max_steps) if max_steps else None, data_root=Path(root), console=True)
+        train(Run(Path(run)), max_steps=int(max_steps) if max_steps else None, data_root=Path(root), console=True, **options)
     except HpcCifarError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import socket
@@ -12,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import rank_main
+from command_line import COMMANDS, CONTEXT, TRAINING, preload
 
 from hpc_cifar import files, runs
 from hpc_cifar.config.experiment import Experiment
 from hpc_cifar.runs import Run
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["hpc_cifar.train.loop", "hpc_cifar.data.kernels", "hpc_cifar.data.reference"])
+preload(*COMMANDS, *TRAINING)
 
 
 def experiment(**changes: Any) -> Experiment:
@@ -95,12 +94,19 @@ class Rank:
             os.kill(self._process.pid, number)
 
 
-def start(run: Run, data: Path, world: int, max_steps: int | None = None, seen: Path | None = None) -> list[Rank]:
+def start(
+    run: Run,
+    data: Path,
+    world: int,
+    max_steps: int | None = None,
+    seen: Path | None = None,
+    environment: dict[str, str] | None = None,
+) -> list[Rank]:
     """Start all ranks; output of rank r goes to ``<run>/rank-r.log``."""
     port = free_port()
     processes = []
     for rank in range(world):
-        environment = {
+        variables = {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(world),
@@ -108,9 +114,10 @@ def start(run: Run, data: Path, world: int, max_steps: int | None = None, seen: 
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "HPC_CIFAR_THREADS": "1",
+            **(environment or {}),
         }
         arguments = [str(run.path), str(data), str(max_steps or "")] + ([str(seen)] if seen is not None else [])
-        processes.append(Rank(arguments, environment, run.path / f"rank-{rank}.log"))
+        processes.append(Rank(arguments, variables, run.path / f"rank-{rank}.log"))
     return processes
 
 

@@ -53,7 +53,11 @@ def test_200_steps_are_those_of_the_eager_mode(
     assert result["test_accuracy"] > 0.8
 
 
-@pytest.mark.parametrize("optimizer", [{"name": "sgd", "lr": 0.02, "momentum": 0.9}, {"name": "adam", "lr": 0.002}])
+SGD = {"name": "sgd", "lr": 0.02, "momentum": 0.9}
+LOOKAHEAD = SGD | {"lookahead": {"steps": 5, "alpha": 0.5}}
+
+
+@pytest.mark.parametrize("optimizer", [SGD, LOOKAHEAD, {"name": "adam", "lr": 0.002}], ids=["sgd", "lookahead", "adam"])
 def test_a_graph_is_resumed_bit_for_bit(tmp_path: Path, digits_data: Path, optimizer: dict[str, Any]) -> None:
     values = ranks.experiment(training={"graph": True}, checkpoint={"every_steps": 3}, epochs=3).model_dump()
     values["optimizer"] = optimizer

@@ -77,11 +77,12 @@ def test_steps_equal_torch(name: str, smoothing: float, clip: float | None, micr
         torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-5)  # Adam divides float noise by tiny second moments
 
 
-def stepper_of(config: Any, network: nn.Module, rules: list[Rule]) -> Stepper:
+def stepper_of(config: Any, network: nn.Module, rules: list[Rule], graph: bool = False) -> Stepper:
     optimizer = optim.build(config.optimizer, network.parameters(), rules)
+    ema = optim.EMA(network.parameters(), 0.9, on_device=graph) if config.training.ema_decay else None
     plan = make_plan(config, requested_placement(config.resources), 1000)
     sync = gradient_sync("auto", network, ALONE)
-    return Stepper(config, sync, optimizer, None, ALONE, torch.float32, plan, rules)
+    return Stepper(config, sync, optimizer, ema, ALONE, torch.float32, plan, rules, graph)
 
 
 def batches(count: int) -> Iterator[Batch]:
@@ -182,6 +183,25 @@ def test_lookahead_goes_back_half_of_the_way() -> None:
                     p.copy_(value)
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_lookahead_beside_a_graph_ends_where_the_eager_mode_does() -> None:
+    """With what comes after it: norms that are kept, and an average of the weights."""
+    options = {"name": "sgd", "lr": 0.1, "momentum": 0.9, "lookahead": {"steps": 2, "alpha": 0.5}}
+    config = configured(options, training={"ema_decay": 0.9})
+    networks = [network(), network()]
+    steppers = [
+        stepper_of(config, one, [Rule(one.get_parameter("1.weight"), max_norm=0.5)], graph)
+        for one, graph in zip(networks, (False, True), strict=True)
+    ]
+    for batch in batches(7):
+        for stepper in steppers:
+            stepper(batch, batch.number)
+    eager, graph = networks
+    for a, b in zip(eager.parameters(), graph.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    for a, b in zip(*(stepper._ema.shadow for stepper in steppers if stepper._ema), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["muon", "lars"])

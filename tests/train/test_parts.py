@@ -193,6 +193,22 @@ def test_metrics_drop_what_will_be_computed_again(tmp_path: Path) -> None:
     assert rows[1]["train_loss"] is None
 
 
+def test_steps_that_were_lost_are_counted_once(tmp_path: Path) -> None:
+    """An event of an earlier segment stays in the file, at a step that a later one has not reached yet."""
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path)
+    log.write("event", epoch=0, step=0, event="started")
+    log.write("step", epoch=1, step=9)
+    log.write("event", epoch=1, step=10, event="went back")
+    log.close()
+    assert MetricsLog(path, 5).reached == 10
+    log = MetricsLog(path, 5)
+    log.write("event", epoch=1, step=5, event="started")
+    log.write("step", epoch=1, step=7)
+    log.close()
+    assert MetricsLog(path, 7).reached == 7
+
+
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=400))
 def test_damaged_metrics_never_stop_a_resume(tmp_path: Path, content: bytes) -> None:

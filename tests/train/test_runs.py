@@ -258,6 +258,16 @@ def test_a_signal_to_one_rank_stops_all_at_a_step_boundary(tmp_path: Path, digit
     assert sorted(ranks.losses(run)) == list(range(1, before + 4))
 
 
+def test_a_run_that_is_given_up_stops_on_all_ranks_and_can_go_on(tmp_path: Path, digits_data: Path) -> None:
+    run = ranks.new_run(tmp_path, ranks.experiment(epochs=4))
+    result = ranks.complete(run, digits_data, 2, environment={"GIVES_UP_AFTER_EPOCH": "2"})
+    assert (result["state"], result["reason"]) == ("stopped", "pruned")
+    epochs = [row["epoch"] for row in files.read_json_lines(run.metrics_file) if row["kind"] == "epoch"]
+    saved = checkpoint.named(run.checkpoints, "latest")
+    assert epochs == [1, 2] and saved is not None and saved.step == result["steps"]
+    assert ranks.complete(run, digits_data, 2)["state"] == "finished"
+
+
 def test_a_stop_says_how_soon_it_was_heard_and_saved(tmp_path: Path, digits_data: Path) -> None:
     """The shortest time that a scheduler gives is seconds, so this must be far below."""
     config = ranks.experiment(epochs=200, checkpoint={"every_epochs": 200}, training={"evaluate_every_epochs": 200})

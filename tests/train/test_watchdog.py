@@ -18,7 +18,7 @@ import torch
 from hpc_cifar import files
 from hpc_cifar.runs import Run, all_runs
 from hpc_cifar.train.distributed import World
-from hpc_cifar.train.watchdog import ASLEEP_S, Watchdog, hangs_at
+from hpc_cifar.train.watchdog import ASLEEP_S, Watchdog, hangs_at, lost_ranks
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"), None)
 
@@ -60,12 +60,18 @@ def slow_job() -> Any:
     return ranks.experiment(epochs=300, resources=resources, checkpoint={"every_steps": 10, "every_epochs": 300})
 
 
+def three_ranks(folder: Path, data: Path) -> tuple[Run, list[ranks.Rank]]:
+    """In the middle of their training."""
+    run = ranks.new_run(folder, slow_job())
+    processes = ranks.start(run, data, 3)
+    ranks.wait_for_step(run, 30, processes)
+    return run, processes
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_stopped_rank_is_named_and_everyone_leaves(tmp_path: Path, digits_data: Path) -> None:
-    run = ranks.new_run(tmp_path, slow_job())
-    processes = ranks.start(run, digits_data, 3)
-    ranks.wait_for_step(run, 30, processes)
+    run, processes = three_ranks(tmp_path, digits_data)
     began = time.monotonic()
     processes[1].send_signal(signal.SIGSTOP)
     codes = ranks.finish(processes)
@@ -80,6 +86,39 @@ def test_a_stopped_rank_is_named_and_everyone_leaves(tmp_path: Path, digits_data
         assert "distributed_c10d.py" in stacks, stacks  # waiting in a collective
     assert "watchdog" in (folder / "rank-1.txt").read_text()  # it was let go, and told too
     assert "state: T (stopped)" in (folder / "rank-1-process.txt").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_the_others_name_the_rank_that_was_killed_and_not_each_other(tmp_path: Path, digits_data: Path) -> None:
+    run, processes = three_ranks(tmp_path, digits_data)
+    processes[1].send_signal(signal.SIGKILL)
+    assert ranks.finish(processes) == [1, -signal.SIGKILL, 1]
+    for rank in (0, 2):
+        said = (run.path / f"rank-{rank}.log").read_text()
+        assert f"rank {rank} on {os.uname().nodename} lost contact with rank 1 on {os.uname().nodename} (process " in said, said
+        assert "which has probably ended; its log says why" in said and f"rank {2 - rank} on" not in said
+
+
+def test_lost_ranks_are_told_by_heartbeats_of_this_segment_alone(tmp_path: Path) -> None:
+    (tmp_path / "heartbeat").mkdir()
+    four = World(0, 4, 0, 1, torch.device("cpu"), None)
+
+    def beat(rank: int, segment: str, host: str, phase: str, pid: int) -> None:
+        values = {"rank": rank, "segment": segment, "host": host, "phase": phase, "pid": pid}
+        files.write_json(tmp_path / "heartbeat" / f"rank-{rank}.json", values)
+
+    here, never = os.uname().nodename, 2**22 + 1  # above the largest number that a process can have
+    beat(1, "old", here, "train", never)
+    assert lost_ranks(tmp_path, "s", four) == ""
+    beat(1, "s", here, "left", never)
+    beat(2, "s", "other", "train", 7)
+    beat(3, "s", here, "train", os.getpid())
+    assert lost_ranks(tmp_path, "s", four) == "one of rank 2 on other (process 7)"
+    beat(2, "s", "other", "failed", 7)
+    assert lost_ranks(tmp_path, "s", four) == "rank 2 on other (process 7)"
+    beat(3, "s", here, "train", never)
+    assert lost_ranks(tmp_path, "s", four) == f"rank 2 on other (process 7), rank 3 on {here} (process {never})"
 
 
 @pytest.mark.slow

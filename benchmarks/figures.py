@@ -1,0 +1,276 @@
+"""Every figure of the docs, from the JSON in docs/results: tables between marks in the pages, and plots.
+
+    python benchmarks/figures.py              write them (make figures)
+    python benchmarks/figures.py --check      write nothing; fail where a page or a plot is not what its JSON gives
+
+A page holds ``<!-- figures: NAME -->`` and ``<!-- end of figures -->``; what stands between them is made here. Nothing else in
+these pages may state a measured figure (tests/test_figures.py). What has not been measured says so, with the command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import checkpoint
+import data
+import plots
+import restart
+import step
+import systems
+
+from hpc_cifar import files
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ("README.md", "docs/performance.md", "docs/systems.md")
+MACHINES = ("gpu", "2-cores")  # the ends of the names of files
+REGION = re.compile(r"(<!-- figures: (?P<name>[a-z-]+) -->\n).*?(<!-- end of figures -->\n)", re.DOTALL)
+
+Json = dict[str, Any]
+
+
+def measured(results: Path, kind: str) -> list[tuple[str, Json]]:
+    """(name of the file, its content) for each machine that has one."""
+    found = []
+    for machine in MACHINES:
+        path = results / f"{kind}-{machine}.json"
+        if path.exists():
+            content: Json = files.read_json(path) or {}
+            found.append((path.name, content))
+    return found
+
+
+def facts(name: str, result: Json) -> str:
+    """What a reader must know of figures: the data, n, hardware, versions, and the file."""
+    versions = result["versions"]
+    parts = [result.get("data"), f"n = {result['n']}" if "n" in result else None, plots.hardware(result, whole=True)]
+    parts += [f"{package} {versions[package]}" for package in ("torch", "ffcv", "python") if package in versions]
+    parts += [f"{package} {version}" for package, version in versions.items() if package.startswith("nvidia-dali")]
+    return f"{'; '.join(part for part in parts if part)} (`docs/results/{name}`)."
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):,.0f} ({min(values):,.0f} to {max(values):,.0f})"
+
+
+def beside(rates: dict[str, list[float]], name: str, other: str) -> float | None:
+    """Median over the rounds of the ratio: what slows the machine slows both."""
+    if other not in rates:
+        return None
+    return statistics.median(a / b for a, b in zip(rates[name], rates[other], strict=True))
+
+
+def data_lines(name: str, result: Json) -> list[str]:
+    rates = result["images_per_second"]
+    bases = (data.BASE, "stock FFCV", "stock DALI")
+    lines = [
+        f"{facts(name, result)} Batch {result['batch_size']}; images/s: median (least to most); ratios: median.",
+        "",
+        f"| pipeline | images/s | {' | '.join(f'beside {base}' for base in bases)} |",
+        "|---" * (2 + len(bases)) + "|",
+    ]
+    for pipeline, values in rates.items():
+        ratios = [beside(rates, pipeline, base) for base in bases]
+        cells = ["-" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
+        lines.append(f"| {pipeline} | {spread(values)} | {' | '.join(cells)} |")
+    kept = [
+        f"`{one}` {beside(rates, one, other):.1f} times {other} (at least {least:g})"
+        for (one, other), least in data.PROMISES.items()
+        if one in rates and other in rates
+    ]
+    return [*lines, "", f"What was promised for two cores: {'; '.join(kept)}."] if kept else lines
+
+
+def step_lines(name: str, result: Json) -> list[str]:
+    return [facts(name, result), "", *step.table(result)[1:]]
+
+
+def restart_lines(name: str, result: Json) -> list[str]:
+    lines = [facts(name, result)]
+    for line in restart.table(result):
+        lines += [line] if line.startswith("|") else ["", f"{line.split(',')[0]}:", ""]
+    return lines
+
+
+def checkpoint_lines(name: str, result: Json) -> list[str]:
+    about, *lines = checkpoint.table(result)
+    return [f"{facts(name, result)} {about}", *lines]
+
+
+def kernel_lines(name: str, result: Json) -> list[str]:
+    rows = [
+        f"| {what} | {statistics.median(times):.4f} ({min(times):.4f} to {max(times):.4f}) |"
+        for what, times in result["milliseconds"].items()
+    ]
+    share = (
+        f"An epoch at {result['share_of_copy']:.0%} of the rate of a copy ({result['copy_bytes_per_second'] / 1e12:.2f} TB/s)."
+    )
+    return [f"{facts(name, result)} {share}", "", "| work | ms, median (least to most) |", "|---|---|", *rows]
+
+
+def tracking_lines(name: str, result: Json) -> list[str]:
+    taken, changes = result["seconds"], " ".join(["", *(f"--set {change}" for change in result["set"])])
+    lines = [
+        f"{facts(name, result)} `{result['job']}{changes}`; from the first step to the last epoch's end; ratios: median.",
+        "",
+        "| W&B | seconds | beside disabled |",
+        "|---|---|---|",
+    ]
+    for kind, values in taken.items():
+        ratio = statistics.median(a / b for a, b in zip(values, taken["disabled"], strict=True))
+        lines.append(f"| {kind} | {statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f}) | {ratio:.3f} |")
+    return lines
+
+
+def scaling_lines(name: str, result: Json) -> list[str]:
+    size, rate = result["gradient_bytes"], result["link"]["bytes_per_second"] / 1e9
+    lines = [
+        f"{facts(name, result)} {result['job']}, global batch {result['batch_size']:,}, {result['steps']} steps. Modelled "
+        f"ones are one process with its share of the batch and a ring all-reduce of {size:,} bytes over {rate:g} GB/s.",
+        "",
+        "| processes | images/s | ms a step | efficiency | |",
+        "|---" * 5 + "|",
+    ]
+    for point in result["points"]:
+        lines.append(
+            f"| {point['processes']} | {spread(point['images_per_second'])} | {point['milliseconds']:.1f} "
+            f"| {point['efficiency']:.0%} | {'modelled' if point['modelled'] else 'measured'} |"
+        )
+    return lines
+
+
+def trained(name: str, result: Json) -> list[str]:
+    """Claimed / measured of every system in a file; one line of facts for all that share a machine and versions."""
+    groups: dict[str, Json] = {}
+    for job, entry in result["systems"].items():
+        groups.setdefault(facts(name, entry | {"data": entry["measured"][0]["data"]}), {})[job] = entry
+    return [line for heading, entries in groups.items() for line in (heading, "", *systems.lines(entries), "")][:-1]
+
+
+def mean(runs: list[Json], figure: str) -> str:
+    """Mean and standard deviation over the seeds, as per cent."""
+    values = [run[figure] for run in runs if run.get(figure) is not None]
+    if not values:
+        return "-"
+    return f"{statistics.mean(values):.2%}" + (f" ± {statistics.stdev(values):.2%}" if len(values) > 1 else "")
+
+
+def recipe_lines(name: str, result: Json) -> list[str]:
+    lines = ["| job | n | test accuracy | with flips | time | data | hardware |", "|---" * 7 + "|"]
+    for job, entry in result["systems"].items():
+        runs = entry["measured"]
+        time = f"{statistics.mean(run['seconds'] for run in runs):,.0f} s"
+        if restarts := sum(run.get("restarts") or 0 for run in runs):
+            time += f" ({restarts} restart{'s' * (restarts > 1)})"
+        processes = runs[0].get("processes")
+        where = plots.hardware(entry, whole=True) + (f", {processes} process{'es' * (processes > 1)}" if processes else "")
+        row = [
+            f"`{job}`",
+            str(len(runs)),
+            mean(runs, "test_accuracy"),
+            mean(runs, "tta_accuracy"),
+            time,
+            runs[0]["data"],
+            where,
+        ]
+        lines.append(f"| {' | '.join(row)} |")
+    about = "Mean and standard deviation over n seeds; time of training, validation and test, without start-up"
+    return [*lines, "", f"{about}; `docs/results/{name}`."]
+
+
+def transfer_lines(name: str, result: Json) -> list[str]:
+    lines = [
+        f"{facts(name, result | {'data': result['pretrained']['data'], 'n': 1})} {result['images']:,} images for each.",
+        "",
+        "| network | epochs | time | test accuracy |",
+        "|---" * 4 + "|",
+    ]
+    backbone = result["pretrained"]["job"]
+    rows = [
+        (f"`{backbone}`, pretrained and frozen", result["pretrained"]),
+        (f"`{backbone}`, random and frozen", result["random weights"]),
+    ]
+    rows += [(f"`{row['job']}`, from scratch", row) for row in result["from scratch"]]
+    for network, row in rows:
+        lines.append(f"| {network} | {row['epochs']} | {row['seconds']:,.0f} s | {row['test_accuracy']:.2%} |")
+    return lines
+
+
+@dataclasses.dataclass(frozen=True)
+class Region:
+    """What stands between two marks: files, the lines of one of them, how to measure it, the caption of a plot."""
+
+    kinds: tuple[str, ...]
+    lines: Callable[[str, Json], list[str]]
+    command: str
+    caption: str = ""
+    machine: str = "2-cores"  # on which it is measured first
+
+
+TRAININGS = "benchmarks/systems.py quickstart speed-cpu --seeds 3"
+REGIONS = {
+    "data": Region(("data",), data_lines, "benchmarks/data.py", "Images per second of each pipeline"),
+    "step": Region(("step",), step_lines, "benchmarks/step.py", "Images per second of each rung"),
+    "restart": Region(("restart",), restart_lines, "benchmarks/restart.py", "Seconds to the first step, by stage"),
+    "restart-cold": Region(("restart-cold",), restart_lines, "benchmarks/restart.py --cold"),
+    "checkpoint": Region(("checkpoint",), checkpoint_lines, "benchmarks/checkpoint.py"),
+    "kernel": Region(("kernel",), kernel_lines, "benchmarks/kernel.py", machine="gpu"),
+    "tracking": Region(("tracking",), tracking_lines, "benchmarks/tracking.py"),
+    "scaling": Region(("scaling",), scaling_lines, "-m hpc_cifar bench step", "Images per second by processes"),
+    "systems": Region(("systems",), trained, "benchmarks/systems.py", "Claimed and measured accuracy of each system"),
+    "recipes": Region(("recipes",), recipe_lines, TRAININGS),
+    "ladder": Region(("recipes", "systems"), recipe_lines, TRAININGS, "Test accuracy against training time"),
+    "transfer": Region(("transfer",), transfer_lines, "benchmarks/transfer.py"),
+}
+
+
+def region(name: str, results: Path) -> str:
+    """What stands between the marks."""
+    chosen = REGIONS[name]
+    found = [one for kind in chosen.kinds for one in measured(results, kind)]
+    lines = [line for file, result in found for line in (*chosen.lines(file, result), "")][:-1]
+    if not found:
+        file = f"docs/results/{chosen.kinds[0]}-{chosen.machine}.json"
+        lines = [f"Not measured yet: `python {chosen.command} --json {file}`."]
+    elif chosen.caption:
+        lines += ["", f"![{chosen.caption}](results/{name}.svg)"]
+    if found and not any(file.endswith("-gpu.json") for file, _ in found):
+        lines += ["", "Nothing of this has been measured on a GPU yet."]
+    return "\n".join(lines) + "\n"
+
+
+def everything(root: Path) -> dict[Path, bytes]:
+    """All that is made of the JSON in ``root``, by where it belongs."""
+    results = root / "docs" / "results"
+    made = {
+        root / name: REGION.sub(
+            lambda found: f"{found[1]}{region(found['name'], results)}{found[3]}", (root / name).read_text()
+        ).encode()
+        for name in PAGES
+    }
+    for name, drawn in plots.drawn(lambda kind: measured(results, kind)).items():
+        made[results / f"{name}.svg"] = drawn
+    return made
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, default=ROOT, help="the checkout")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where something differs")
+    options = parser.parse_args()
+    differ = {path: made for path, made in everything(options.root).items() if not path.exists() or path.read_bytes() != made}
+    for path, made in differ.items():
+        print(f"{path.relative_to(options.root)}: {'is not what its JSON gives: make figures' if options.check else 'written'}")
+        if not options.check:
+            path.write_bytes(made)
+    return int(options.check and bool(differ))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

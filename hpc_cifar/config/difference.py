@@ -1,0 +1,35 @@
+"""In which fields two experiments differ, and whether a run that trains one could go on as the other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel
+
+# the same updates with other values of these: where it runs, what is told, what is kept, and how pixels get there
+ASIDE = (
+    *("name", "claim", "resources", "tracking", "checkpoint.every_epochs", "checkpoint.every_steps"),
+    *("checkpoint.keep_last", "checkpoint.keep_every_epochs", "data.pipeline", "data.workers", "training.log_every_steps"),
+)
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, by dotted names; lists stay whole."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    begin = f"{prefix}." if prefix else ""
+    return {name: one for key, inner in value.items() for name, one in flat(inner, f"{begin}{key}").items()}
+
+
+def differences(one: BaseModel, other: BaseModel) -> dict[str, tuple[Any, Any]]:
+    """Dotted names of the fields that are not the same, with both values; None where one has no such field."""
+    first, second = flat(one.model_dump(mode="json")), flat(other.model_dump(mode="json"))
+    names = dict.fromkeys([*first, *second])
+    return {name: (first.get(name), second.get(name)) for name in names if first.get(name) != second.get(name)}
+
+
+def matters(name: str, before: Any, now: Any) -> bool:
+    """Whether a run with the other value of the field would make other updates."""
+    if name == "resources.gpus_per_node":  # on a CPU it may have another precision
+        return bool(before) != bool(now)
+    return not any(name == aside or name.startswith(f"{aside}.") for aside in ASIDE)

@@ -1,0 +1,187 @@
+"""What a report says about one run, from its directory alone: figures, curves, segments, cost."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import files
+from ..config.experiment import Claim, Experiment
+from ..runs import Run
+from ..track.rows import selected
+
+FIGURES = ("train_accuracy", "train_loss", "val_accuracy", "val_loss", "test_accuracy", "test_loss")
+EVALUATED = {"images", "split", "checkpoint", "step", "accuracy", "ece", "per_class", "confusion"}
+ENDED = ("finished", "requeued", "stopped", "cancelled", "failed")
+COST = ("seconds", "gpu_hours", "restarts", "lost_steps", "host_memory_mib", "device_memory_mib", "checkpoint_seconds")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of training by one process group: Unix seconds and updates; ``lost`` where nothing says how it ended."""
+
+    begun: float
+    ended: float
+    first_step: int
+    last_step: int
+    ending: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """One run. ``epochs`` are the rows of that kind in ``metrics.jsonl``, as they stand there.
+
+    ``metric`` is what runs are ranked by: that of the sweep, if it is of one.
+
+    ``figures`` are those of :data:`FIGURES` that are known, of the epoch that the run selected; ``evaluation`` is what
+    ``hpc-cifar evaluate`` wrote about the test images, or the validation images, or ``{}``.
+    """
+
+    run: Run
+    experiment: Experiment
+    state: str
+    reason: str
+    figures: dict[str, float]
+    cost: dict[str, float]
+    epochs: list[dict[str, Any]]
+    segments: list[Segment]
+    steps: int
+    data: str
+    device: str
+    world_size: int
+    metric: str
+    provenance: dict[str, Any]
+    evaluation: dict[str, Any]
+    evaluation_folder: Path | None
+
+    @property
+    def id(self) -> str:
+        return self.run.id
+
+    @property
+    def claim(self) -> Claim | None:
+        return self.experiment.claim
+
+    @property
+    def restarted(self) -> bool:
+        """Whether it has more than one segment."""
+        return len(self.segments) > 1
+
+    @property
+    def goodput(self) -> float | None:
+        """Share of the steps made that were not lost to an interruption and made again."""
+        made = self.steps + self.cost.get("lost_steps", 0)
+        return self.steps / made if made else None
+
+    @property
+    def images_per_second(self) -> float | None:
+        """Median over the epochs."""
+        rates = [row["images_per_second"] for row in self.epochs if row.get("images_per_second")]
+        return statistics.median(rates) if rates else None
+
+    @property
+    def label(self) -> str:
+        """What tells it from runs of the same experiment: seed, and fold."""
+        fold = self.experiment.data.fold
+        return f"seed {self.experiment.seed}" + (f", fold {fold}" if fold is not None else "")
+
+
+def gather(run: Run, state: str = "", reason: str = "") -> Facts:
+    """Read a run directory.
+
+    Args:
+        state: what the queue says; else what the run last wrote.
+        reason: why, as the state.
+
+    Raises:
+        RunError: it is not a run directory.
+    """
+    experiment, said, result = run.experiment(), run.state(), run.result() or {}
+    if result.get("state") != said.get("state", result.get("state")):  # of before it went on
+        result = {}
+    rows = [row for row in files.read_json_lines(run.metrics_file) if isinstance(row, dict)]
+    epochs = [row for row in rows if row.get("kind") == "epoch"]
+    both = said | result
+    evaluation, folder = _evaluation(run)
+    return Facts(
+        run=run,
+        experiment=experiment,
+        state=state or both.get("state") or "pending",
+        reason=reason or both.get("reason") or "",
+        figures=figures_of(experiment, epochs, result),
+        cost={name: both[name] for name in COST if isinstance(both.get(name), int | float)},
+        epochs=epochs,
+        segments=segments_of(rows, state or both.get("state") or ""),
+        steps=int(both.get("steps") or said.get("step") or 0),
+        data=both.get("data") or experiment.data.dataset,
+        device=str(said.get("device") or ""),
+        world_size=int(said.get("world_size") or 0),
+        metric=((files.read_json(run.path / "sweep.json") or {}).get("sweep") or {}).get("metric") or "val_accuracy",
+        provenance=files.read_json(run.path / "provenance.json") or {},
+        evaluation=evaluation,
+        evaluation_folder=folder,
+    )
+
+
+def figures_of(experiment: Experiment, epochs: Sequence[dict[str, Any]], result: dict[str, Any]) -> dict[str, float]:
+    """Accuracies and losses of the selected epoch and of the test, those that are known."""
+    known = {**selected(experiment, epochs), **result}
+    return {name: float(known[name]) for name in FIGURES if isinstance(known.get(name), int | float)}
+
+
+def _evaluation(run: Run) -> tuple[dict[str, Any], Path | None]:
+    """What was said of the test images, or of the validation images; a file that is damaged or of another version is none."""
+    for split in ("test", "validation"):
+        folder = run.path / "evaluation" / split
+        found = files.read_json(folder / "evaluation.json")
+        if isinstance(found, dict) and found.keys() >= EVALUATED:
+            return found, folder
+    return {}, None
+
+
+def segments_of(rows: Sequence[dict[str, Any]], state: str = "") -> list[Segment]:
+    """The segments of a run, by its rows in the order they were written; the state of the run is that of an open one."""
+    found: list[Segment] = []
+    open_row: dict[str, Any] | None = None
+    last: dict[str, Any] = {}
+    for row in rows:
+        event = row.get("event") if row.get("kind") == "event" else None
+        if event == "started":
+            if open_row is not None:
+                found.append(_segment(open_row, last, "lost"))
+            open_row = row
+        if event != "staged":  # that is of the next one
+            last = row
+        if open_row is not None and event in ENDED:
+            found.append(_segment(open_row, row, str(event)))
+            open_row = None
+    if open_row is not None:
+        found.append(_segment(open_row, last, state if state in ENDED else "open"))
+    return found
+
+
+def _segment(first: dict[str, Any], last: dict[str, Any], ending: str) -> Segment:
+    begun = float(first.get("time") or 0)
+    return Segment(begun, max(begun, float(last.get("time") or 0)), int(first["step"]), int(last.get("step") or 0), ending)
+
+
+def ranking(one: Facts) -> float | None:
+    """What a run may be chosen by, larger is better: its figure on validation images. None where those are the test images."""
+    value = one.figures.get(one.metric)
+    if value is None or one.experiment.data.validation == "test":
+        return None
+    return -value if one.metric == "val_loss" else value
+
+
+def foremost(facts: Sequence[Facts]) -> Facts | None:
+    """The best by validation; the first one, where nothing may choose."""
+    return max(facts, key=lambda one: -math.inf if (rank := ranking(one)) is None else rank, default=None)
+
+
+def shown(facts: Sequence[Facts]) -> Facts | None:
+    """The run whose evaluation stands for many, of those that have one."""
+    return foremost([one for one in facts if one.evaluation])

@@ -1,0 +1,244 @@
+"""Runs of one experiment together: mean and spread over seeds and folds, beside what the source claims."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from ..config.difference import flat
+from ..config.experiment import Claim
+from .facts import FIGURES, Facts, ranking
+
+ASIDE = ("seed", "data.fold", "claim", "tracking", "resources", "name")  # what does not make it another experiment
+MEASURES = ("test_accuracy", "val_accuracy", "train_accuracy")  # of a verdict, the first that is claimed and measured
+# images of a test, by dataset
+TESTS = {"cifar10": 10_000, "cifar10-jpeg": 10_000, "cifar10-lossless-subset": 1_017, "cifar100": 10_000, "digits": 359}
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation of ``n`` values; ``std`` is None for one."""
+
+    mean: float
+    std: float | None
+    n: int
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """``word`` is ``above``, ``as claimed``, ``below``, ``unclear``, ``unfinished`` or ``no claim``; ``text`` has numbers."""
+
+    word: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in seed and fold only. ``title`` names them within a report."""
+
+    title: str
+    runs: tuple[Facts, ...]
+    config: dict[str, Any]
+
+    @property
+    def claim(self) -> Claim | None:
+        return self.runs[0].claim
+
+    @property
+    def finished(self) -> tuple[Facts, ...]:
+        return tuple(one for one in self.runs if one.state == "finished")
+
+    @cached_property
+    def spreads(self) -> dict[str, Spread]:
+        """Figures and costs of the finished runs."""
+        found = {}
+        for name in (*FIGURES, "epochs", "seconds", "gpu_hours"):
+            values = [value for one in self.finished if (value := _value(one, name)) is not None]
+            if values:
+                found[name] = spread(values)
+        return found
+
+    def claimed(self, figure: str) -> float | None:
+        return getattr(self.claim, figure, None)
+
+    @cached_property
+    def verdict(self) -> Verdict:
+        measured = next((name for name in MEASURES if name in self.spreads), None)
+        if measured is None:
+            states = ", ".join(dict.fromkeys(one.state for one in self.runs))
+            return Verdict("unfinished", f"no run has finished yet ({states})")
+        figure = next((name for name in MEASURES if name in self.spreads and self.claimed(name) is not None), None)
+        if figure is None:
+            return Verdict("no claim", f"{_words(measured)} {percent(self.spreads[measured])}")
+        claim, found = self.claimed(figure), self.spreads[figure]
+        assert claim is not None
+        difference = found.mean - claim
+        points = f"{abs(difference) * 100:.2f} points {'above' if difference > 0 else 'below'}"
+        text = f"{_words(figure)} {percent(found)}, {points} the claimed {claim:.2%}"
+        margin = margin_of(found, images_of(self.runs[0], figure))
+        if margin is None:
+            return Verdict("unclear", f"{text}; one run, of unknown images")
+        return Verdict("as claimed" if abs(difference) <= margin else "above" if difference > 0 else "below", text)
+
+
+def spread(values: Sequence[float]) -> Spread:
+    return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+
+
+def margin_of(found: Spread, images: int | None) -> float | None:
+    """Half of the 95 % interval of a mean accuracy: what the seeds say (Student's t), and at least what so many images can say
+    (binomial). None where neither says anything.
+    """
+    margins = []
+    if images:
+        margins.append(1.96 * math.sqrt(max(found.mean * (1 - found.mean), 0.0) / images))
+    if found.std is not None:
+        from scipy.stats import t
+
+        margins.append(float(t.ppf(0.975, found.n - 1)) * found.std / math.sqrt(found.n))
+    return max(margins, default=None)
+
+
+def images_of(one: Facts, figure: str) -> int | None:
+    """Images that a figure was measured on, if that is known."""
+    data, split = one.experiment.data, figure.partition("_")[0]
+    if split == "test" or (split == "val" and data.validation == "test"):
+        evaluated = one.evaluation.get("images") if one.evaluation.get("split") == "test" else None
+        return evaluated or TESTS.get(data.dataset)
+    trained = one.run.plan().get("train_images")
+    if split == "train" or not trained:
+        return trained
+    share = 1 / data.folds if data.folds else data.validation
+    return round(trained * share / (1 - share)) if isinstance(share, float) and data.train_images is None else None
+
+
+def percent(found: Spread) -> str:
+    """``93.12 % ± 0.10 (n = 3)``."""
+    deviation = f" ± {found.std:.2%}" if found.std is not None else ""
+    return f"{found.mean:.2%}{deviation} (n = {found.n})"
+
+
+def groups_of(facts: Sequence[Facts]) -> list[Group]:
+    """In the order in which their first runs came; each has a title of its own."""
+    members: dict[str, list[Facts]] = {}
+    configs: dict[str, dict[str, Any]] = {}
+    for one in facts:
+        config = comparable(one)
+        key = json.dumps([one.experiment.name, config], sort_keys=True)
+        members.setdefault(key, []).append(one)
+        configs[key] = config
+    names = {key: runs[0].experiment.name for key, runs in members.items()}
+    telling = {
+        name: _telling([configs[key] for key in members if names[key] == name]) for name in dict.fromkeys(names.values())
+    }
+    found = []
+    for key, runs in members.items():
+        fields = [f"{field}={text_of(configs[key].get(field))}" for field in telling[names[key]]]
+        found.append(Group(" ".join([names[key], *fields]), tuple(runs), configs[key]))
+    return found
+
+
+def _telling(configs: Sequence[dict[str, Any]]) -> list[str]:
+    """Few fields that tell these apart: first the one with the most values."""
+
+    def values(fields: Sequence[str]) -> int:
+        return len({json.dumps([config.get(name) for name in fields]) for config in configs})
+
+    left, chosen = differing(configs), list[str]()
+    while left and values(chosen) < len(configs):
+        chosen.append(max(left, key=lambda name: values([*chosen, name])))
+        left.remove(chosen[-1])
+    return chosen
+
+
+def comparable(one: Facts) -> dict[str, Any]:
+    """The experiment's fields but those that only tell runs of one group apart, by dotted names."""
+    fields = flat(one.experiment.model_dump(mode="json"))
+    return {name: value for name, value in fields.items() if not _aside(name)}
+
+
+def changed(one: Facts) -> list[tuple[str, Any, Any]]:
+    """What the experiment sets otherwise than it would be: dotted name, value, and the default, None where there is none."""
+    said = flat(one.experiment.model_dump(mode="json", exclude_defaults=True))
+    return [(name, value, _default(one.experiment, name)) for name, value in said.items() if not _aside(name)]
+
+
+def _default(model: Any, name: str) -> Any:
+    first, _, rest = name.partition(".")
+    if not isinstance(model, BaseModel) or first not in type(model).model_fields:
+        return None
+    if rest:
+        return _default(getattr(model, first), rest)
+    default = type(model).model_fields[first].get_default(call_default_factory=True)
+    return None if default is PydanticUndefined else default
+
+
+def _aside(name: str) -> bool:
+    return name in ASIDE or name.partition(".")[0] in ASIDE
+
+
+def differing(configs: Sequence[dict[str, Any]]) -> list[str]:
+    """Names of the fields that are not the same in all."""
+    names = dict.fromkeys(name for config in configs for name in config)
+    return [name for name in names if len({json.dumps(config.get(name), sort_keys=True) for config in configs}) > 1]
+
+
+def text_of(value: Any) -> str:
+    """A field's value in a table."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list):
+        text = json.dumps(value)
+        return text if len(text) <= 24 else f"{len(value)} entries"
+    return str(value)
+
+
+def headline(groups: Sequence[Group]) -> str:
+    """The verdict over all, in one sentence."""
+    if len(groups) == 1:
+        return groups[0].verdict.text
+    words = Counter(group.verdict.word for group in groups)
+    known = {word: words[word] for word in ("above", "as claimed", "below") if words[word]}
+    counts = ", ".join(f"{count} {word}" for word, count in known.items())
+    parts = [f"of {sum(known.values())} claims, {counts}"] if known else []
+    runs = [one for group in groups for one in group.runs]
+    parts.append(f"{sum(one.state == 'finished' for one in runs)} of {len(runs)} runs have finished")
+    if first := best(groups):
+        parts.append(f"best by validation: {first.title}, {first.verdict.text}")
+    return "; ".join(parts)
+
+
+def best(groups: Sequence[Group]) -> Group | None:
+    """By the mean figure on validation images; None where those are the test images, or not the same in all."""
+    ranked = [(mean, group) for group in groups if (mean := _rank(group)) is not None]
+    data = [group.runs[0].experiment.data for _, group in ranked]
+    splits = {(one.dataset, one.validation, one.split_seed, one.folds) for one in data}
+    return max(ranked, key=lambda pair: pair[0])[1] if len(splits) == 1 else None
+
+
+def _rank(group: Group) -> float | None:
+    ranks = [rank for one in group.finished if (rank := ranking(one)) is not None]
+    return statistics.fmean(ranks) if ranks else None
+
+
+def _value(one: Facts, name: str) -> float | None:
+    if name == "epochs":
+        return float(one.epochs[-1]["epoch"]) if one.epochs else None
+    return one.figures.get(name, one.cost.get(name))
+
+
+def _words(figure: str) -> str:
+    return {"val": "validation", "test": "test", "train": "training"}[figure.partition("_")[0]] + " accuracy"

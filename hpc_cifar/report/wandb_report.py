@@ -1,0 +1,107 @@
+"""The same report in Weights & Biases: its tables as text, and panels over the runs that are there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from ..errors import TrackingError, UsageError, first_line
+from . import groups as grouped
+from .facts import Facts, shown
+from .groups import Group
+from .page import accuracy, again, duration, number
+from .text import markdown, table
+
+MOST_FIELDS, MOST_SEGMENTS = 12, 200
+PICTURES = ["evaluation/test-confusion", "evaluation/test-misclassified", "evaluation/training-batch"]
+
+
+def publish(groups: Sequence[Group], title: str) -> str:
+    """Make the report; its address.
+
+    Raises:
+        UsageError: the runs are in several projects, or one has not been uploaded.
+        TrackingError: W&B does not answer, or does not want it.
+    """
+    runs = [one for group in groups for one in group.runs]
+    projects = {(one.experiment.tracking.entity, one.experiment.tracking.project) for one in runs}
+    if len(projects) > 1:
+        raise UsageError(f"--wandb: these runs are in {len(projects)} projects of W&B; a report is of one")
+    if absent := [one.id for one in runs if not (one.run.path / "wandb-id").exists()]:
+        raise UsageError(f"--wandb: {absent[0]} is not in W&B yet: hpc-cifar sync {absent[0]}")
+    [(entity, project)] = projects
+    os.environ.setdefault("WANDB_SILENT", "true")
+    import wandb
+    import wandb_workspaces.reports.v2 as wr
+
+    try:
+        owner = entity or wandb.Api().default_entity
+        made = wr.Report(entity=owner, project=project, title=title[:128], width="fluid", blocks=_blocks(groups, title))
+        made.save()
+        return str(made.url)
+    except Exception as error:  # whatever the client does
+        raise TrackingError(f"W&B: {first_line(error)}") from None
+
+
+def _blocks(groups: Sequence[Group], title: str) -> list[Any]:
+    import wandb_workspaces.reports.v2 as wr
+
+    runs = [one for group in groups for one in group.runs]
+    ids = ", ".join(f'"{one.id}"' for one in runs)
+    runset = wr.Runset(name=title[:64], filters=f"Config('run') in [{ids}]")
+    panels = [
+        wr.LinePlot(title="Accuracy by epoch", x="epoch", y=["val_accuracy", "train_accuracy"]),
+        wr.LinePlot(title="Loss by epoch", x="epoch", y=["val_loss", "train_loss"]),
+        wr.LinePlot(title="Throughput by epoch", x="epoch", y=["images_per_second"]),
+        wr.BarPlot(title="Test accuracy", metrics=["test_accuracy"]),
+        wr.BarPlot(title="Restarts", metrics=["restarts"]),
+        wr.BarPlot(title="GPU-hours", metrics=["gpu_hours"]),
+        wr.MediaBrowser(title="Pictures", media_keys=PICTURES, num_columns=2),
+        wr.RunComparer(diff_only="split"),
+    ]
+    blocks = [wr.MarkdownBlock(text=markdown(groups, title)), wr.PanelGrid(runsets=[runset], panels=panels)]
+    texts = [_classes(groups), _segments(runs), _differences(groups)]
+    blocks += [wr.MarkdownBlock(text=text) for text in texts if text]
+    for group in groups:
+        commands, file = again(group)
+        commit = (group.runs[0].provenance.get("git") or {}).get("commit")
+        lines = [f"git checkout {commit}", *commands] if commit else commands
+        blocks += [wr.H3(text=f"Again: {group.title}"), wr.CodeBlock(code="\n".join(lines), language=None)]
+        blocks.append(wr.CodeBlock(code=file, language="yaml"))
+    return blocks
+
+
+def _classes(groups: Sequence[Group]) -> str:
+    one = shown([one for group in groups for one in group.runs])
+    if one is None:
+        return ""
+    rows = [
+        [name, accuracy(scores["precision"]), accuracy(scores["recall"]), accuracy(scores["f1"]), number(scores["images"])]
+        for name, scores in one.evaluation["per_class"].items()
+    ]
+    heads = ["class", "precision", "recall", "F1", "images"]
+    return "\n".join([f"## Figures by class of {one.id}", "", *table(heads, rows)])
+
+
+def _segments(runs: Sequence[Facts]) -> str:
+    rows = [
+        [one.id, f"{segment.first_step} to {segment.last_step}", duration(segment.ended - segment.begun), segment.ending]
+        for one in runs
+        if one.restarted
+        for segment in one.segments
+    ]
+    heads = ["run", "steps", "time", "ended"]
+    return "\n".join(["## Segments", "", *table(heads, rows[:MOST_SEGMENTS])]) if rows else ""
+
+
+def _differences(groups: Sequence[Group]) -> str:
+    if len(groups) == 1:
+        told = [
+            [name, grouped.text_of(value), grouped.text_of(default)]
+            for name, value, default in grouped.changed(groups[0].runs[0])
+        ]
+        return "\n".join(["## What differs from the defaults", "", *table(["field", "here", "default"], told)])
+    fields = grouped.differing([group.config for group in groups])[:MOST_FIELDS]
+    rows = [[group.title, *(grouped.text_of(group.config.get(name)) for name in fields)] for group in groups]
+    return "\n".join(["## What differs", "", *table(["system", *fields], rows)])

@@ -1,0 +1,73 @@
+"""The rows of a growing ``metrics.jsonl``, in order, each with a number that stays its own.
+
+The number follows from the step that a row is of, so that a row which a resumed run computes again has the same one: whoever
+has taken the rows up to some number goes on with those above it, whatever happened in between.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..config.experiment import Experiment
+
+CURVES = ("step", "epoch")  # kinds of rows that have a number; events have none
+A_STEP = 1000  # numbers of one step: its row, pictures, from the middle on the row of an epoch that ends there, pictures
+
+
+def number_of(row: dict[str, Any]) -> int:
+    """Larger than that of every row before."""
+    return A_STEP * int(row["step"]) + (A_STEP // 2 if row["kind"] == "epoch" else 0)
+
+
+def selected(experiment: Experiment, epochs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The row of the epoch whose weights a run reports, of its rows of epochs; ``{}`` without any."""
+    monitor = experiment.checkpoint.monitor
+    monitored = [row for row in epochs if row.get(monitor) is not None]
+    if experiment.checkpoint.select == "best" and monitored:  # the first of equal ones, as the run chose
+        sign = -1.0 if monitor == "val_loss" else 1.0
+        return max(monitored, key=lambda row: sign * row[monitor])
+    return epochs[-1] if epochs else {}
+
+
+class Tail:
+    """Reads what was added to the file since the last time; a file that was replaced, from its beginning.
+
+    Args:
+        path: the file, which need not exist yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._inode, self._offset = -1, 0
+        self._rest = b""  # of a line whose end is not there yet
+        self.last = 0  # the largest number so far
+        self.damaged = 0  # lines that cannot be read, which are left out
+
+    def new(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Rows and their numbers; all of them again where the file was replaced."""
+        try:
+            stream = self._path.open("rb")
+        except OSError:
+            return
+        with stream:
+            about = os.fstat(stream.fileno())
+            if about.st_ino != self._inode or about.st_size < self._offset:
+                self._inode, self._offset, self._rest, self.last, self.damaged = about.st_ino, 0, b"", 0, 0
+            stream.seek(self._offset)
+            data = stream.read()
+            self._offset += len(data)
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            try:
+                row = json.loads(line)
+                number = number_of(row) if row["kind"] in CURVES else None
+            except (ValueError, KeyError, TypeError):
+                self.damaged += 1
+                continue
+            if number is not None:
+                self.last = max(self.last, number)
+                yield number, row

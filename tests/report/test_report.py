@@ -1,0 +1,144 @@
+"""What a report says of runs: grouped, beside their claims, as text."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+from reported import EVALUATED, left_behind
+
+from hpc_cifar.cli.main import main
+from hpc_cifar.report.facts import gather, shown
+from hpc_cifar.report.groups import changed, comparable, groups_of
+
+
+def typed(root: Path, *arguments: str, code: int = 0) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HPC_CIFAR_RUNS", str(root))
+        assert main(list(arguments)) == code
+
+
+CLAIM = {"source": "a paper", "test_accuracy": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("tests", "word"), [((0.9,), "as claimed"), ((0.93, 0.931), "above"), ((0.8, 0.95), "as claimed"), ((0.8, 0.81), "below")]
+)
+def test_a_verdict_knows_the_spread_of_the_seeds_and_of_the_test(tmp_path: Path, tests: tuple[float, ...], word: str) -> None:
+    made = [left_behind(tmp_path, test=test, seed=seed, claim=CLAIM) for seed, test in enumerate(tests)]
+    [group] = groups_of([gather(run) for run in made])
+    assert group.verdict.word == word
+    found = group.spreads["test_accuracy"]
+    assert (found.mean, found.n) == (pytest.approx(statistics.mean(tests)), len(tests))
+    assert found.std == (pytest.approx(statistics.stdev(tests)) if len(tests) > 1 else None)
+
+
+def test_seeds_and_folds_are_one_group_and_every_other_field_makes_two(tmp_path: Path) -> None:
+    data = {"dataset": "digits", "batch_size": 144, "folds": 2}
+    made = [left_behind(tmp_path, seed=seed, data={**data, "fold": fold}) for seed in (0, 1) for fold in (0, 1)]
+    made += [left_behind(tmp_path, data={**data, "fold": 0}, optimizer={"name": "sgd", "lr": 0.5})]
+    groups = groups_of([gather(run) for run in made])
+    assert [len(group.runs) for group in groups] == [4, 1]
+    assert [group.title for group in groups] == ["net optimizer.lr=0.01", "net optimizer.lr=0.5"]
+    assert groups[0].runs[3].label == "seed 1, fold 1"
+
+
+def test_what_has_not_finished_counts_for_nothing(tmp_path: Path) -> None:
+    made = [left_behind(tmp_path, test=None, claim=CLAIM), left_behind(tmp_path, test=0.9, seed=1, claim=CLAIM)]
+    facts = [gather(run) for run in made]
+    [group] = groups_of(facts)
+    assert group.spreads["test_accuracy"].n == 1
+    [alone] = groups_of(facts[:1])
+    assert alone.verdict.word == "unfinished" and "running" in alone.verdict.text
+
+
+def test_the_selected_epoch_is_the_one_that_is_reported(tmp_path: Path) -> None:
+    run = left_behind(tmp_path, checkpoint={"select": "best", "monitor": "val_loss"})
+    rows = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
+    rows[2]["val_loss"] = 0.001  # the second epoch; the first row is an event
+    run.metrics_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert gather(run).figures["val_accuracy"] == rows[2]["val_accuracy"] != rows[-2]["val_accuracy"]
+
+
+def test_segments_and_what_was_lost(tmp_path: Path) -> None:
+    run = left_behind(tmp_path, restarts=2, lost=5)
+    facts = gather(run)
+    assert [segment.ending for segment in facts.segments] == ["requeued", "requeued", "finished"]
+    assert facts.goodput == 45 / 50
+    lines = run.metrics_file.read_text().splitlines()
+    run.metrics_file.write_text("\n".join([*lines[:1], *lines[2:]]) + "\n")  # killed: nothing tells its end
+    assert [segment.ending for segment in gather(run).segments] == ["lost", "requeued", "finished"]
+
+
+def test_the_run_that_is_shown_is_not_chosen_by_the_test(tmp_path: Path) -> None:
+    better, luckier = left_behind(tmp_path, seed=0, test=0.8), left_behind(tmp_path, seed=5, test=0.99)
+    for run in (better, luckier):
+        (run.path / "evaluation" / "test").mkdir(parents=True)
+        (run.path / "evaluation" / "test" / "evaluation.json").write_text(json.dumps(EVALUATED))
+    found = shown([gather(better), gather(luckier)])
+    assert found is not None and found.id == better.id
+
+
+def test_what_one_experiment_changes_is_shown_beside_the_defaults(tmp_path: Path) -> None:
+    one = gather(left_behind(tmp_path, seed=3, schedule={"name": "cosine", "warmup_epochs": 2}, training={"precision": "bf16"}))
+    found = {name: (value, default) for name, value, default in changed(one)}
+    assert found["training.precision"] == ("bf16", "auto")
+    assert found["schedule.warmup_epochs"] == (2, 0) and found["optimizer.lr"][0] == 0.01
+    assert found["data.batch_size"] == (144, None), "what must be given has no default"
+    assert not {"seed", "name", "training.compile"} & found.keys()
+    assert set(found) < set(comparable(one))
+
+
+def test_csv_json_and_markdown_say_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = [left_behind(tmp_path, seed=seed, test=0.9 + seed / 100, claim=CLAIM, tracking={"group": "t2"}) for seed in (0, 1)]
+    left_behind(tmp_path, name="other")
+    texts = {}
+    for form in ("csv", "json", "md"):
+        typed(tmp_path, "report", "--campaign", "t2", "--format", form)
+        texts[form] = capsys.readouterr().out
+    rows = list(csv.DictReader(io.StringIO(texts["csv"])))
+    assert [row["run"] for row in rows] == [run.id for run in made]
+    [system] = json.loads(texts["json"])["groups"]
+    assert [row["test_accuracy"] for row in system["runs"]] == [float(row["test_accuracy"]) for row in rows] == [0.9, 0.91]
+    assert system["measured"]["test_accuracy"]["mean"] == pytest.approx(0.905)
+    assert "90.00% / 90.50% ± 0.71%" in texts["md"] and all(run.id in texts["md"] for run in made)
+    assert all("/opt/here" not in text for text in texts.values())
+    assert system["runs"][0]["provenance"]["command"] == "hpc-cifar submit net.yaml"
+
+
+def test_list_of_a_campaign_ends_with_mean_and_spread(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in (0, 1):
+        left_behind(tmp_path, seed=seed, test=0.9 + seed / 100, tracking={"group": "t2"})
+    other = left_behind(tmp_path, name="other")
+    typed(tmp_path, "list", "--campaign", "t2")
+    said = capsys.readouterr().out
+    assert other.id not in said and "net: test accuracy 90.50% ± 0.71% (n = 2)" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--campaign", "t3"), "campaigns are t2"),
+        (("--format", "pdf"), "should be one of html"),
+        (("--campaign", "t2", "last"), "leave the others out"),
+        (("last", "-o", "no/such/folder/x.html"), "No such file or directory"),
+        (("nothing",), "no such run or job id"),
+    ],
+)
+def test_what_is_mistyped_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: Any, words: str) -> None:
+    left_behind(tmp_path, tracking={"group": "t2"})
+    typed(tmp_path, "report", *arguments, code=2)
+    assert words in capsys.readouterr().err
+
+
+def test_nothing_is_chosen_by_the_test_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = {"dataset": "digits", "batch_size": 144, "validation": "test"}
+    for seed in (0, 1):
+        left_behind(tmp_path, seed=seed, data=data, tracking={"group": "t2"})
+    typed(tmp_path, "report", "--campaign", "t2", "--winner", str(tmp_path / "best.yaml"), code=2)
+    assert "none may be chosen" in capsys.readouterr().err and not (tmp_path / "best.yaml").exists()
