@@ -134,12 +134,20 @@ class Records:
 
     def state(self, state: str, **values: Any) -> dict[str, Any]:
         """Write ``state.json`` on rank 0 and return its content, with the time and GPU-hours of all segments so far."""
+        return self._write_state(self._state(state, **values))
+
+    def _write_state(self, record: dict[str, Any]) -> dict[str, Any]:
         self._state_written = time.time()
+        if self._world.main:
+            self._run.write_state(**record)
+        return record
+
+    def _state(self, state: str, **values: Any) -> dict[str, Any]:
         position, before, world = self._session.position, self._before, self._world
-        seconds = self._state_written - self._started
+        seconds = time.time() - self._started
         gpus = world.size if world.on_gpu else 0
         validated = (row["val_accuracy"] for row in reversed(self._session.history) if "val_accuracy" in row)
-        record: dict[str, Any] = {
+        return {
             "state": state,
             "epoch": position.epoch,
             "epochs": self._experiment.epochs,
@@ -159,9 +167,17 @@ class Records:
             "pid": os.getpid(),
             **values,
         }
-        if world.main:
-            self._run.write_state(**record)
-        return record
+
+    def result(self, result: dict[str, Any]) -> None:
+        """Complete the result of this segment with its times, and write ``result.json`` and ``state.json`` on rank 0.
+
+        In this order: whoever reads that a run has finished finds its result.
+        """
+        state = self._state(result["state"], reason=result.get("reason"))
+        result |= {key: state[key] for key in ("restarts", "lost_steps", "gpu_hours", "seconds")}
+        if self._world.main and result["state"] != "requeued":
+            files.write_json(self._run.result_file, result)
+        self._write_state(state)
 
     def finish(self, result: dict[str, Any]) -> None:
         """Close metrics and W&B with the result of this segment, which has been written."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .. import files, lifetime, stages
+from .. import lifetime, stages
 from ..config.experiment import Experiment
 from ..data import pipeline as data
 from ..errors import HpcCifarError, NonFiniteLoss, RunError
@@ -385,14 +385,11 @@ class Trainer:
         else:
             result["state"], result["reason"] = "stopped", f"--max-steps {self.last_step}"
             result["val_loss"], result["val_accuracy"] = self._validate()
-        state = self.records.state(result["state"], reason=result.get("reason"))
         result |= {"epochs": position.epoch, "steps": position.step}
-        result |= {key: state[key] for key in ("restarts", "lost_steps", "gpu_hours", "seconds")}
         result |= {"checkpoints": len(self.saving), "checkpoint_seconds": round(sum(self.saving), 3)}  # of this segment
         result |= peak_memory(self.world)
         result |= {"selected": self.experiment.checkpoint.select, "ended": now()}
-        if self.world.main and result["state"] != "requeued":
-            files.write_json(self.run.result_file, result)
+        self.records.result(result)
         with self.watchdog.phase("finish"):
             self.records.finish(result)
             self.world.barrier()

@@ -35,6 +35,7 @@ PATIENCE = 10.0  # a step may take this many times the slowest one so far
 ASLEEP_S = 5.0  # between two polls: the whole process was stopped, as by Slurm's suspend, and that is no hang
 ANSWER_S = 4.0  # for the other ranks to write their stacks
 REPORT_S = 90.0  # for the rank that noticed to report and to ask for the restart: Slurm may be busy
+GONE_S = 2.0  # for a rank that closed its connections to end
 EXIT_CODE = 1
 LEFT, FAILED = "left", "failed"  # last phases: it lost another rank; it was the first to go
 
@@ -229,8 +230,19 @@ class Watchdog:
         return f"{seen} (state {state})"
 
 
-def lost_ranks(run: Path, segment: str, world: World) -> str:
-    """Which other ranks have ended, as far as heartbeats and the processes of this node tell; empty where they do not."""
+def lost_ranks(run: Path, segment: str, world: World, patience_s: float = GONE_S) -> str:
+    """Which other ranks have ended, as far as heartbeats and the processes of this node tell; empty where they do not.
+
+    Args:
+        patience_s: how long to look for one: a process closes its connections a moment before it is seen to have ended.
+    """
+    deadline = time.monotonic() + patience_s
+    while not (seen := _lost(run, segment, world)).startswith("rank") and time.monotonic() < deadline:
+        time.sleep(POLL_S / 10)
+    return seen
+
+
+def _lost(run: Path, segment: str, world: World) -> str:
     found = (files.read_json(run / "heartbeat" / f"rank-{rank}.json") for rank in range(world.size) if rank != world.rank)
     beats = [beat for beat in found if isinstance(beat, dict) and beat.get("segment") == segment and beat["phase"] != LEFT]
     elsewhere = [beat for beat in beats if beat["host"] != os.uname().nodename]  # their processes cannot be seen

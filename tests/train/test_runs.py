@@ -18,7 +18,7 @@ from hpc_cifar.config.optimization import AdamW
 from hpc_cifar.data.split import split
 from hpc_cifar.data.store import Store
 from hpc_cifar.runs import Run
-from hpc_cifar.train import checkpoint
+from hpc_cifar.train import checkpoint, loop
 
 pytestmark = pytest.mark.slow
 
@@ -361,6 +361,24 @@ def test_best_checkpoint_is_chosen_by_validation_and_tested(tmp_path: Path, digi
     values = [row["val_accuracy"] for row in epochs]
     assert best.manifest["epoch"] == values.index(max(values)) + 1
     assert result["selected"] == "best"
+
+
+def test_who_reads_that_a_run_has_ended_finds_its_result(
+    tmp_path: Path, digits_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, str]] = []
+    write_state = Run.write_state
+
+    def written(self: Run, **values: Any) -> None:
+        seen.append((values["state"], (self.result() or {}).get("state", "none")))
+        write_state(self, **values)
+
+    monkeypatch.setattr(Run, "write_state", written)
+    run = ranks.new_run(tmp_path, ranks.experiment(epochs=1))
+    loop.train(run, max_steps=3, data_root=digits_data, console=False)
+    loop.train(run, data_root=digits_data, console=False)
+    assert ("running", "none") in seen
+    assert [pair for pair in seen if pair[0] != "running"] == [("stopped", "stopped"), ("finished", "finished")]
 
 
 def test_finished_run_is_not_trained_again(tmp_path: Path, digits_data: Path) -> None:

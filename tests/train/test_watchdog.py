@@ -110,15 +110,27 @@ def test_lost_ranks_are_told_by_heartbeats_of_this_segment_alone(tmp_path: Path)
 
     here, never = os.uname().nodename, 2**22 + 1  # above the largest number that a process can have
     beat(1, "old", here, "train", never)
-    assert lost_ranks(tmp_path, "s", four) == ""
+    assert lost_ranks(tmp_path, "s", four, 0.0) == ""
     beat(1, "s", here, "left", never)
     beat(2, "s", "other", "train", 7)
     beat(3, "s", here, "train", os.getpid())
-    assert lost_ranks(tmp_path, "s", four) == "one of rank 2 on other (process 7)"
+    assert lost_ranks(tmp_path, "s", four, 0.0) == "one of rank 2 on other (process 7)"
     beat(2, "s", "other", "failed", 7)
     assert lost_ranks(tmp_path, "s", four) == "rank 2 on other (process 7)"
     beat(3, "s", here, "train", never)
     assert lost_ranks(tmp_path, "s", four) == f"rank 2 on other (process 7), rank 3 on {here} (process {never})"
+
+
+def test_a_rank_that_closed_its_connections_has_a_moment_to_end(tmp_path: Path) -> None:
+    """The kernel closes what a process had open before it says that it has ended."""
+    (tmp_path / "heartbeat").mkdir()
+    ending = subprocess.Popen(["sleep", "0.5"])
+    values = {"rank": 1, "segment": "s", "host": os.uname().nodename, "phase": "train", "pid": ending.pid}
+    files.write_json(tmp_path / "heartbeat" / "rank-1.json", values)
+    two = World(0, 2, 0, 1, torch.device("cpu"), None)
+    assert lost_ranks(tmp_path, "s", two, 0.0) == ""
+    assert lost_ranks(tmp_path, "s", two, 20.0) == f"rank 1 on {os.uname().nodename} (process {ending.pid})"
+    ending.wait()
 
 
 @pytest.mark.slow
