@@ -28,7 +28,7 @@ def parts(out: Path, small: bool) -> dict[str, list[str]]:
         "step": script("step", *step, json=out / "step-2-cores.json"),
         "data": script("data", *data, json=out / "data-2-cores.json"),
         "restart": script("restart", *restart, json=out / "restart-2-cores.json"),
-        "checkpoint": script("checkpoint", *checkpoint, json=out / "checkpoint-2-cores.json"),
+        "checkpoint": package("bench", "checkpoint", "deep300", *checkpoint, json=out / "checkpoint-2-cores.json"),
         "scaling": package("bench", "step", "deep300", *scaling, json=out / "scaling-2-cores.json"),
         "recipe": script("systems", "quickstart", *recipe, json=out / "recipes-2-cores.json"),
     }

@@ -18,7 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import checkpoint
 import data
 import plots
 import restart
@@ -26,6 +25,7 @@ import step
 import systems
 
 from hpc_cifar import files
+from hpc_cifar.train import stall
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "docs/performance.md", "docs/systems.md")
@@ -99,7 +99,7 @@ def restart_lines(name: str, result: Json) -> list[str]:
 
 
 def checkpoint_lines(name: str, result: Json) -> list[str]:
-    about, *lines = checkpoint.table(result)
+    about, *lines = stall.table(result)
     return [f"{facts(name, result)} {about}", *lines]
 
 
@@ -219,7 +219,7 @@ REGIONS = {
     "step": Region(("step",), step_lines, "benchmarks/step.py", "Images per second of each rung"),
     "restart": Region(("restart",), restart_lines, "benchmarks/restart.py", "Seconds to the first step, by stage"),
     "restart-cold": Region(("restart-cold",), restart_lines, "benchmarks/restart.py --cold"),
-    "checkpoint": Region(("checkpoint",), checkpoint_lines, "benchmarks/checkpoint.py"),
+    "checkpoint": Region(("checkpoint",), checkpoint_lines, "-m hpc_cifar bench checkpoint"),
     "kernel": Region(("kernel",), kernel_lines, "benchmarks/kernel.py", machine="gpu"),
     "tracking": Region(("tracking",), tracking_lines, "benchmarks/tracking.py"),
     "scaling": Region(("scaling",), scaling_lines, "-m hpc_cifar bench step", "Images per second by processes"),

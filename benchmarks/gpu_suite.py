@@ -39,7 +39,7 @@ def parts(out: Path, small: bool) -> dict[str, list[str]]:
     five, twenty = (f"--seeds={1 if small else count}" for count in (5, 20))
     steps = suite.STEP if small else ("--steps=30",)
     restarts = suite.RESTART if small else ("--gpus", "--processes=1")
-    checkpoint = suite.CHECKPOINT if small else ("--gpus", "--batch=1024", "--steps=40")
+    checkpoint = suite.CHECKPOINT if small else ("--batch-size=1024", "--steps=40")
     bench = suite.DATA if small else ("--rounds=5",)
     scaling = suite.SCALING if small else ("--steps=20", *graph)
     found = {
@@ -51,7 +51,7 @@ def parts(out: Path, small: bool) -> dict[str, list[str]]:
         "tuned": trained(out, "recipes", "deep300-tuned", options=graph, small=small),
         "data": package("bench", "data", *bench, json=out / "data-gpu.json"),
         "restart": script("restart", *restarts, json=out / "restart-gpu.json"),
-        "checkpoint": script("checkpoint", *checkpoint, json=out / "checkpoint-gpu.json"),
+        "checkpoint": package("bench", "checkpoint", "deep300", *checkpoint, json=out / "checkpoint-gpu.json"),
         **{f"systems-{1 + slice}": trained(out, "systems", *scratch[slice::SLICES], small=small) for slice in range(SLICES)},
         "speed96": trained(out, "recipes", "speed96", options=(*graph, twenty), small=small),
         "deep300-5": trained(out, "recipes", "deep300", options=(*graph, five, "--suffix=graph"), small=small),

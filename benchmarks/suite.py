@@ -25,7 +25,7 @@ ADDED = ("recipes-", "systems-")
 STEP = ("--job=quickstart-digits", "--steps=2", "--rounds=1", "--rungs=channels_last,eager fused")
 DATA = ("--dataset=digits", "--images=600", "--rounds=1")
 RESTART = ("--dataset=digits", "--processes=2", "--rounds=1")
-CHECKPOINT = ("--dataset=digits", "--batch=64", "--steps=2", "--rounds=1")
+CHECKPOINT = ("--set=data.dataset=digits", "--batch-size=64", "--steps=2", "--rounds=1")
 SCALING = ("--world-size=1,4", "--steps=15", "--set=data.dataset=digits", "--set=data.batch_size=64")
 TRAINING = (
     "--set=epochs=1", "--set=data.dataset=digits", "--set=data.batch_size=64", "--set=schedule={name: constant}",

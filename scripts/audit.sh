@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 uv=$(command -v uv || echo .venv/bin/uv)
 report=$(mktemp)
 trap 'rm -f "$report" "$report.log"' EXIT
-for lock in requirements.lock requirements-dev.lock; do
+for lock in requirements.lock requirements-all.lock requirements-dev.lock requirements-build.lock; do
   : >"$report"
   "$uv" tool run --quiet --from "pip-audit==2.10.1" pip-audit --disable-pip --require-hashes --timeout 15 \
     --progress-spinner off --format json --output "$report" --requirement "$lock" >"$report.log" 2>&1 || true

@@ -87,6 +87,44 @@ def step(
         typer.echo(f"wrote {json}")
 
 
+@app.command()
+def checkpoint(
+    job: Annotated[
+        str, typer.Argument(help="A job file, or the name of a packaged job.", autocompletion=complete.jobs)
+    ] = "deep300",
+    batch_size: Annotated[int, typer.Option(min=1, max=1_000_000, help="Images of a step.")] = 256,
+    steps: Annotated[int, typer.Option(min=1, help="Steps from one checkpoint to the next.")] = 6,
+    rounds: Annotated[int, typer.Option(min=1, help="Checkpoints of each kind; the median counts.")] = 5,
+    sets: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a field.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="On the file system to measure; HPC_CIFAR_RUNS, else ./runs.", show_default=False)
+    ] = None,
+    root: Annotated[
+        Path | None, typer.Option(help="Folder of all datasets; HPC_CIFAR_DATA, else ./data.", show_default=False)
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Also write the figures there.", show_default=False)] = None,
+) -> None:
+    """How long a checkpoint keeps the training waiting, beside a plain torch.save of the same state, by turns in one process.
+
+    \b
+    hpc-cifar bench checkpoint
+    hpc-cifar bench checkpoint quickstart-digits --batch-size 64 --rounds 3 --folder /tmp
+    """
+    from .. import files
+    from ..config.packaged import find_job
+    from ..data import bench
+    from ..train import stall
+
+    target = _target(json)
+    where = folder.expanduser().absolute() if folder else files.runs_root()
+    experiment = stall.shortened(find_job(job), sets or [], batch_size, steps, rounds)
+    result = stall.measure(experiment, root.expanduser().absolute() if root else files.data_root(), where)
+    typer.echo("\n".join(stall.table(result)))
+    if target:
+        files.write_json(target, result | {"hardware": bench.hardware(), "versions": bench.versions()})
+        typer.echo(f"wrote {json}")
+
+
 def _target(json: Path | None) -> Path | None:
     from ..errors import UsageError
 

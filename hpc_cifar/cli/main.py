@@ -84,7 +84,10 @@ app.command()(evaluate.export)
 app.command()(sync.sync)
 app.command()(report.report)
 app.command()(drill.drill)
-app.add_typer(bench.app, name="bench")
+app.add_typer(bench.app, name="bench", short_help=bench.app.info.help)
+for _one in (*app.registered_commands, *bench.app.registered_commands):
+    # in lists of commands; else Click cuts what is longer than a line
+    _one.short_help = " ".join((_one.callback.__doc__ or "").partition("\n\n")[0].split())
 
 
 def _error(text: str) -> None:

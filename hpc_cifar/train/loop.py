@@ -31,6 +31,7 @@ def train(
     segment: str = "",
     on_hang: OnHang | None = None,
     gives_up: Callable[[dict[str, Any]], bool] | None = None,
+    trainer: Callable[..., Trainer] = Trainer,
 ) -> dict[str, Any]:
     """Start or continue ``run`` on this rank, until it is finished, stopped or failed.
 
@@ -44,6 +45,7 @@ def train(
         segment: names this stretch of the run, such as ``<job id>.<restart>``.
         on_hang: what the watchdog calls when the ranks hang; the process ends then.
         gives_up: asked on rank 0 with the row of each finished epoch, whether to stop there; state ``stopped``, as ``pruned``.
+        trainer: makes the trainer; a benchmark has one that looks at the clock.
 
     Returns:
         The result, as in ``result.json``; ``state`` is ``finished``, ``stopped``, ``cancelled``, or ``requeued`` when the
@@ -55,7 +57,7 @@ def train(
     """
     if world is None:  # connected before signals only set a flag: a rank that waits for the others must still be stoppable
         with connected(wants_gpu(run.experiment())) as world:
-            options: dict[str, Any] = {"max_steps": max_steps, "data_root": data_root, "console": console}
+            options: dict[str, Any] = {"max_steps": max_steps, "data_root": data_root, "console": console, "trainer": trainer}
             return train(run, **options, world=world, begin=begin, segment=segment, on_hang=on_hang, gives_up=gives_up)
     try:
         stages.done("process group")
@@ -66,10 +68,10 @@ def train(
             segment = world.share(segment or secrets.token_hex(4))
 
             def attempt() -> dict[str, Any]:
-                trainer = Trainer(run, world, flag, max_steps, data_root, console)
+                made = trainer(run, world, flag, max_steps, data_root, console)
                 if gives_up is not None:
-                    trainer.records.on_epoch = lambda row: flag.prune() if gives_up(row) else None
-                return _trained(trainer, segment, on_hang)
+                    made.records.on_epoch = lambda row: flag.prune() if gives_up(row) else None
+                return _trained(made, segment, on_hang)
 
             return _train(run, world, attempt)
     except OSError as error:

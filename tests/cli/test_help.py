@@ -30,6 +30,17 @@ def test_help_has_examples_that_parse(command: str, capsys: pytest.CaptureFixtur
     assert parsed and set(parsed) == {command}
 
 
+@pytest.mark.parametrize("words", [(), ("bench",)])
+def test_lists_of_commands_say_what_each_does(
+    words: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    text = said(capsys, *words, "--help", code=0)
+    assert "..." not in text and max(map(len, text.partition("Examples:")[0].splitlines())) <= 80
+    names = [name.split()[-1] for name in documented.names_of_commands() if name.split()[:-1] == list(words)]
+    assert names and all(re.search(rf"^  {name}  +[A-Z]", text, flags=re.MULTILINE) for name in names)
+
+
 @pytest.mark.parametrize(
     ("words", "meant"),
     [
