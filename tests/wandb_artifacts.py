@@ -61,10 +61,25 @@ def answer(kept: dict[str, Artifact], url: str, operation: str, variables: dict[
                 for one in told["artifactFiles"]
             ]
             return {"createArtifactFiles": {"files": {"edges": [{"node": node} for node in nodes]}}}
+        case "ArtifactByID":
+            return {"artifact": _told(kept[variables["id"]])}
         case "CommitArtifact":
             kept[variables["artifactID"]].committed = True
             return {"commitArtifact": {"artifact": {"id": variables["artifactID"], "digest": "x"}}}
     return None
+
+
+def _told(made: Artifact) -> dict[str, Any]:
+    """A version as the client asks for it after its upload."""
+    project = {"id": "p", "internalId": "1", "name": "project", "entity": {"name": "entity"}}
+    return {
+        "__typename": "Artifact", "id": made.id, "artifactType": {"name": made.type}, "metadata": json.dumps(made.metadata),
+        "artifactSequence": {"__typename": "ArtifactSequence", "id": "s", "name": made.name, "project": project},
+        "state": "COMMITTED" if made.committed else "PENDING", "size": sum(map(len, made.files.values())),
+        "digest": made.digest, "fileCount": len(made.files), "createdAt": "2026-01-01T00:00:00", "updatedAt": None,
+        "versionIndex": 0, "commitHash": "c", "historyStep": None, "description": None, "tags": [], "aliases": [],
+        "ttlDurationSeconds": -2, "ttlIsInherited": True,
+    }  # fmt: skip
 
 
 def take(kept: dict[str, Artifact], parts: list[str], body: bytes) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import configparser
 import contextlib
 import hashlib
+import math
 import netrc
 import os
 import secrets
@@ -106,7 +107,7 @@ class Upload:
         self._tail = Tail(run.metrics_file)
         self._ledger = run.path / "wandb-pictures.json"
         tracking = run.experiment().tracking
-        self._alerts, self._artifact = tracking.alerts, tracking.artifact
+        self._alerts, self._artifact, self._artifact_s = tracking.alerts, tracking.artifact, artifact_s
         self._shown: set[str] = set()  # digests of the pictures that this upload has handed over
         settings: dict[str, Any] = {
             "init_timeout": INIT_TIMEOUT_S,
@@ -241,7 +242,7 @@ class Upload:
             raise TrackingError(f"W&B could not be finished: {first_line(error)}") from None
 
     def _push_checkpoint(self) -> None:
-        """The selected one, as a version of the experiment's model; W&B knows the same files again."""
+        """The selected one, as a version of the experiment's model, and that it has arrived; W&B knows the same files again."""
         import wandb
 
         experiment = self.run.experiment()
@@ -250,7 +251,7 @@ class Upload:
         about = {"run": self.run.id, **(files.read_json(folder / "manifest.json") or {})}
         artifact = wandb.Artifact(f"{experiment.name}-model", type="model", metadata=about)
         artifact.add_dir(str(folder))
-        self._wandb.log_artifact(artifact, aliases=[selected, self.run.id])
+        self._wandb.log_artifact(artifact, aliases=[selected, self.run.id]).wait(timeout=math.ceil(self._artifact_s))
 
     def _evaluations(self) -> dict[str, Any]:
         found: dict[str, Any] = {}

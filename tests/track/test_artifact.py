@@ -11,10 +11,13 @@ from command_line import typed
 from reported import left_behind
 from wandb_server import Server
 
+from hpc_cifar.runs import Run
+
 pytestmark = [pytest.mark.component("wandb"), pytest.mark.slow]
 
 
-def test_the_selected_checkpoint_is_kept_as_the_experiments_model(tmp_path: Path, server: Server) -> None:
+def trained(tmp_path: Path) -> tuple[Run, Path]:
+    """A finished run and its selected checkpoint."""
     tracking = {"wandb": "online", "artifact": True}
     run = left_behind(tmp_path, tracking=tracking, checkpoint={"select": "best"})
     folder = run.checkpoints / "step-00000045"
@@ -22,11 +25,29 @@ def test_the_selected_checkpoint_is_kept_as_the_experiments_model(tmp_path: Path
     (folder / "state.pt").write_bytes(os.urandom(50_000))
     (folder / "manifest.json").write_text(json.dumps({"step": 45, "epoch": 5}))
     (run.checkpoints / "best").symlink_to(folder.name)
+    return run, folder
+
+
+def test_the_selected_checkpoint_is_kept_as_the_experiments_model(tmp_path: Path, server: Server) -> None:
+    run, folder = trained(tmp_path)
     for _ in range(2):  # a second upload has nothing to add
         done = typed(["sync", str(run.path)], {**os.environ, **server.environment}, tmp_path, timeout_s=120)
         assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{server.requests}\n{server.unknown}"
-    print(server.requests, server.unknown)
     [artifact] = server.artifacts.values()
     assert artifact.name == "net-model" and artifact.type == "model" and artifact.committed
     assert artifact.metadata == {"run": run.id, "step": 45, "epoch": 5} and set(artifact.aliases) >= {"best", run.id}
     assert artifact.files == {name: (folder / name).read_bytes() for name in ("state.pt", "manifest.json")}
+
+
+def test_a_model_that_did_not_arrive_is_said_and_arrives_the_next_time(tmp_path: Path, server: Server) -> None:
+    run, _ = trained(tmp_path)
+    server.trouble = lambda what, number: 403 if what == "CommitArtifact" else None
+    refused = typed(["sync", str(run.path)], {**os.environ, **server.environment}, tmp_path, timeout_s=120)
+    assert refused.returncode == 1 and "W&B could not be finished: " in refused.stderr, refused.stdout + refused.stderr
+    assert not any(artifact.committed for artifact in server.artifacts.values())
+    server.trouble = lambda what, number: None
+    done = typed(["sync", str(run.path)], {**os.environ, **server.environment}, tmp_path, timeout_s=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [artifact.committed for artifact in server.artifacts.values()] == [True]
+    [kept] = server.runs.values()
+    assert len(kept.history) == len({row["_step"] for row in kept.history}), "no row twice"
