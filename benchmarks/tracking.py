@@ -4,7 +4,8 @@
 
 The seconds are those from the first step to the last epoch's end, by the run's own metrics; kinds take turns in every round,
 and begin it by turns. The start of the client falls into them, so a training should last a minute at least.
-The servers are those of the tests, on loopback; the client is the real one.
+The training has half the processors, so that what the rest of the machine does disturbs it less; the client and the server have
+the others, as a client has on a cluster. The servers are those of the tests, on loopback; the client is the real one.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import wandb_server  # noqa: E402
 KINDS = ("disabled", "online", "hanging")
 
 
-def seconds(folder: Path, kind: str, job: str, sets: list[str]) -> float:
+def seconds(folder: Path, kind: str, job: str, sets: list[str], threads: int) -> float:
     """Of one training."""
     with wandb_server.serving() as server:
         if kind == "hanging":
@@ -37,7 +38,7 @@ def seconds(folder: Path, kind: str, job: str, sets: list[str]) -> float:
         command = [sys.executable, "-m", "hpc_cifar", "train", job, "--name", kind]
         for change in (*sets, f"tracking.wandb={mode}"):
             command += ["--set", change]
-        environment = {**os.environ, **server.environment, "HPC_CIFAR_RUNS": str(folder)}
+        environment = {**os.environ, **server.environment, "HPC_CIFAR_RUNS": str(folder), "HPC_CIFAR_THREADS": str(threads)}
         subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         rows = files.read_json_lines(folder / kind / "metrics.jsonl")
         [begin] = [row["time"] for row in rows if row.get("event") == "first step"]
@@ -55,16 +56,19 @@ def main() -> int:
     parser.add_argument("--job", default="quickstart-digits")
     parser.add_argument("--set", action="append", default=[], dest="sets", help="a.b=value for all of them")
     parser.add_argument("--rounds", type=int, default=5)
+    cpus = len(os.sched_getaffinity(0))
+    parser.add_argument("--threads", type=int, default=max(1, cpus // 2), help="of the training")
     parser.add_argument("--json", type=Path, help="where the figures go")
     options = parser.parse_args()
     taken: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for number in range(options.rounds + 1):
         for kind in (*KINDS[number % len(KINDS) :], *KINDS[: number % len(KINDS)]):
             with tempfile.TemporaryDirectory(prefix="hpc-cifar-bench-") as folder:
-                found = seconds(Path(folder), kind, options.job, options.sets)
+                found = seconds(Path(folder), kind, options.job, options.sets, options.threads)
             if number:  # a first round fills caches
                 taken[kind].append(round(found, 3))
-    report: dict[str, Any] = {"job": options.job, "set": options.sets, "n": options.rounds, "seconds": taken}
+    report: dict[str, Any] = {"job": options.job, "set": options.sets, "threads": options.threads}
+    report |= {"n": options.rounds, "seconds": taken}
     ratios = {k: [x / y for x, y in zip(taken[k], taken["disabled"], strict=True)] for k in KINDS[1:]}
     report |= {"ratio": {k: round(statistics.median(values), 4) for k, values in ratios.items()}}
     report |= {"hardware": bench.hardware(), "versions": bench.versions()}
