@@ -117,7 +117,7 @@ def kernel_lines(name: str, result: Json) -> list[str]:
 def tracking_lines(name: str, result: Json) -> list[str]:
     taken, changes = result["seconds"], " ".join(["", *(f"--set {change}" for change in result["set"])])
     lines = [
-        f"{facts(name, result)} `{result['job']}{changes}`, {result['threads']} of the processors for the training; from the first "
+        f"{facts(name, result)} `{result['job']}{changes}`, {result['threads']} processors train; from the first "
         "step to the last epoch's end; ratios: median.",
         "",
         "| W&B | seconds | beside disabled |",
