@@ -215,6 +215,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--rungs", help="only these, with commas between; plain is always one")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="after the rung bf16; the quicker one unless said")
     parser.add_argument("--json", type=Path, help="where the figures go")
     options = parser.parse_args()
     experiment = experiment_of(options)
@@ -222,7 +223,8 @@ def main() -> int:
     on_gpu = device.type == "cuda"
     prepared = prepare_data(experiment, files.data_root(), connect())
     tops = {str(kind).removeprefix("torch."): ceilings(device, kind) for kind in (torch.float32, torch.bfloat16)}
-    bf16 = tops["bfloat16"]["flops_per_second"] > tops["float32"]["flops_per_second"]
+    quicker = max(("float32", "bfloat16"), key=lambda dtype: tops[dtype]["flops_per_second"])
+    bf16 = (options.dtype or quicker) == "bfloat16"
     known = rungs(on_gpu, bf16)
     wanted = ["plain", *(options.rungs.split(",") if options.rungs else known)]
     if unknown := set(wanted) - set(known):

@@ -17,6 +17,7 @@ import datetime
 import os
 import re
 import secrets
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,11 @@ class Run:
     @property
     def state_file(self) -> Path:
         return self.path / "state.json"
+
+    @property
+    def sweep_file(self) -> Path:
+        """The run's place in a sweep, see ``launch/sweep.py``; absent of other runs."""
+        return self.path / "sweep.json"
 
     @property
     def cancel_marker(self) -> Path:
@@ -237,9 +243,9 @@ def of_campaign(name: str, root: Path) -> list[Run]:
     raise UsageError(f"--campaign {name}: no run in {root} belongs to it; {did_you_mean(name, known, 'campaigns')}")
 
 
-def find_all(token: str, root: Path) -> list[Run]:
-    """The runs meant by a token: every element of a job array by its number, else the one run of :func:`find`."""
-    return _of_array(token, all_runs(root)) or [find(token, root)]
+def find_all(tokens: Iterable[str], root: Path) -> list[Run]:
+    """The runs meant by tokens, each once: every element of a job array by its number, else the one run of :func:`find`."""
+    return list(dict.fromkeys(run for token in tokens for run in _of_array(token, all_runs(root)) or [find(token, root)]))
 
 
 def _of_array(token: str, runs: list[Run]) -> list[Run]:

@@ -24,7 +24,7 @@ VARYING = "…"  # what differs from case to case, in a quoted message
 
 
 def pages() -> list[Path]:
-    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "docs/results/campaign.md"]
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs/results").glob("*.md"))]
 
 
 @dataclass(frozen=True)

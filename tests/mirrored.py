@@ -30,10 +30,13 @@ EXPERIMENT: dict[str, Any] = {
 }
 
 
+GIT = {"commit": "c0ffee", "dirty": False}
+
+
 def a_run(folder: Path) -> Run:
     tracking = {"wandb": "online", "group": "a group", "tags": ["one", "two"], "alerts": True}
     values = EXPERIMENT | {"name": "curves", "tracking": tracking}
-    return runs.create(folder, runs.new_run_id("curves"), Experiment.model_validate(values), {"batch_size": 64}, {"git": None})
+    return runs.create(folder, runs.new_run_id("curves"), Experiment.model_validate(values), {"batch_size": 64}, {"git": GIT})
 
 
 def train(run: Run, begin: int, end: int, *, ended: str = "") -> None:

@@ -146,6 +146,8 @@ class Server:
                 asked = json.loads(body) if self.path == "/graphql" else {}
                 named = re.search(r"(?:query|mutation)\s+(\w+)", asked.get("query", ""))
                 what = named[1] if named else self.path
+                if b'"complete":true' in body.replace(b" ", b""):  # the last request of a client that finishes
+                    what = f"complete {what}"
                 server.requests.append(what)
                 closing = server.closing
                 status = server.trouble(what, len(server.requests))

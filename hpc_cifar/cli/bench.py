@@ -24,7 +24,7 @@ def data(
         Path | None, typer.Option(help="Folder of all datasets; HPC_CIFAR_DATA, else ./data.", show_default=False)
     ] = None,
     images: Annotated[int, typer.Option(min=1, help="Images of a round; a fifth of it for reference.")] = 50_000,
-    batch_size: Annotated[int, typer.Option(min=1, max=1_000_000)] = 512,
+    batch_size: Annotated[int, typer.Option(min=1, max=1_000_000, help="Images of a batch.")] = 512,
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved; the median counts.")] = 5,
     json: Annotated[Path | None, typer.Option(help="Also write the figures there.", show_default=False)] = None,
 ) -> None:

@@ -19,10 +19,10 @@ STORED_TRAIN_IMAGES = {"cifar10": 50_000, "cifar10-jpeg": 50_000, "cifar100": 50
 
 def validate(
     jobs: Annotated[
-        list[str], typer.Argument(metavar="JOB...", help="job files, or names of packaged ones", autocompletion=complete.jobs)
+        list[str], typer.Argument(metavar="JOB...", help="Job files, or names of packaged ones.", autocompletion=complete.jobs)
     ],
     sets: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a field, such as epochs=2")
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a field, such as epochs=2.")
     ] = None,
 ) -> None:
     """Check job files; every problem is one line, file:line: field: what is wrong, what would be right.
@@ -97,9 +97,9 @@ def summary(experiment: Experiment) -> str:
 
 
 def schema(
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="write to this file instead of the terminal")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write to this file instead of the terminal.")] = None,
     as_page: Annotated[
-        bool, typer.Option("--markdown", help="every field of job files, sweep files and profiles, for people")
+        bool, typer.Option("--markdown", help="Every field of job files, sweep files and profiles, for people.")
     ] = False,
 ) -> None:
     """Print the JSON Schema of job files; name it in a file's first line as # yaml-language-server: $schema=FILE.
@@ -128,13 +128,14 @@ def schema(
 
 def jobs(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME]...", help="job files or profiles to copy; all without a name")
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="Job files or profiles to copy; all without a name.")
     ] = None,
-    copy: Annotated[bool, typer.Option("--copy", help="copy the named ones (all without a name)")] = False,
+    copy: Annotated[bool, typer.Option("--copy", help="Copy the named ones (all without a name).")] = False,
     into: Annotated[
-        Path | None, typer.Option("--into", help="folder that gets the copies; jobs/ and slurm/ without it", show_default=False)
+        Path | None,
+        typer.Option("--into", help="Folder that gets the copies; jobs/ and slurm/ without it.", show_default=False),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="overwrite files that are there")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite files that are there.")] = False,
 ) -> None:
     """List the job files and cluster profiles that come with hpc-cifar, or copy them out to change them.
 

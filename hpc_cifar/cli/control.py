@@ -12,7 +12,6 @@ import typer
 from . import complete
 
 RECENT = 20
-RunName = Annotated[str, typer.Argument(help="Run id, unique prefix, job id, path, or last.", autocompletion=complete.runs)]
 
 
 def status(
@@ -43,7 +42,7 @@ def status(
 
     root, first, screen = files.runs_root(), True, watch and sys.stdout.isatty()
     while True:
-        wanted = runs.find_all(run, root) if run is not None else runs.all_runs(root)
+        wanted = runs.find_all([run], root) if run is not None else runs.all_runs(root)
         hidden = 0 if as_json or run is not None else max(0, len(wanted) - RECENT)
         seen = statuses(wanted[hidden:])
         if as_json:
@@ -94,7 +93,7 @@ def list_runs(
 
 
 def logs(
-    run: RunName = "last",
+    run: complete.RunName = "last",
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run has ended.")] = False,
     rank: Annotated[int, typer.Option(min=0, help="Whose log.")] = 0,
 ) -> None:
@@ -149,7 +148,7 @@ def wait(run: RunNames = None) -> None:
     from ..launch.several import wait_all
 
     root = files.runs_root()
-    ended = wait_all(list(dict.fromkeys(found for name in run or ["last"] for found in runs.find_all(name, root))))
+    ended = wait_all(runs.find_all(run or ["last"], root))
     for seen in ended:
         typer.echo(f"{seen.run}: {seen.state}" + (f" ({seen.reason})" if seen.reason else ""))
     if any(seen.state not in ("finished", "stopped") for seen in ended):
@@ -172,7 +171,7 @@ def cancel(
     from ..launch.several import cancel_all
 
     root = files.runs_root()
-    for line in cancel_all(list(dict.fromkeys(found for name in run for found in runs.find_all(name, root)))):
+    for line in cancel_all(runs.find_all(run, root)):
         typer.echo(line)
 
 
@@ -200,7 +199,7 @@ def resume(
     from . import several
 
     root = files.runs_root()
-    wanted = list(dict.fromkeys(found for name in run or ["last"] for found in runs.find_all(name, root)))
+    wanted = runs.find_all(run or ["last"], root)
     profile = None if cluster is None else find_cluster(cluster, have_sbatch=have_sbatch())
     going, refused = [], False
     for found in wanted:

@@ -25,7 +25,7 @@ def drill(
         str | None, typer.Option(help="Profile: a name or a path.", show_default=False, autocompletion=complete.clusters)
     ] = None,
     sets: Annotated[
-        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Change a field; may be repeated.")
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a field; may be repeated.")
     ] = None,
     short: Annotated[bool, typer.Option("--short", help="Five faults instead of all.")] = False,
     faults: Annotated[str | None, typer.Option(help="Which faults, separated by commas.", show_default=False)] = None,

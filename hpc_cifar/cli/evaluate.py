@@ -14,7 +14,6 @@ from . import complete
 if TYPE_CHECKING:
     from ..runs import Run
 
-RunName = Annotated[str, typer.Argument(help="Run id, unique prefix, job id, path, or last.", autocompletion=complete.runs)]
 Which = Annotated[
     str,
     typer.Option("--checkpoint", help="best, latest or such as step-00000391; else what the run reports.", show_default=False),
@@ -23,7 +22,7 @@ DataRoot = Annotated[Path | None, typer.Option(help="Folder of all datasets; HPC
 
 
 def evaluate(
-    run: RunName = "last",
+    run: complete.RunName = "last",
     tta: Annotated[bool, typer.Option("--tta", help="Also average over mirrored and shifted views.")] = False,
     feature_maps: Annotated[
         bool, typer.Option("--feature-maps", help="Draw the first kernels and every layer's maps of an image.")
@@ -112,7 +111,7 @@ def mirror(run: Run) -> None:
 
 
 def export(
-    run: RunName = "last",
+    run: complete.RunName = "last",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The file; RUN.safetensors here.", show_default=False)] = None,
     checkpoint: Which = "",
     root: DataRoot = None,

@@ -61,10 +61,7 @@ def report(
     if campaign is not None and run:
         raise UsageError("--campaign names the runs: leave the others out")
     root = files.runs_root()
-    if campaign is not None:
-        chosen = runs.of_campaign(campaign, root)
-    else:
-        chosen = list(dict.fromkeys(found for name in run or ["last"] for found in runs.find_all(name, root)))
+    chosen = runs.of_campaign(campaign, root) if campaign is not None else runs.find_all(run or ["last"], root)
     if evaluate:
         _evaluate(chosen)
     groups = grouped(chosen, statuses(chosen))

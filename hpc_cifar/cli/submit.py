@@ -63,16 +63,23 @@ def submit(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Watch the run to its end and print the result.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects with run, job_id and path.")] = False,
     parsable: Annotated[bool, typer.Option("--parsable", help="Print run and job id, tab-separated.")] = False,
-    partition: Annotated[str | None, typer.Option(help="Slurm's; not the profile's.", show_default=False)] = None,
-    account: Annotated[str | None, typer.Option(help="Whose budget pays.", show_default=False)] = None,
-    qos: Annotated[str | None, typer.Option(help="Quality of service.", show_default=False)] = None,
+    partition: Annotated[
+        str | None, typer.Option(help="Partition to use instead of the profile's.", show_default=False)
+    ] = None,
+    account: Annotated[
+        str | None, typer.Option(help="Account that pays, instead of the profile's.", show_default=False)
+    ] = None,
+    qos: Annotated[str | None, typer.Option(help="Quality of service, instead of the profile's.", show_default=False)] = None,
     constraint: Annotated[
         str | None, typer.Option(help="Features that nodes must have, such as a100|h100.", show_default=False)
     ] = None,
     exclude: Annotated[str | None, typer.Option(help="Nodes not to use, such as n1,n[3-5].", show_default=False)] = None,
-    nodes: Annotated[int | None, typer.Option(min=1, help="Not the job file's number.", show_default=False)] = None,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="Number of nodes, instead of the job file's.", show_default=False)
+    ] = None,
     gpus_per_node: Annotated[
-        int | None, typer.Option(min=0, help="Not the job file's number; 0 trains on processors.", show_default=False)
+        int | None,
+        typer.Option(min=0, help="GPUs of each node, instead of the job file's; 0 trains on CPUs.", show_default=False),
     ] = None,
     time: Annotated[str | None, typer.Option(metavar="HH:MM:SS", help="Time limit of one job.", show_default=False)] = None,
 ) -> None:

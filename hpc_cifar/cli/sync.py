@@ -34,7 +34,7 @@ def sync(
     from .. import files, runs
 
     root = files.runs_root()
-    found = [one for name in run for one in runs.find_all(name, root)]
+    found = runs.find_all(run, root)
     if beside:
         _beside(found[0])
         return

@@ -195,9 +195,12 @@ BUILT_IN: Mapping[str, Cluster] = {"local": LOCAL, "slurm": SLURM}
 
 
 def profile_folders() -> list[Path]:
-    """Folders searched for ``NAME.yaml``, first hit wins; the packaged profiles come after them."""
+    """Folders searched for ``NAME.yaml``, first hit wins; the packaged profiles come after them.
+
+    ``slurm`` is first, where ``hpc-cifar jobs`` puts copies: in a checkout ``slurm/profiles`` has the packaged ones.
+    """
     home = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
-    folders = [Path("slurm/profiles"), Path("slurm")]
+    folders = [Path("slurm"), Path("slurm/profiles")]
     try:
         folders.append(Path(home).expanduser() / "hpc-cifar" / "clusters")
     except RuntimeError:  # no home directory, as in some containers

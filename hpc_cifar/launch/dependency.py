@@ -22,7 +22,7 @@ def resolve(tokens: Sequence[str], root: Path, executor: str) -> list[Run]:
     """
     from .status import statuses
 
-    wanted = list(dict.fromkeys(run for token in tokens for run in runs.find_all(token, root)))
+    wanted = runs.find_all(tokens, root)
     waiting = []
     for run, seen in zip(wanted, statuses(wanted), strict=True):
         if seen.state == "finished":

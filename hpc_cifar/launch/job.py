@@ -157,7 +157,7 @@ class TrainJob:
 
         check_finished(self.after)
         trial = None
-        if (run.path / "sweep.json").exists():
+        if run.sweep_file.exists():
             from . import sweep
 
             if restart_count() and {"state": "stopped", "reason": "pruned"}.items() <= run.state().items():

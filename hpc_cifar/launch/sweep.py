@@ -30,7 +30,7 @@ from . import study, submit
 from .trial import Trial
 
 FOLDER = ".sweeps"
-FILE, BASE = "sweep.json", "sweep-base.yaml"
+BASE = "sweep-base.yaml"
 WAIT_S = 900.0  # for rank 0 to have asked: many runs may want to at once
 TRIES = 20  # values that the experiment refuses before the run gives up
 
@@ -72,7 +72,7 @@ def begin(root: Path, name: str, members: Sequence[tuple[Run, Element]]) -> None
             given = element.experiment.model_dump(mode="json", exclude_unset=True)
             files.write_text(run.path / BASE, yaml.safe_dump(given, sort_keys=False), durable=False)
         about = {"journal": os.path.relpath(journal, run.path), "study": title, "number": point.number, "trial": trial}
-        files.write_json(run.path / FILE, {**about, "values": point.values, "sweep": point.sweep.model_dump(mode="json")})
+        files.write_json(run.sweep_file, {**about, "values": point.values, "sweep": point.sweep.model_dump(mode="json")})
 
 
 def take(run: Run, rank: int, data_root: Path) -> Trial | None:
@@ -82,7 +82,7 @@ def take(run: Run, rank: int, data_root: Path) -> Trial | None:
         RunError: no values can be had.
     """
     deadline = time.monotonic() + WAIT_S
-    while (about := files.read_json(run.path / FILE)) is None or about["trial"] is None:
+    while (about := files.read_json(run.sweep_file)) is None or about["trial"] is None:
         if rank == 0 and about is not None:
             try:
                 with files.hold(run.path / ".sweep.lock"):
@@ -123,7 +123,7 @@ def _ask(run: Run, about: dict[str, Any], data_root: Path) -> dict[str, Any]:
         os.utime(run.experiment_file, ns=(made.st_atime_ns, made.st_mtime_ns))  # by which runs are in the order of their making
         files.write_json(run.path / "plan.json", plan.as_dict())
         about = {**about, "trial": trial.number, "values": values}
-        files.write_json(run.path / FILE, about)  # the last: the other ranks wait for it
+        files.write_json(run.sweep_file, about)  # the last: the other ranks wait for it
         print(f"sweep: {said}", flush=True)
         return about
     raise RunError(f"{run.id}: the experiment refused {TRIES} points of the sweep, the last one since {problem}")

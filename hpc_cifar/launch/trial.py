@@ -105,6 +105,6 @@ class Trial:
 
 def ended(run: Run, rank: int, result: dict[str, Any], error: Exception | None = None) -> None:
     """Tell the study of a run that has ended, if it is of a sweep. Another job that trains it tells for itself."""
-    about = files.read_json(run.path / "sweep.json") if rank == 0 else None
+    about = files.read_json(run.sweep_file) if rank == 0 else None
     if about is not None and about.get("trial") is not None and not isinstance(error, RunBusy):
         Trial(run, about).ended(result)

@@ -120,7 +120,7 @@ def gather(run: Run, state: str = "", reason: str = "") -> Facts:
         data=both.get("data") or experiment.data.dataset,
         device=str(said.get("device") or ""),
         world_size=int(said.get("world_size") or 0),
-        metric=((files.read_json(run.path / "sweep.json") or {}).get("sweep") or {}).get("metric") or "val_accuracy",
+        metric=((files.read_json(run.sweep_file) or {}).get("sweep") or {}).get("metric") or "val_accuracy",
         provenance=files.read_json(run.path / "provenance.json") or {},
         evaluation=evaluation,
         evaluation_folder=folder,

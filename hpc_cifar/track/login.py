@@ -6,7 +6,7 @@ import os
 
 from ..errors import first_line
 from ..findings import Finding, ok, warning
-from .wandb_run import HOSTS, has_login, server
+from .wandb_run import has_login, server
 
 NAME = "W&B"
 ANSWER_S = 8
@@ -23,7 +23,7 @@ def finding() -> Finding:
     mode = os.environ.get("WANDB_MODE", "online")
     if mode != "online":
         return ok(NAME, f"{client}; WANDB_MODE={mode}: {LATER}")
-    where = server() or f"https://{HOSTS[-1]}"
+    where = server() or wandb.Settings().base_url
     if not has_login():
         return warning(
             NAME, f"{client}; no login for {where}: {LATER}", "wandb login, or export WANDB_API_KEY where you submit"

@@ -49,8 +49,8 @@ def test_nearer_profiles_win(empty_site: Path) -> None:
     assert find_cluster("gpu8", have_sbatch=True).description == "nodes with eight GPUs"
     for folder, description in [
         ("home/.config/hpc-cifar/clusters", "mine"),
-        ("slurm", "the project's"),
-        ("slurm/profiles", "the nearest"),
+        ("slurm/profiles", "the project's"),
+        ("slurm", "the nearest"),
     ]:
         put(empty_site / folder / "gpu8.yaml", f"description: {description}\n")
         assert find_cluster("gpu8", have_sbatch=True).description == description
@@ -76,7 +76,7 @@ def test_explicit_path(empty_site: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("gpu9", "--cluster: no profile named 'gpu9'; did you mean 'gpu8'?; searched slurm/profiles, slurm, "),
+        ("gpu9", "--cluster: no profile named 'gpu9'; did you mean 'gpu8'?; searched slurm, slurm/profiles, "),
         ("frontier", "known profiles are apptainer, cpu, gpu8, local, preemptible, pyxis, slurm; searched"),
         ("..", "no profile named '..'"),
         ("a\x1b[31m", r"no profile named 'a\x1b[31m'"),

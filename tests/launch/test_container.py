@@ -1,4 +1,4 @@
-"""Containers and interpreters up to the words that a shell reads; neither Apptainer nor pyxis is at hand here."""
+"""Containers and interpreters up to the words that a shell reads; ``make container-apptainer`` runs one for real."""
 
 from __future__ import annotations
 

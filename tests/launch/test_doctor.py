@@ -181,12 +181,16 @@ def asked(environment: dict[str, str]) -> Finding:
 
 
 @pytest.mark.slow
-def test_who_we_are_to_wandb(server: Server, tmp_path: Path) -> None:
+def test_who_we_are_to_wandb(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    monkeypatch.delenv("WANDB_BASE_URL")
     here = {"WANDB_BASE_URL": server.url, "HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")}
     assert f"no login for {server.url}" in asked(here).said
     good = asked(here | {"WANDB_API_KEY": KEY})
     assert good.state == "ok" and good.said.endswith(f"at {server.url}"), good
     assert KEY not in str(good)
+    assert f"no login for {wandb.Settings().base_url}" in asked({name: here[name] for name in ("HOME", "NETRC")}).said
     assert asked(here | {"WANDB_MODE": "offline"}).state == "ok"
     server.trouble = lambda what, number: 401
     refused = asked(here | {"WANDB_API_KEY": KEY})

@@ -16,14 +16,15 @@ def test_an_evaluation_is_shown_in_the_run_of_the_training(server: Server, tmp_p
     environment = at(server, tmp_path, digits_data)
     for command in (
         ["train", str(job(tmp_path)), "--name", "mirrored", "--set", "epochs=5"],
-        ["evaluate", "mirrored"],
-        ["evaluate", "mirrored"],  # the same pictures once more
+        ["evaluate", "mirrored", "--feature-maps"],
+        ["evaluate", "mirrored", "--feature-maps"],  # the same pictures once more
     ):
         done = typed(command, environment, tmp_path, timeout_s=120)
         assert done.returncode == 0, done.stdout + done.stderr
     [kept] = server.runs.values()
     shown = {name: value for row in kept.history for name, value in row.items() if name.startswith("evaluation/")}
     assert {"evaluation/training-batch", "evaluation/test-confusion", "evaluation/test-misclassified"} <= shown.keys()
+    assert any(name.startswith("evaluation/test-maps-") for name in shown), "feature maps"
     assert all(value["_type"] == "image-file" and value["path"] in kept.files for value in shown.values())
     for name in shown:
         assert sum(name in row for row in kept.history) == 1, f"{name}: once"

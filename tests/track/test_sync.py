@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import wandb_server
 from command_line import typed
-from mirrored import a_run, assert_whole, at, job, sync, train
+from mirrored import GIT, a_run, assert_whole, at, job, sync, train
 from wandb_server import Server
 
 from hpc_cifar import files
@@ -41,6 +41,7 @@ def test_segments_become_one_run(server: Server, tmp_path: Path) -> None:
     assert (kept.name, kept.group, kept.job_type, kept.tags) == (run.id, "a group", "train", ["one", "two"])
     config = kept.values()
     assert config["experiment"]["name"] == "curves" and config["plan"] == {"batch_size": 64} and config["data"] == "digits"
+    assert config["git"] == GIT
     assert kept.summary["test_accuracy"] == 0.75 and kept.summary["gpu_hours"] == 0.5
     assert not kept.events, "system metrics would be those of another machine"
     assert kept.alerts == [f"{run.id}: finished"]

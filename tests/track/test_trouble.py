@@ -26,7 +26,9 @@ TROUBLES = {
     "hanging": lambda what, number: HANG,
     "401 for the rows": lambda what, number: 401 if what.endswith("file_stream") else None,
     "404 for the rows": lambda what, number: 404 if what.endswith("file_stream") else None,
-    "gone at the end": lambda what, number: HANG if what.endswith("file_stream") else None,
+    "hanging for the rows": lambda what, number: HANG if what.endswith("file_stream") else None,
+    "gone with the rows": lambda what, number: GONE if what.endswith("file_stream") else None,
+    "gone at finish": lambda what, number: GONE if what.startswith("complete ") else None,
 }
 
 
@@ -39,6 +41,7 @@ def test_what_was_refused_arrives_the_next_time(server: Server, tmp_path: Path, 
     said = sync(run, server, code=1)
     assert time.monotonic() - began < 75 and f"{run.id}: W&B" in said.splitlines()[-1], said
     server.trouble = lambda what, number: None
+    server.listen()
     sync(run, server)
     assert_whole(server, run, 30)
 
