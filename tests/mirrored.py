@@ -57,7 +57,7 @@ def train(run: Run, begin: int, end: int, *, ended: str = "") -> None:
 def sync(run: Run, server: Server, *options: str, code: int = 0) -> str:
     """What ``hpc-cifar sync`` says."""
     environment = {**os.environ, **server.environment}
-    done = typed(["sync", str(run.path), *options], environment, run.path.parent, timeout_s=120)
+    done = typed(["sync", str(run.path), *options], environment, run.path.parent, timeout_s=400)
     assert done.returncode == code, f"{done.returncode}\n{done.stdout}\n{done.stderr}\n{server.requests}"
     assert "Traceback" not in done.stderr, done.stderr
     return done.stdout + done.stderr

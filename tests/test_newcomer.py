@@ -13,12 +13,12 @@ import pytest
 from hpc_cifar import files
 from hpc_cifar.runs import all_runs
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # a guard: the quickstart job trains by itself for minutes
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2700)]  # a guard: the quickstart job trains by itself for minutes
 
 
 def call(*command: str, cwd: Path, code: int = 0, **environment: str) -> str:
     done = subprocess.run(
-        command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=800, check=False
+        command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=2400, check=False
     )
     assert done.returncode == code, f"{command}: {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout + done.stderr

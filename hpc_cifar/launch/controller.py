@@ -138,7 +138,8 @@ class Controller:
         """Wait for the ranks to end; their exit codes, and why the segment failed, or ""."""
         began = time.monotonic()
         deadline: float | None = None  # for the survivors of a rank that ended otherwise than with 0
-        warned, reason = False, ""
+        warned_at: float | None = None  # that the time is up; the time to save counts from then, however late it was
+        reason = ""
         while True:
             codes = [task.poll() for task in self.tasks]
             now = time.monotonic()
@@ -151,10 +152,10 @@ class Controller:
                 reason = self._reason(codes)
             if self.terminated_at is not None:
                 deadline = min(deadline or 1e18, self.terminated_at + self.term_grace_s)
-            elif not warned and now - began >= self.timeout_s - self.signal_delay_s:
-                warned = True
+            elif warned_at is None and now - began >= self.timeout_s - self.signal_delay_s:
+                warned_at = now
                 self._forward(self.usr)
-            elif now - began >= self.timeout_s:
+            elif warned_at is not None and now - warned_at >= self.signal_delay_s:
                 self.kill()
                 reason = reason or f"the time limit of {self.timeout_s:.0f} s was reached before a checkpoint was saved"
             if deadline is not None and now >= deadline:

@@ -97,7 +97,11 @@ def take(run: Run, rank: int, data_root: Path) -> Trial | None:
         if time.monotonic() > deadline:
             raise RunError(f"{run.id}: rank 0 has not said within {WAIT_S:.0f} s which values of the sweep this run tries")
         time.sleep(0.2)
-    return Trial(run, about) if rank == 0 else None
+    if rank > 0:
+        return None
+    if about["sweep"].get("prune"):
+        study.optuna()  # takes seconds, which the end of an epoch does not wait for
+    return Trial(run, about)
 
 
 def _ask(run: Run, about: dict[str, Any], data_root: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from ..config.experiment import Tracking
 from ..runs import Run
 from .wandb_run import FINISH_TIMEOUT_S, mode
 
+VARIABLE = "HPC_CIFAR_WANDB_START_S"  # another START_S, where Python starts slowly
 OPENED = "opened"  # what it prints once W&B has answered
 REQUEUE_S = 4.0
 PATIENCE_S, START_S = 2.0, 15.0  # for one to which W&B has not answered: at the end, and since its start
@@ -51,7 +52,8 @@ class Companion:
         os.set_blocking(process.stdout.fileno(), False)
         closed, opened = time.monotonic(), False
         # a short run is to arrive, but nothing waits for W&B where the machine is wanted back
-        answer, finish = (0.0, REQUEUE_S) if self._run.state().get("state") == "requeued" else (START_S, FINISH_TIMEOUT_S)
+        start = float(os.environ.get(VARIABLE, START_S))
+        answer, finish = (0.0, REQUEUE_S) if self._run.state().get("state") == "requeued" else (start, FINISH_TIMEOUT_S)
         while (code := process.poll()) is None:
             opened = opened or OPENED.encode() in (process.stdout.read() or b"")
             if time.monotonic() > (closed + finish if opened else max(closed + PATIENCE_S, self._begun + answer)):

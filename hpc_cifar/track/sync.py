@@ -15,6 +15,7 @@ from . import wandb_run
 EVERY_S = 2.0
 RETRY_S, RETRY_AT_MOST_S = 5.0, 600.0
 CHECKS, CHECK_S = 5, 1.0
+BUSY_S = 15.0  # beside a training that has ended, for another upload of the run to end
 PATIENT_S = 600.0  # for an artifact, where nobody waits for this process
 
 
@@ -38,12 +39,16 @@ def sync(
         TrackingError: W&B has not got everything; what it has is right, and the next call goes on from there.
         RunBusy: another process uploads this run.
     """
-    pause = RETRY_S
+    pause, left = RETRY_S, BUSY_S
     while True:
         try:
             with _alone(run):
                 return _upload(run, ended, say, opened, beside)
         except (TrackingError, RunBusy) as error:
+            if beside and isinstance(error, RunBusy) and left > 0:  # that of a segment that was killed ends soon
+                time.sleep(CHECK_S)
+                left -= CHECK_S if ended(0) else 0
+                continue
             if ended(0):
                 raise
             say(f"{error}; trying again in {pause:.0f} s")

@@ -20,6 +20,9 @@ import pytest
 import wandb_server
 from mirrored import EXPERIMENT
 
+from hpc_cifar import files
+from hpc_cifar.train import rehearsal
+
 pytestmark = pytest.mark.slow
 COLOUR = re.compile(r"\x1b\[(?:\d+;)*(?:3[0-9]|4[0-9]|9[0-7])(?:;\d+)*m")
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -117,11 +120,17 @@ def test_following_a_job_has_a_bar_with_the_time_that_is_left(environment: dict[
 
 
 def test_a_live_table_is_drawn_in_place_until_the_run_has_ended(environment: dict[str, str], job: str) -> None:
-    command = [sys.executable, "-m", "hpc_cifar", "train", job, "--name", "shown", "--set", "epochs=40"]
-    state = Path(environment["HPC_CIFAR_RUNS"]) / "shown" / "state.json"
-    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as child:
-        wandb_server.until(lambda: state.exists() and json.loads(state.read_text())["state"] == "running", 60)
-        text = shown(environment, "status", "--watch", "--every", "0.2")
+    command = [sys.executable, "-m", "hpc_cifar", "train", job, "--name", "shown"]
+    run = Path(environment["HPC_CIFAR_RUNS"]) / "shown"
+
+    def seen_thrice(text: str) -> bool:
+        if text.count("\x1b[H") > 2:
+            files.write_json(run / "drill" / "pace", 0.0)
+        return False
+
+    with subprocess.Popen(command, env=environment | {rehearsal.VARIABLE: "0.5"}, stdout=subprocess.DEVNULL) as child:
+        wandb_server.until(lambda: (files.read_json(run / "state.json") or {}).get("state") == "running")
+        text = shown(environment, "status", "--watch", "--every", "0.2", until=seen_thrice)
         assert child.wait(60) == 0
     assert text.count("\x1b[H") > 2 and text.count("\x1b[2J") == 1
     assert "finished" in ESCAPE.sub("", text).splitlines()[-1], text[-2000:]

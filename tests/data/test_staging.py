@@ -20,11 +20,19 @@ from hpc_cifar.data.sources import Dataset
 from hpc_cifar.data.staging import staged
 from hpc_cifar.data.store import Store
 
-# copies, says so, and waits for a line before it leaves
+# copies, says so, and waits for a line before it leaves; one that is to halt is stopped by a signal in the middle of its copy
 USER = """\
-import sys
+import os, signal, sys
 from pathlib import Path
+from hpc_cifar.data import staging
 from hpc_cifar.data.staging import staged
+whole, halts = staging._copy_file, sys.argv[4:]
+def copied(source, target):
+    whole(source, target)
+    if halts:
+        halts.clear()
+        os.kill(os.getpid(), signal.SIGSTOP)
+staging._copy_file = copied
 with staged(Path(sys.argv[1]), sys.argv[2], sys.argv[3]) as found:
     print(found.local, found.mib > 0, found.data_root, found.note, sep="|", flush=True)
     sys.stdin.readline()
@@ -63,11 +71,15 @@ def scratch(tmp_path: Path) -> Path:
 
 
 class User:
-    """Another process that stages."""
+    """Another process that stages.
 
-    def __init__(self, data: Path, scratch: Path) -> None:
+    Args:
+        halts: once the first file is copied; it goes on at SIGCONT.
+    """
+
+    def __init__(self, data: Path, scratch: Path, halts: bool = False) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", USER, str(data), "noise", str(scratch)],
+            [sys.executable, "-c", USER, str(data), "noise", str(scratch), *(["halts"] if halts else [])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -82,6 +94,10 @@ class User:
     def leave(self) -> None:
         self.process.communicate("\n", timeout=30)
         assert self.process.returncode == 0
+
+    def halted(self) -> None:
+        """Wait until it is."""
+        eventually(lambda: Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(") ")[2].startswith("T"))
 
     def kill(self) -> None:
         self.process.kill()
@@ -152,11 +168,11 @@ def test_what_killed_users_left_is_used_or_swept(data: Path, large: Path, scratc
 
 
 def test_a_half_copy_of_a_killed_process_is_replaced(large: Path, scratch: Path) -> None:
-    copier = User(large, scratch)
-    eventually(lambda: partial(scratch))
+    copier = User(large, scratch, halts=True)
+    copier.halted()
     copier.process.send_signal(signal.SIGKILL)
     copier.process.wait()
-    assert partial(scratch), "the copy was too quick to be killed in the middle"
+    assert partial(scratch)
     assert not list(scratch.glob("hpc-cifar-*/*/noise"))
     with staged(large, "noise", str(scratch)) as found:
         assert found.mib > 0
@@ -166,8 +182,8 @@ def test_a_half_copy_of_a_killed_process_is_replaced(large: Path, scratch: Path)
 
 
 def test_the_next_one_copies_when_the_copier_is_killed(large: Path, scratch: Path) -> None:
-    copier = User(large, scratch)
-    eventually(lambda: partial(scratch))
+    copier = User(large, scratch, halts=True)
+    copier.halted()
     waiting = User(large, scratch)
     copier.kill()
     assert waiting.begun()[:2] == (True, True)
@@ -282,9 +298,8 @@ def test_a_folder_that_others_can_write_is_not_trusted(data: Path, scratch: Path
 
 
 def test_waiting_has_a_bound(large: Path, scratch: Path) -> None:
-    copier = User(large, scratch)
-    eventually(lambda: partial(scratch))
-    copier.process.send_signal(signal.SIGSTOP)
+    copier = User(large, scratch, halts=True)
+    copier.halted()
     try:
         with staged(large, "noise", str(scratch), wait_s=0.2) as found:
             assert "another process has held" in found.note

@@ -97,25 +97,28 @@ def _train(run: Run, max_steps: int | None, console: bool, rank: int, asked: lis
         if "reason" in tags and rank == 0 and step == 5:
             print("to stderr", file=__import__("sys").stderr, flush=True)
         step += 1
-        saved.write_text(str(step))
+        files.write_text(saved, str(step), durable=False)
         state("running")
         if rank == 0 and step % steps_per_epoch == 0:
             good = 1 - abs(experiment.optimizer.lr - 0.3) if tags.get("hill") else 0.5
             row = {"kind": "epoch", "epoch": step // steps_per_epoch, "step": step, "train_loss": 1.0, "val_accuracy": good}
             files.append_json_line(run.metrics_file, row)
             if gives_up is not None and gives_up(row):
+                result = _result(run, rank, "stopped", step, restarts, reason="pruned")
                 state("stopped", reason="pruned")
-                return _result(run, rank, "stopped", step, restarts, reason="pruned")
+                return result
         if asked:
             cancelled = run.cancel_marker.exists()
             preempted = signal.SIGUSR2 in asked and "SUBMITIT_EXECUTOR" in os.environ
             word = "cancelled" if cancelled else "requeued" if preempted else "stopped"
             reason = "preempted" if signal.SIGUSR2 in asked else "terminated"
+            result = _result(run, rank, word, step, restarts, reason=reason)
             state(word, reason=reason)
-            return _result(run, rank, word, step, restarts, reason=reason)
+            return result
     word = "finished" if step >= total else "stopped"
+    result = _result(run, rank, word, step, restarts, test_accuracy=0.75, test_loss=0.5)
     state(word)
-    return _result(run, rank, word, step, restarts, test_accuracy=0.75, test_loss=0.5)
+    return result
 
 
 def _result(run: Run, rank: int, word: str, step: int, restarts: int, **more: Any) -> dict[str, Any]:

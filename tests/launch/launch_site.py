@@ -36,7 +36,7 @@ resources: {{processes_per_node: {processes}, time: "{time}"}}
 """
 
 
-def eventually(check: Callable[[], Any], timeout_s: float = 30.0, what: str = "") -> Any:
+def eventually(check: Callable[[], Any], timeout_s: float = 120.0, what: str = "") -> Any:
     """Wait until ``check`` is true and return it."""
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:
@@ -78,7 +78,7 @@ class Site:
         options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **more}
         return subprocess.Popen(command, cwd=self.work, env=self.environment, text=True, **options)
 
-    def cli(self, *arguments: str, code: int | None = 0, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    def cli(self, *arguments: str, code: int | None = 0, timeout: float = 200) -> subprocess.CompletedProcess[str]:
         with self.start(*arguments) as child:
             out, err = child.communicate(timeout=timeout)
         if code is not None:

@@ -32,7 +32,7 @@ resources: {processes_per_node: 2}
 def drill(folder: Path, data: Path, *options: str, code: int = 0) -> str:
     (folder / "job.yaml").write_text(JOB)
     environment = {**os.environ, "HPC_CIFAR_RUNS": str(folder / "runs"), "HPC_CIFAR_DATA": str(data)}
-    done = typed(["drill", "job.yaml", "--cluster", "local", *options], environment, folder, timeout_s=280)
+    done = typed(["drill", "job.yaml", "--cluster", "local", *options], environment, folder, timeout_s=800)
     assert done.returncode == code, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout or done.stderr
 

@@ -72,9 +72,8 @@ def test_a_job_id_and_a_unique_prefix_name_the_run(site: Site) -> None:
 
 
 def test_ctrl_c_ends_the_watching_and_not_the_run(site: Site) -> None:
-    child = site.start("submit", site.job("step_s=0.3", epochs=3), "--cluster", "local", "--follow", start_new_session=True)
+    child = site.start("submit", site.job("held", epochs=3), "--cluster", "local", "--follow", start_new_session=True)
     run = eventually(lambda: next(iter(control_runs(site)), None))
-    site.running(run)
     assert child.stdout is not None
     for line in child.stdout:  # the watching has begun
         if line.strip() == f"{run.id}: running":
@@ -84,6 +83,7 @@ def test_ctrl_c_ends_the_watching_and_not_the_run(site: Site) -> None:
     assert child.returncode == 130, err
     assert f"{run.id} goes on" in out
     assert f"hpc-cifar logs {run.id} -f" in out
+    (site.runs / "go").touch()
     assert site.cli("wait", run.id).stdout == f"{run.id}: finished\n"
     assert len(site.seen(run)) == 1
 
@@ -218,13 +218,15 @@ def test_preemptions_are_not_counted(site: Site) -> None:
 
 
 def test_a_requeue_never_runs_edited_code(site: Site) -> None:
-    run = site.submit("step_s=0.1", epochs=3)
-    site.running(run)
+    run = site.submit("held", epochs=3)
+    eventually(lambda: site.seen(run) and site.seen(run, 1))
     loop = site.package / "train" / "loop.py"
     loop.write_text(loop.read_text().replace('VERSION = "first"', 'VERSION = "edited"'))
     (site.work / "hpc_cifar").mkdir()  # nor what lies in the working folder
     (site.work / "hpc_cifar" / "__init__.py").write_text("raise SystemExit('wrong package')\n")
     process.send(site.controller(run)["pid"], signal.SIGUSR2)
+    eventually(lambda: len(site.seen(run)) > 1)
+    (site.runs / "go").touch()
     assert site.cli("wait", run.id).stdout == f"{run.id}: finished\n"
     assert [row["version"] for row in site.seen(run)] == ["first", "first"]
     fresh = site.submit()
@@ -233,7 +235,7 @@ def test_a_requeue_never_runs_edited_code(site: Site) -> None:
 
 
 def test_a_killed_controller_takes_its_ranks_along_and_the_run_resumes(site: Site) -> None:
-    run = site.submit("step_s=0.1", epochs=3)
+    run = site.submit("step_s=0.1", epochs=10)
     site.running(run)
     who = site.controller(run)
     process.send(who["pid"], signal.SIGKILL)
@@ -264,10 +266,11 @@ def test_a_recycled_pid_is_never_signalled(site: Site) -> None:
 
 
 def test_a_term_without_a_cancel_leaves_a_run_that_resumes(site: Site) -> None:
-    run = site.submit("step_s=0.1", epochs=3)
-    site.running(run)
+    run = site.submit("held", epochs=3)
+    eventually(lambda: site.seen(run) and site.seen(run, 1))
     process.send(site.controller(run)["pid"], signal.SIGTERM)
     eventually(lambda: site.status(run)["state"] == "stopped")
+    (site.runs / "go").touch()
     site.cli("resume", run.id)
     assert site.cli("wait", run.id).stdout == f"{run.id}: finished\n"
 

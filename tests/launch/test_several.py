@@ -115,7 +115,7 @@ def test_after_refuses_what_can_never_be(site: Site) -> None:
         f"hpc-cifar: error: --after {run.id}: it is failed (the training loss became nan at step 5"
     )
     assert "no such run" in site.cli("submit", job, "--cluster", "local", "--after", "nothing", code=2).stderr
-    slow = site.submit("step_s=0.5", processes=1)
+    slow = site.submit("held", processes=1)
     refused = site.cli("submit", job, "--cluster", "slurm", "--dry-run", "--after", slow.id, code=2)
     assert refused.stderr == (
         f"hpc-cifar: error: --after {slow.id}: it runs on this machine without Slurm and the new run would not; "

@@ -276,7 +276,7 @@ class Site:
         def there(state: dict[str, Any]) -> bool:
             return state.get("state") == "running" and (state.get("epoch") or 0) >= epoch
 
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 300
         while not all(map(there, states := [self.state(run) for run in runs])):
             assert time.monotonic() < deadline, f"not at epoch {epoch}: {states}\n{self.logs()}"
             time.sleep(0.1)

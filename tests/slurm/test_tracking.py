@@ -18,11 +18,20 @@ def test_a_run_that_is_preempted_three_times_is_one_wandb_run(
     slurm_cluster: SlurmCluster, tmp_path: Path, digits_data: Path
 ) -> None:
     cluster = slurm_cluster
-    site = Site(cluster, tmp_path, digits_data)
+    site, epochs = Site(cluster, tmp_path, digits_data), 3 * EPOCHS  # enough for three slow starts of W&B
     with wandb_server.serving() as server:
         site.environment |= server.environment
         site.step_takes(0.8)  # there is time for W&B to answer
-        options = ("--nodes", "1", "--set", "tracking.wandb=online", "--set", "training.log_every_steps=1")
+        options = (
+            "--nodes",
+            "1",
+            "--set",
+            "tracking.wandb=online",
+            "--set",
+            "training.log_every_steps=1",
+            "--set",
+            f"epochs={epochs}",
+        )
         run, job = site.submit("--partition", "low6", *options)
         arrived = 0
         for restart in range(3):
@@ -40,11 +49,10 @@ def test_a_run_that_is_preempted_three_times_is_one_wandb_run(
         [kept] = server.runs.values()
         assert result["restarts"] == 3 and kept.ended[-1] == 0
         steps = [row["global_step"] for row in kept.history if "step/train_loss" in row]
-        assert steps == list(range(1, EPOCHS * EPOCH_STEPS + 1)), "every step, and once"
+        assert steps == list(range(1, epochs * EPOCH_STEPS + 1)), "every step, and once"
         logged = {row["step"]: row["train_loss"] for row in site.rows(run, "step")}
         assert {row["global_step"]: row["step/train_loss"] for row in kept.history if "step/train_loss" in row} == logged
-        epochs = [row["epoch"] for row in kept.history if "val_accuracy" in row]
-        assert epochs == list(range(1, EPOCHS + 1))
+        assert [row["epoch"] for row in kept.history if "val_accuracy" in row] == list(range(1, epochs + 1))
         assert kept.preempting == kept.summary["preemptions"] == kept.summary["restarts"] == 3
         assert kept.summary["test_accuracy"] == result["test_accuracy"]
         told = cluster.call("scontrol", "--details", "show", "job", job) + cluster.call(

@@ -31,7 +31,7 @@ def trained(tmp_path: Path) -> tuple[Run, Path]:
 def test_the_selected_checkpoint_is_kept_as_the_experiments_model(tmp_path: Path, server: Server) -> None:
     run, folder = trained(tmp_path)
     for _ in range(2):  # a second upload has nothing to add
-        done = typed(["sync", str(run.path)], {**os.environ, **server.environment}, tmp_path, timeout_s=120)
+        done = typed(["sync", str(run.path)], {**os.environ, **server.environment}, tmp_path, timeout_s=400)
         assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{server.requests}\n{server.unknown}"
     [artifact] = server.artifacts.values()
     assert artifact.name == "net-model" and artifact.type == "model" and artifact.committed
@@ -42,11 +42,11 @@ def test_the_selected_checkpoint_is_kept_as_the_experiments_model(tmp_path: Path
 def test_a_model_that_did_not_arrive_is_said_and_arrives_the_next_time(tmp_path: Path, server: Server) -> None:
     run, _ = trained(tmp_path)
     server.trouble = lambda what, number: 403 if what == "CommitArtifact" else None
-    refused = typed(["sync", str(run.path)], {**os.environ, **server.environment}, tmp_path, timeout_s=120)
+    refused = typed(["sync", str(run.path)], {**os.environ, **server.environment}, tmp_path, timeout_s=400)
     assert refused.returncode == 1 and "W&B could not be finished: " in refused.stderr, refused.stdout + refused.stderr
     assert not any(artifact.committed for artifact in server.artifacts.values())
     server.trouble = lambda what, number: None
-    done = typed(["sync", str(run.path)], {**os.environ, **server.environment}, tmp_path, timeout_s=120)
+    done = typed(["sync", str(run.path)], {**os.environ, **server.environment}, tmp_path, timeout_s=400)
     assert done.returncode == 0, done.stdout + done.stderr
     assert [artifact.committed for artifact in server.artifacts.values()] == [True]
     [kept] = server.runs.values()

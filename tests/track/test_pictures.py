@@ -19,7 +19,7 @@ def test_an_evaluation_is_shown_in_the_run_of_the_training(server: Server, tmp_p
         ["evaluate", "mirrored", "--feature-maps"],
         ["evaluate", "mirrored", "--feature-maps"],  # the same pictures once more
     ):
-        done = typed(command, environment, tmp_path, timeout_s=120)
+        done = typed(command, environment, tmp_path, timeout_s=400)
         assert done.returncode == 0, done.stdout + done.stderr
     [kept] = server.runs.values()
     shown = {name: value for row in kept.history for name, value in row.items() if name.startswith("evaluation/")}

@@ -17,8 +17,11 @@ from wandb_server import Server
 
 from hpc_cifar import files
 from hpc_cifar.launch.control import here
+from hpc_cifar.runs import Run
+from hpc_cifar.track import companion
 from hpc_cifar.track.metrics import MetricsLog
 from hpc_cifar.track.rows import Tail
+from hpc_cifar.train import rehearsal
 
 pytestmark = [pytest.mark.component("wandb"), pytest.mark.slow]
 PNG = bytes.fromhex(
@@ -138,19 +141,21 @@ def test_pictures_take_no_number_of_a_row(server: Server, tmp_path: Path) -> Non
 @pytest.mark.parametrize("every", [1, 4])
 def test_a_run_that_was_killed_three_times_is_one_run(server: Server, tmp_path: Path, digits_data: Path, every: int) -> None:
     """A row for every step, and rows of windows, which end at the same steps however often training begins anew."""
-    environment = at(server, tmp_path, digits_data)
+    environment = at(server, tmp_path, digits_data) | {companion.VARIABLE: "100"}
     command = [sys.executable, "-m", "hpc_cifar", "train", str(job(tmp_path)), "--name", "mirrored"]
     command += ["--set", f"training.log_every_steps={every}"]
     metrics = tmp_path / "mirrored" / "metrics.jsonl"
 
-    def reached(step: int) -> bool:
-        return any(row["step"] >= step for row in files.read_json_lines(metrics))
+    def reached(step: int, pid: int) -> bool:
+        ours = Run(tmp_path / "mirrored").state().get("pid") == pid
+        return ours and any(row["step"] >= step for row in files.read_json_lines(metrics))
 
+    slow = environment | {rehearsal.VARIABLE: "0.02"}
     for step in (30, 110, 190):
-        with subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL) as child:
-            wandb_server.until(lambda step=step: reached(step), 60)  # type: ignore[misc]
+        with subprocess.Popen(command, env=slow, cwd=tmp_path, stdout=subprocess.DEVNULL) as child:
+            wandb_server.until(lambda step=step, pid=child.pid: reached(step, pid))  # type: ignore[misc]
             child.kill()
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "W&B: http" in done.stderr
     [kept] = server.runs.values()
@@ -164,10 +169,10 @@ def test_a_run_that_was_killed_three_times_is_one_run(server: Server, tmp_path: 
 
 
 def test_a_training_that_fails_is_told_as_failed(server: Server, tmp_path: Path, digits_data: Path) -> None:
-    environment = at(server, tmp_path, digits_data)
+    environment = at(server, tmp_path, digits_data) | {companion.VARIABLE: "100"}
     sets = ("optimizer.lr=1e38", "tracking.alerts=true")
     options = [word for change in sets for word in ("--set", change)]
-    done = typed(["train", str(job(tmp_path)), "--name", "mirrored", *options], environment, tmp_path, timeout_s=120)
+    done = typed(["train", str(job(tmp_path)), "--name", "mirrored", *options], environment, tmp_path, timeout_s=400)
     assert done.returncode == 1 and "loss became" in done.stderr
     [kept] = server.runs.values()
     assert kept.ended == [1] and kept.alerts == ["mirrored: failed"]

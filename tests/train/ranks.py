@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import signal
 import socket
 import time
@@ -63,9 +65,12 @@ def new_run(folder: Path, config: Experiment) -> Run:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Below those that the system gives to whoever asks for any, so that nobody takes it before the ranks do."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 30_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 class Rank:
@@ -121,7 +126,7 @@ def start(
     return processes
 
 
-def finish(processes: list[Rank], timeout: float = 120) -> list[int]:
+def finish(processes: list[Rank], timeout: float = 600) -> list[int]:
     deadline = time.monotonic() + timeout
     try:
         return [process.wait(max(0.1, deadline - time.monotonic())) for process in processes]
@@ -141,16 +146,25 @@ def logs(run: Run) -> str:
 
 
 def wait_for_step(run: Run, step: int, processes: list[Rank]) -> None:
-    """Return as soon as metrics.jsonl shows that ``step`` updates were made."""
-    eventually(lambda: any(int(row.get("step", 0)) >= step for row in files.read_json_lines(run.metrics_file)), processes, run)
+    """Return as soon as metrics.jsonl shows that ``step`` updates were made, while these processes train."""
+
+    def made() -> bool:
+        # rank 0 says who it is once the rows that it will make again are gone
+        ours = run.state().get("pid") == processes[0].pid
+        return ours and any(int(row.get("step", 0)) >= step for row in files.read_json_lines(run.metrics_file))
+
+    eventually(made, processes, run)
 
 
-def eventually(condition: Callable[[], bool], processes: list[Rank], run: Run, timeout: float = 60) -> None:
+def eventually(condition: Callable[[], bool], processes: list[Rank], run: Run, timeout: float = 300) -> None:
     """Return as soon as ``condition`` holds, of processes that all live."""
     deadline = time.monotonic() + timeout
-    while not condition():
+    while True:
+        living = all(process.poll() is None for process in processes)  # before: they may end in between
+        if condition():
+            return
         assert time.monotonic() < deadline, f"not within {timeout:g} s\n{logs(run)}"
-        assert all(process.poll() is None for process in processes), logs(run)
+        assert living, logs(run)
         time.sleep(0.002)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -24,17 +25,20 @@ def state(value: float) -> dict[str, Any]:
 def test_it_returns_before_the_disk_has_it_and_what_follows_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = checkpoint.save
 
-    def slow(*arguments: Any, **options: Any) -> Path:
-        time.sleep(0.5)
-        return written(*arguments, **options)
+    may_write = {1: threading.Event(), 2: threading.Event()}
+
+    def slow(*arguments: Any, step: int, **options: Any) -> Path:
+        assert may_write[step].wait(60)
+        return written(*arguments, step=step, **options)
 
     monkeypatch.setattr(saver.checkpoint, "save", slow)
     made = Saver(tmp_path, Checkpoint(), CPU)
-    began = time.perf_counter()
     made.save(state(1.0), step=1, epoch=0)
-    assert time.perf_counter() - began < 0.3 and not checkpoint.stored(tmp_path)
+    assert not checkpoint.stored(tmp_path)
+    threading.Timer(0.2, may_write[1].set).start()
     made.save(state(2.0), step=2, epoch=0)
-    assert time.perf_counter() - began > 0.5 and [one.step for one in checkpoint.stored(tmp_path)] == [1]
+    assert may_write[1].is_set() and [one.step for one in checkpoint.stored(tmp_path)] == [1]
+    may_write[2].set()
     made.wait()
     assert [one.step for one in checkpoint.stored(tmp_path)] == [2, 1]
 

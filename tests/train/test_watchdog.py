@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,9 @@ import torch
 from hpc_cifar import files
 from hpc_cifar.runs import Run, all_runs
 from hpc_cifar.train.distributed import World
-from hpc_cifar.train.watchdog import ASLEEP_S, Watchdog, hangs_at, lost_ranks
+from hpc_cifar.train.watchdog import ASLEEP_S, PATIENCE, POLL_S, Watchdog, hangs_at, lost_ranks
 
+LIMIT_S = ASLEEP_S + 2 * POLL_S  # so that a machine which stalls is asleep before anybody takes it for a hang
 ALONE = World(0, 1, 0, 1, torch.device("cpu"), None)
 
 
@@ -56,7 +59,7 @@ def test_hangs_at_the_same_step_are_counted(tmp_path: Path) -> None:
 
 
 def slow_job() -> Any:
-    resources = {"hang_timeout_s": 3.0}
+    resources = {"hang_timeout_s": LIMIT_S}
     return ranks.experiment(epochs=300, resources=resources, checkpoint={"every_steps": 10, "every_epochs": 300})
 
 
@@ -69,13 +72,14 @@ def three_ranks(folder: Path, data: Path) -> tuple[Run, list[ranks.Rank]]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
 def test_a_stopped_rank_is_named_and_everyone_leaves(tmp_path: Path, digits_data: Path) -> None:
     run, processes = three_ranks(tmp_path, digits_data)
+    times = [row["time"] for row in files.read_json_lines(run.metrics_file) if row["kind"] == "step"]
+    slowest = max(after - before for before, after in itertools.pairwise(times))
     began = time.monotonic()
     processes[1].send_signal(signal.SIGSTOP)
     codes = ranks.finish(processes)
-    assert codes == [1, 1, 1] and time.monotonic() - began < 25, ranks.logs(run)
+    assert codes == [1, 1, 1] and time.monotonic() - began < max(LIMIT_S, PATIENCE * slowest) + 20, ranks.logs(run)
     (folder,) = (run.path / "hangs").iterdir()
     report = files.read_json(folder / "report.json")
     assert isinstance(report, dict)
@@ -89,7 +93,6 @@ def test_a_stopped_rank_is_named_and_everyone_leaves(tmp_path: Path, digits_data
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
 def test_the_others_name_the_rank_that_was_killed_and_not_each_other(tmp_path: Path, digits_data: Path) -> None:
     run, processes = three_ranks(tmp_path, digits_data)
     processes[1].send_signal(signal.SIGKILL)
@@ -124,24 +127,25 @@ def test_lost_ranks_are_told_by_heartbeats_of_this_segment_alone(tmp_path: Path)
 def test_a_rank_that_closed_its_connections_has_a_moment_to_end(tmp_path: Path) -> None:
     """The kernel closes what a process had open before it says that it has ended."""
     (tmp_path / "heartbeat").mkdir()
-    ending = subprocess.Popen(["sleep", "0.5"])
+    ending = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+    assert ending.stdin is not None
     values = {"rank": 1, "segment": "s", "host": os.uname().nodename, "phase": "train", "pid": ending.pid}
     files.write_json(tmp_path / "heartbeat" / "rank-1.json", values)
     two = World(0, 2, 0, 1, torch.device("cpu"), None)
     assert lost_ranks(tmp_path, "s", two, 0.0) == ""
-    assert lost_ranks(tmp_path, "s", two, 20.0) == f"rank 1 on {os.uname().nodename} (process {ending.pid})"
+    threading.Timer(0.5, ending.stdin.close).start()
+    assert lost_ranks(tmp_path, "s", two, 100.0) == f"rank 1 on {os.uname().nodename} (process {ending.pid})"
     ending.wait()
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
 def test_a_suspended_run_goes_on_as_if_nothing_had_been(tmp_path: Path, digits_data: Path) -> None:
     """Slurm suspends every process of a job at once."""
     run = ranks.new_run(tmp_path, slow_job())
     [process] = ranks.start(run, digits_data, 1)
     ranks.wait_for_step(run, 30, [process])
     process.send_signal(signal.SIGSTOP)
-    time.sleep(ASLEEP_S + 2)  # longer than the limit of 3 s, and than two polls can be apart otherwise
+    time.sleep(ASLEEP_S + 2)  # longer than the limit of 6 s, and than two polls can be apart otherwise
     process.send_signal(signal.SIGCONT)
     before = run.state()["step"]
     ranks.wait_for_step(run, before + 200, [process])
@@ -151,23 +155,23 @@ def test_a_suspended_run_goes_on_as_if_nothing_had_been(tmp_path: Path, digits_d
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
 def test_a_hung_local_job_restarts_by_itself_and_ends_like_the_undisturbed(tmp_path: Path, digits_data: Path) -> None:
     job = tmp_path / "job.yaml"
     experiment = slow_job().model_copy(update={"epochs": 15})
     document = experiment.model_dump(mode="json", exclude_none=True)
     document["resources"]["processes_per_node"] = 2
     job.write_text(json.dumps(document))
-    site = os.environ | {"HPC_CIFAR_DATA": str(digits_data), "HPC_CIFAR_RUNS": str(tmp_path / "runs")}
+    places = {"HPC_CIFAR_DATA": str(digits_data), "HPC_CIFAR_RUNS": str(tmp_path / "runs")}
+    site = os.environ | places | {"HPC_CIFAR_THREADS": "1"}  # as the undisturbed one has
 
     def call(*arguments: str) -> None:
         command = [sys.executable, "-m", "hpc_cifar", *arguments]
-        done = subprocess.run(command, env=site, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(command, env=site, cwd=tmp_path, capture_output=True, text=True, timeout=400, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
 
     call("submit", str(job), "--cluster", "local")
     (run,) = all_runs(tmp_path / "runs")
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300
     while (run.state().get("step") or 0) < 30:
         assert time.monotonic() < end, run.state()
         time.sleep(0.01)
