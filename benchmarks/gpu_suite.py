@@ -14,6 +14,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the package is not installed
+
 import suite
 import torch
 from suite import main, package, script
@@ -22,6 +24,7 @@ from transfer import from_scratch
 
 COMPILED = ("--set=training.compile=true",)
 GRAPH = ("--set=training.graph=true", *COMPILED)
+TESTS = ("-v", "--tb=short", "--timeout=150", "-n", "6")  # so that a test that hangs is named, and costs no slice
 SLICES = 3  # of the published systems
 
 
@@ -44,7 +47,7 @@ def parts(out: Path, small: bool) -> dict[str, list[str]]:
     scaling = suite.SCALING if small else ("--steps=20", *graph)
     found = {
         "kernel": script("kernel", "--rounds=30", json=out / "kernel-gpu.json"),
-        "tests": [sys.executable, "-m", "pytest", "-q", "-m", "component", "-k", "gpu", "tests/data", "tests/train"],
+        "tests": [sys.executable, "-m", "pytest", *TESTS, "-m", "component", "-k", "gpu", "tests/data", "tests/train"],
         "step": script("step", *steps, json=out / "step-gpu.json"),
         "deep300": trained(out, "recipes", "deep300", options=(*graph, "--suffix=graph"), small=small),
         "speed94": trained(out, "recipes", "speed94", options=(*graph, twenty), small=small),

@@ -47,7 +47,8 @@ def package(*options: str, json: Path | None = None) -> list[str]:
 def run(part: str, command: Sequence[str], out: Path, runs: str, minutes: float) -> bool:
     """Whether it ended well; the end of its log has been printed."""
     began = time.perf_counter()
-    environment = {**os.environ, "HPC_CIFAR_RUNS": runs}
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "HPC_CIFAR_RUNS": runs, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
     log = out / f"{part}.log"
     with log.open("w") as stream:
         child = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT, process_group=0)
