@@ -6,7 +6,8 @@
 ``plain`` is what a user would write (benchmarks/plain.py). Every further rung adds one thing to the one before it, by the
 trainer's own step: channels_last, bf16, torch.compile, and last the fused data. On a processor that does not compute in bf16
 that rung is slower, so those after it take the quicker precision of the two. On a GPU, which any of these steps leaves waiting
-for a DataLoader, the fused data come first, and the CUDA graph last. Rungs take turns; ratios of each round to its ``plain`` count. Kernels and host synchronisations of a step are counted by torch's profiler.
+for a DataLoader, the fused data come first, and the CUDA graph last. Rungs take turns; ratios of each round to its ``plain``
+count. Kernels and host synchronisations of a step are counted by torch's profiler.
 """
 
 from __future__ import annotations
