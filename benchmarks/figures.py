@@ -163,7 +163,7 @@ def mean(runs: list[Json], figure: str) -> str:
 
 
 def recipe_lines(name: str, result: Json) -> list[str]:
-    lines = ["| job | n | test accuracy | with flips | time | data | hardware |", "|---" * 7 + "|"]
+    lines = ["| job | n | test accuracy | with flips | time | training alone | data | hardware |", "|---" * 8 + "|"]
     for job, entry in result["systems"].items():
         runs = entry["measured"]
         time = f"{statistics.mean(run['seconds'] for run in runs):,.0f} s"
@@ -177,11 +177,15 @@ def recipe_lines(name: str, result: Json) -> list[str]:
             mean(runs, "test_accuracy"),
             mean(runs, "tta_accuracy"),
             time,
+            f"{statistics.mean(clock):,.1f} s"
+            if None not in (clock := [run.get("warm_train_seconds") for run in runs])
+            else "-",
             runs[0]["data"],
             where,
         ]
         lines.append(f"| {' | '.join(row)} |")
-    about = "Mean and standard deviation over n seeds; time of training, validation and test, without start-up"
+    about = "Mean and standard deviation over n seeds; time of training, validation and test, without start-up; training alone: the "
+    about += "median epoch times the number of epochs"
     return [*lines, "", f"{about}; `docs/results/{name}`."]
 
 

@@ -62,7 +62,11 @@ def measured(run: Run) -> dict[str, Any]:
     result = run.result() or {}
     rows = [row for row in files.read_json_lines(run.metrics_file) if row["kind"] == "epoch"]
     figures = {**selected(run.experiment(), rows), **result}
+    # of the epochs alone, without validation and checkpoints; one that was interrupted counts at the rate of its last stretch
+    training = [run.plan()["train_images"] / row["images_per_second"] for row in rows]
     return {
+        "train_seconds": round(sum(training), 3),
+        "warm_train_seconds": round(len(training) * statistics.median(training), 3),  # nor compilation, which the first have
         **{name: figures.get(name) for name in FIGURES},
         **{name: result.get(name) for name in (*COST, "tta_accuracy", "tta_loss", "data", "selected")},
         "device": run.state().get("device"),
