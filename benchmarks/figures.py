@@ -184,8 +184,8 @@ def recipe_lines(name: str, result: Json) -> list[str]:
             where,
         ]
         lines.append(f"| {' | '.join(row)} |")
-    about = "Mean and standard deviation over n seeds; time of training, validation and test, without start-up; training alone: the "
-    about += "median epoch times the number of epochs"
+    about = "Mean and standard deviation over n seeds; time of training, validation and test, without start-up; training alone"
+    about += ": the median epoch times the number of epochs"
     return [*lines, "", f"{about}; `docs/results/{name}`."]
 
 
