@@ -152,6 +152,9 @@ def test_other_commands_exist(command: Command) -> None:
             assert all(
                 (ROOT / name).is_file() or name == "rest.lock" for option, name in itertools.pairwise(words) if option == "-r"
             )
+        case "pytest":
+            named = [word for word in words if word.startswith("tests/")]
+            assert named and all((ROOT / name).exists() for name in named)
         case _:
             assert program in OTHER_PROGRAMS
 
