@@ -14,7 +14,9 @@ import math
 import netrc
 import os
 import secrets
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -26,6 +28,7 @@ from .rows import Tail
 
 INIT_TIMEOUT_S = 20
 FINISH_TIMEOUT_S = 20
+LATE_S = 10  # after the client's own time limit, which what comes before the last rows, such as an alert, may keep it from
 SUMMARY = (
     *("state", "reason"),
     *("test_accuracy", "test_loss", "tta_accuracy", "tta_loss", "gpu_hours", "seconds", "restarts", "lost_steps"),
@@ -108,10 +111,11 @@ class Upload:
         self._ledger = run.path / "wandb-pictures.json"
         tracking = run.experiment().tracking
         self._alerts, self._artifact, self._artifact_s = tracking.alerts, tracking.artifact, artifact_s
+        self._finish_s = artifact_s if tracking.artifact else FINISH_TIMEOUT_S
         self._shown: set[str] = set()  # digests of the pictures that this upload has handed over
         settings: dict[str, Any] = {
             "init_timeout": INIT_TIMEOUT_S,
-            "finish_timeout": artifact_s if tracking.artifact else FINISH_TIMEOUT_S,
+            "finish_timeout": self._finish_s,
             "x_transaction_log_flush_interval": 2,
             "console": "off",
             "silent": True,
@@ -236,7 +240,8 @@ class Upload:
             if self._artifact and state.get("state") == "finished":
                 self._push_checkpoint()
             good = state.get("state") in ("finished", "stopped", "cancelled", "" if left else "running")
-            self._wandb.finish(exit_code=0 if good else 1)
+            with _bounded(self._finish_s + LATE_S):
+                self._wandb.finish(exit_code=0 if good else 1)
         except Exception as error:
             _forget()
             raise TrackingError(f"W&B could not be finished: {first_line(error)}") from None
@@ -263,6 +268,34 @@ class Upload:
                 numbers["tta_accuracy"] = result["tta"]["accuracy"]
             found |= {f"evaluation/{path.parent.name}_{name}": value for name, value in numbers.items()}
         return found
+
+
+@contextlib.contextmanager
+def _bounded(seconds: float) -> Iterator[None]:
+    """End the client's service if it takes longer. Source: wandb 0.31, whose client waits for its service without a limit.
+
+    Raises:
+        TimeoutError: it took longer.
+    """
+    timer = threading.Timer(seconds, _end_service)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except Exception:
+        if timer.finished.is_set():
+            raise TimeoutError(f"it has not taken the rest within {seconds:.0f} s") from None
+        raise
+    finally:
+        timer.cancel()
+
+
+def _end_service() -> None:
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, ProcessLookupError):
+            about, _, rest = path.read_text().rpartition(") ")
+            if int(rest.split()[1]) == os.getpid() and "(wandb-core" in about:
+                os.kill(int(path.parent.name), signal.SIGKILL)
 
 
 def _forget() -> None:
