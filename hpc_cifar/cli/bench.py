@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import complete
+from . import options
 
 app = typer.Typer(help="Measure this machine; each benchmark prints a table and can write JSON.", no_args_is_help=True)
 
@@ -20,13 +20,11 @@ def _root() -> None:
 @app.command()
 def data(
     dataset: Annotated[str, typer.Option(help="A prepared dataset.")] = "cifar10",
-    root: Annotated[
-        Path | None, typer.Option(help="Folder of all datasets; HPC_CIFAR_DATA, else ./data.", show_default=False)
-    ] = None,
+    root: options.DataRoot = None,
     images: Annotated[int, typer.Option(min=1, help="Images of a round; a fifth of it for reference.")] = 50_000,
     batch_size: Annotated[int, typer.Option(min=1, max=1_000_000, help="Images of a batch.")] = 512,
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved; the median counts.")] = 5,
-    json: Annotated[Path | None, typer.Option(help="Also write the figures there.", show_default=False)] = None,
+    json: options.FiguresFile = None,
 ) -> None:
     """All installed data pipelines side by side: images per second of one process.
 
@@ -48,9 +46,7 @@ def data(
 
 @app.command()
 def step(
-    job: Annotated[
-        str, typer.Argument(help="A job file, or the name of a packaged job.", autocompletion=complete.jobs)
-    ] = "deep300",
+    job: options.Job = "deep300",
     world_size: Annotated[str, typer.Option(help="Numbers of processes; those that are not here are modelled.")] = "1,2,4,8",
     steps: Annotated[int, typer.Option(min=10, help="Steps of each; the first few are not counted.")] = 25,
     sets: Annotated[
@@ -58,10 +54,8 @@ def step(
     ] = None,
     link_gbytes: Annotated[float, typer.Option(min=0.001, help="GB/s between modelled processes.")] = 100.0,
     link_latency_us: Annotated[float, typer.Option(min=0.0, help="Microseconds of each message between them.")] = 10.0,
-    root: Annotated[
-        Path | None, typer.Option(help="Folder of all datasets; HPC_CIFAR_DATA, else ./data.", show_default=False)
-    ] = None,
-    json: Annotated[Path | None, typer.Option(help="Also write the figures there.", show_default=False)] = None,
+    root: options.DataRoot = None,
+    json: options.FiguresFile = None,
 ) -> None:
     """Training steps on several numbers of processes: images per second, and what each process more is worth.
 
@@ -89,9 +83,7 @@ def step(
 
 @app.command()
 def checkpoint(
-    job: Annotated[
-        str, typer.Argument(help="A job file, or the name of a packaged job.", autocompletion=complete.jobs)
-    ] = "deep300",
+    job: options.Job = "deep300",
     batch_size: Annotated[int, typer.Option(min=1, max=1_000_000, help="Images of a step.")] = 256,
     steps: Annotated[int, typer.Option(min=1, help="Steps from one checkpoint to the next.")] = 6,
     rounds: Annotated[int, typer.Option(min=1, help="Checkpoints of each kind; the median counts.")] = 5,
@@ -99,10 +91,8 @@ def checkpoint(
     folder: Annotated[
         Path | None, typer.Option(help="On the file system to measure; HPC_CIFAR_RUNS, else ./runs.", show_default=False)
     ] = None,
-    root: Annotated[
-        Path | None, typer.Option(help="Folder of all datasets; HPC_CIFAR_DATA, else ./data.", show_default=False)
-    ] = None,
-    json: Annotated[Path | None, typer.Option(help="Also write the figures there.", show_default=False)] = None,
+    root: options.DataRoot = None,
+    json: options.FiguresFile = None,
 ) -> None:
     """How long a checkpoint keeps the training waiting, beside a plain torch.save of the same state, by turns in one process.
 

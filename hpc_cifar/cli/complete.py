@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ..runs import Run
@@ -32,9 +30,6 @@ def clusters(incomplete: str) -> list[str]:
 def runs(incomplete: str) -> list[str]:
     """``last``, and the newest runs."""
     return _beginning(incomplete, ["last"]) + _beginning(incomplete, (run.id for run in _runs()))[:RECENT]
-
-
-RunName = Annotated[str, typer.Argument(help="Run id, unique prefix, job id, path, or last.", autocompletion=runs)]
 
 
 def campaigns(incomplete: str) -> list[str]:

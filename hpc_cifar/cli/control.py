@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from . import complete
+from . import complete, options
 
 RECENT = 20
 
@@ -93,7 +93,7 @@ def list_runs(
 
 
 def logs(
-    run: complete.RunName = "last",
+    run: options.RunName = "last",
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run has ended.")] = False,
     rank: Annotated[int, typer.Option(min=0, help="Whose log.")] = 0,
 ) -> None:
@@ -129,15 +129,7 @@ def logs(
             typer.echo(text, nl=not text.endswith("\n"))
 
 
-RunNames = Annotated[
-    list[str] | None,
-    typer.Argument(
-        help="Run ids, unique prefixes, job or array ids, paths, or last.", show_default="last", autocompletion=complete.runs
-    ),
-]
-
-
-def wait(run: RunNames = None) -> None:
+def wait(run: options.RunNamesOrLast = None) -> None:
     """Wait until runs have ended; exit code 0 if all finished or were stopped on purpose, 1 if one failed or was cancelled.
 
     \b
@@ -156,10 +148,7 @@ def wait(run: RunNames = None) -> None:
 
 
 def cancel(
-    run: Annotated[
-        list[str],
-        typer.Argument(help="Run ids, unique prefixes, job or array ids, paths, or last.", autocompletion=complete.runs),
-    ],
+    run: options.RunNames,
 ) -> None:
     """Stop runs for good; each saves a checkpoint first and does not requeue.
 
@@ -176,7 +165,7 @@ def cancel(
 
 
 def resume(
-    run: RunNames = None,
+    run: options.RunNamesOrLast = None,
     cluster: Annotated[
         str | None, typer.Option(help="Another profile than last time.", show_default=False, autocompletion=complete.clusters)
     ] = None,

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from . import options
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -22,9 +24,7 @@ def prepare(
         Path | None,
         typer.Option(help="Official tar.gz, tar of images, or a folder of either layout.", envvar=None, show_default=False),
     ] = None,
-    root: Annotated[
-        Path | None, typer.Option(help="Folder of all datasets; HPC_CIFAR_DATA, else ./data.", show_default=False)
-    ] = None,
+    root: options.DataRoot = None,
     force: Annotated[bool, typer.Option("--force", help="Build anew, even from another source than before.")] = False,
     download: Annotated[bool, typer.Option(help="Whether the official archive may be fetched from the internet.")] = True,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for another prepare of the same dataset.")] = False,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import complete
+from . import complete, options
 
 if TYPE_CHECKING:
     from ..launch.drill import Drill, Outcome
@@ -20,7 +20,7 @@ HEADS = ("fault", "emulated by", "then", "lost steps", "seconds", "as the twin")
 
 
 def drill(
-    job: Annotated[str, typer.Argument(help="Job file, or the name of a packaged one.", autocompletion=complete.jobs)],
+    job: options.Job,
     cluster: Annotated[
         str | None, typer.Option(help="Profile: a name or a path.", show_default=False, autocompletion=complete.clusters)
     ] = None,

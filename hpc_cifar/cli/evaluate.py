@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import complete
+from . import options
 
 if TYPE_CHECKING:
     from ..runs import Run
@@ -18,11 +18,10 @@ Which = Annotated[
     str,
     typer.Option("--checkpoint", help="best, latest or such as step-00000391; else what the run reports.", show_default=False),
 ]
-DataRoot = Annotated[Path | None, typer.Option(help="Folder of all datasets; HPC_CIFAR_DATA, else ./data.", show_default=False)]
 
 
 def evaluate(
-    run: complete.RunName = "last",
+    run: options.RunName = "last",
     tta: Annotated[bool, typer.Option("--tta", help="Also average over mirrored and shifted views.")] = False,
     feature_maps: Annotated[
         bool, typer.Option("--feature-maps", help="Draw the first kernels and every layer's maps of an image.")
@@ -31,7 +30,7 @@ def evaluate(
     split: Annotated[str, typer.Option(help="test or validation.")] = "test",
     checkpoint: Which = "",
     pictures: Annotated[bool, typer.Option(help="Draw confusion matrix, calibration, curves, mistakes.")] = True,
-    root: DataRoot = None,
+    root: options.DataRoot = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print evaluation.json.")] = False,
 ) -> None:
     """Test a trained run: figures by class, calibration, mistakes; PNG and JSON in the run's evaluation folder.
@@ -111,10 +110,10 @@ def mirror(run: Run) -> None:
 
 
 def export(
-    run: complete.RunName = "last",
+    run: options.RunName = "last",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The file; RUN.safetensors here.", show_default=False)] = None,
     checkpoint: Which = "",
-    root: DataRoot = None,
+    root: options.DataRoot = None,
 ) -> None:
     """Write a run's weights with classes and preprocessing as one safetensors file, and check it by loading it back.
 

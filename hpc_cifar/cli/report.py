@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import complete
+from . import complete, options
 from .evaluate import mirror
 
 if TYPE_CHECKING:
@@ -20,14 +20,7 @@ FORMATS = ("html", "md", "json", "csv")
 
 
 def report(
-    run: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="Run ids, unique prefixes, job or array ids, paths, or last.",
-            show_default="last",
-            autocompletion=complete.runs,
-        ),
-    ] = None,
+    run: options.RunNamesOrLast = None,
     campaign: Annotated[
         str | None,
         typer.Option(help="All runs submitted with that --campaign.", show_default=False, autocompletion=complete.campaigns),

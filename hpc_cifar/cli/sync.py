@@ -12,16 +12,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import complete
+from . import options
 
 if TYPE_CHECKING:
     from ..runs import Run
 
 
 def sync(
-    run: Annotated[
-        list[str], typer.Argument(help="Run ids, unique prefixes, job ids, paths, or last.", autocompletion=complete.runs)
-    ],
+    run: options.RunNames,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run has ended.")] = False,
     beside: Annotated[bool, typer.Option("--beside", hidden=True, help="Started by rank 0; ends with standard input.")] = False,
 ) -> None:

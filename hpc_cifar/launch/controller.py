@@ -155,7 +155,7 @@ class Controller:
             elif warned_at is None and now - began >= self.timeout_s - self.signal_delay_s:
                 warned_at = now
                 self._forward(self.usr)
-            elif warned_at is not None and now - warned_at >= self.signal_delay_s:
+            elif warned_at is not None and now - warned_at >= min(self.signal_delay_s, self.timeout_s):
                 self.kill()
                 reason = reason or f"the time limit of {self.timeout_s:.0f} s was reached before a checkpoint was saved"
             if deadline is not None and now >= deadline:

@@ -26,7 +26,7 @@ FREE_GIB = (1.0, 10.0)  # of room: below the first no run is safe, below the sec
 PROBE_BYTES = 2**20  # enough to meet a quota
 SHARED_MEMORY_MIB = 256  # for the data workers and NCCL of a few ranks
 SKEW_S = (2.0, 30.0)  # from which on it is told, and from which on it is a problem
-WEIGHTS = "weights"  # below the data folder
+WEIGHTS = "weights"  # below the data folder, as models/weights.py has it, which takes torch to ask
 
 
 def findings(data_root: Path, runs_root: Path, cluster: Cluster, trains: bool) -> Iterator[Finding]:

@@ -110,7 +110,7 @@ class Upload:
         self._tail = Tail(run.metrics_file)
         self._ledger = run.path / "wandb-pictures.json"
         tracking = run.experiment().tracking
-        self._alerts, self._artifact, self._artifact_s = tracking.alerts, tracking.artifact, artifact_s
+        self._alerts, self._artifact = tracking.alerts, tracking.artifact
         self._finish_s = artifact_s if tracking.artifact else FINISH_TIMEOUT_S
         self._shown: set[str] = set()  # digests of the pictures that this upload has handed over
         settings: dict[str, Any] = {
@@ -256,7 +256,7 @@ class Upload:
         about = {"run": self.run.id, **(files.read_json(folder / "manifest.json") or {})}
         artifact = wandb.Artifact(f"{experiment.name}-model", type="model", metadata=about)
         artifact.add_dir(str(folder))
-        self._wandb.log_artifact(artifact, aliases=[selected, self.run.id]).wait(timeout=math.ceil(self._artifact_s))
+        self._wandb.log_artifact(artifact, aliases=[selected, self.run.id]).wait(timeout=math.ceil(self._finish_s))
 
     def _evaluations(self) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -277,13 +277,19 @@ def _bounded(seconds: float) -> Iterator[None]:
     Raises:
         TimeoutError: it took longer.
     """
-    timer = threading.Timer(seconds, _end_service)
+    late = threading.Event()
+
+    def end() -> None:
+        late.set()
+        _end_service()
+
+    timer = threading.Timer(seconds, end)
     timer.daemon = True
     timer.start()
     try:
         yield
     except Exception:
-        if timer.finished.is_set():
+        if late.is_set():
             raise TimeoutError(f"it has not taken the rest within {seconds:.0f} s") from None
         raise
     finally:
@@ -299,7 +305,8 @@ def _end_service() -> None:
 
 
 def _forget() -> None:
-    """Let go of the client's service, which may be half started."""
+    """Let go of the client's service, which may be half started, or wait for a server that has gone."""
+    _end_service()
     try:
         import wandb
 

@@ -132,17 +132,17 @@ class Records:
         if self._metrics is not None:
             self._metrics.write(kind, epoch=epoch, step=step, **values)
 
-    def state(self, state: str, **values: Any) -> dict[str, Any]:
-        """Write ``state.json`` on rank 0 and return its content, with the time and GPU-hours of all segments so far."""
-        return self._write_state(self._state(state, **values))
+    def state(self, state: str, **values: Any) -> None:
+        """Write ``state.json`` on rank 0."""
+        self._write_state(self._state(state, **values))
 
-    def _write_state(self, record: dict[str, Any]) -> dict[str, Any]:
+    def _write_state(self, record: dict[str, Any]) -> None:
         self._state_written = time.time()
         if self._world.main:
             self._run.write_state(**record)
-        return record
 
     def _state(self, state: str, **values: Any) -> dict[str, Any]:
+        """What ``state.json`` holds: also the time and GPU-hours of all segments so far."""
         position, before, world = self._session.position, self._before, self._world
         seconds = time.time() - self._started
         gpus = world.size if world.on_gpu else 0

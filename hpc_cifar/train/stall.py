@@ -65,15 +65,10 @@ def shortened(job: Path, sets: list[str], batch: int, steps: int, rounds: int) -
     """
     epochs = 2 * rounds + 2  # the first two fill caches
     small = [
-        *(
-            f"data.batch_size={batch}",
-            "data.micro_batch_size=null",
-            f"data.train_images={batch * steps}",
-            "data.validation=0.01",
-        ),
-        *(f"epochs={epochs}", f"training.evaluate_every_epochs={epochs}", "training.early_stopping=null"),
-        *("schedule={name: constant}", "tracking.wandb=disabled", "checkpoint={every_epochs: 1}", "resources.nodes=1"),
-    ]
+        f"data.batch_size={batch}", "data.micro_batch_size=null", f"data.train_images={batch * steps}", "data.validation=0.01",
+        f"epochs={epochs}", f"training.evaluate_every_epochs={epochs}", "training.early_stopping=null",
+        "schedule={name: constant}", "tracking.wandb=disabled", "checkpoint={every_epochs: 1}", "resources.nodes=1",
+    ]  # fmt: skip
     return load_experiment(job, [*small, *sets])
 
 
