@@ -311,5 +311,5 @@ def _forget() -> None:
         import wandb
 
         wandb.teardown(exit_code=1)
-    except Exception:
+    except (Exception, SystemExit):  # it ends this process with what its own ended with
         pass
