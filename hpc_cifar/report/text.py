@@ -25,10 +25,10 @@ RUN_COLUMNS = (
 def markdown(groups: Sequence[Group], title: str) -> str:
     """Headline, claimed beside measured, and the runs."""
     figures = [name for name in FIGURES if any(name in group.spreads or group.claimed(name) is not None for group in groups)]
-    heads = ["system", "n", *(name.replace("_", " ") for name in figures), "epochs", "time of each", "verdict"]
+    heads = ["system", "verdict", "n", *(name.replace("_", " ") for name in figures), "epochs", "time of each"]
     rows = []
     for group in groups:
-        cells = [group.title, f"{len(group.finished)}/{len(group.runs)}"]
+        cells = [group.title, group.verdict.word, f"{len(group.finished)}/{len(group.runs)}"]
         for name in figures:
             found = group.spreads.get(name)
             spread = f" ± {figure_text(found.std, name)}" if found and found.std is not None else ""
@@ -37,7 +37,6 @@ def markdown(groups: Sequence[Group], title: str) -> str:
         epochs, seconds, hours = group.spreads.get("epochs"), group.spreads.get("seconds"), group.claimed("hours")
         cells.append(f"{number(group.claimed('epochs'))} / {number(epochs.mean if epochs else None, 'g')}")
         cells.append(f"{duration(hours and hours * 3600)} / {duration(seconds.mean if seconds else None)}")
-        cells.append(group.verdict.word)
         rows.append(cells)
     lines = [f"# {title}", "", grouped.headline(groups), "", "Claimed / measured, mean ± standard deviation:", ""]
     lines += table(heads, rows)
