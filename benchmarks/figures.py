@@ -117,8 +117,8 @@ def kernel_lines(name: str, result: Json) -> list[str]:
 def tracking_lines(name: str, result: Json) -> list[str]:
     taken, changes = result["seconds"], " ".join(["", *(f"--set {change}" for change in result["set"])])
     lines = [
-        f"{facts(name, result)} `{result['job']}{changes}`, {result['threads']} processors train; from the first "
-        "step to the last epoch's end; ratios: median.",
+        f"{facts(name, result)} `{result['job']}{changes}`, trained by {result['threads']} "
+        f"thread{'s' * (result['threads'] > 1)}; from the first step to the last epoch's end; ratios: median.",
         "",
         "| W&B | seconds | beside disabled |",
         "|---|---|---|",
