@@ -25,7 +25,7 @@ from .. import files
 Kernel = Callable[..., None]
 
 
-def _fill(
+def _fill(  # compiled by numba: its loops are not Python when they run
     images: npt.NDArray[np.uint8],
     height: int,
     width: int,
