@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,32 @@ def test_class_folders(tmp_path: Path, kind: str, prefix: str) -> None:
     assert archive.train_labels.tolist() == [label for label in range(10) for _ in range(3)]
     assert np.array_equal(archive.train_images, folder.train_images) and archive.content == folder.content
     assert archive.classes == pickles.CLASSES and archive.label == "custom cifar10" and not archive.verified
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_as_many_jpegs_as_cifar_10_are_called_that_with_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: int
+) -> None:
+    """The pixels are made up: sixty thousand files would take minutes."""
+
+    def read(source: str, files: Iterator[tuple[str, bytes]], *_: object) -> tuple[Any, Any, tuple[str, ...]]:
+        assert len(list(files)) == 60
+        train = np.repeat(np.arange(10), 5_000)
+        train[:missing] = 9  # one airplane less, one truck more
+        sets = [(np.zeros((len(labels), 1, 1, 3), np.uint8), labels) for labels in (train, np.repeat(np.arange(10), 1_000))]
+        return sets[0], sets[1], pickles.CLASSES
+
+    monkeypatch.setattr(sources.images, "read", read)
+    folder = makers.write_folder(tmp_path / "f", makers.image_files())
+    if missing:
+        with pytest.raises(DataError, match="train/airplane: has 4,999 images; CIFAR-10 has 5,000 of each class"):
+            sources.read(folder, "cifar10")
+    else:
+        found = sources.read(folder, "cifar10")
+        assert found.label == "JPEG CIFAR-10" and not found.verified
+        assert found.warnings == (
+            "these are not the known JPEG files; the label stands on their number and class folders alone",
+        )
 
 
 def test_own_classes_are_for_own_datasets(tmp_path: Path) -> None:
