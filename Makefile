@@ -60,8 +60,8 @@ coverage: ## branches of the package that the tests take, as far as they run her
 	@scripts/system_packages.sh
 	@scripts/environment.sh dev
 	.venv/bin/coverage erase
-	HPC_CIFAR_REQUIRE= .venv/bin/coverage run -m pytest tests/slurm -m "not alone" $(CLUSTERS) $(ARGS)
-	HPC_CIFAR_REQUIRE= .venv/bin/coverage run -m pytest --ignore tests/slurm -m "not alone" $(PARALLEL) $(ARGS)
+	HPC_CIFAR_REQUIRE= .venv/bin/coverage run -m pytest tests/slurm -m "not alone" $(CLUSTERS)
+	HPC_CIFAR_REQUIRE= .venv/bin/coverage run -m pytest --ignore tests/slurm -m "not alone" $(PARALLEL)
 	.venv/bin/coverage combine --quiet
 	.venv/bin/coverage report
 	@mkdir -p build

@@ -147,9 +147,7 @@ def wait(run: options.RunNamesOrLast = None) -> None:
         raise typer.Exit(1)
 
 
-def cancel(
-    run: options.RunNames,
-) -> None:
+def cancel(run: options.RunNames) -> None:
     """Stop runs for good; each saves a checkpoint first and does not requeue.
 
     \b

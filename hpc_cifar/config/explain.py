@@ -206,17 +206,21 @@ def _wording(detail: ErrorDetails, node: Node | None) -> str:
         case "model_type" | "dict_type" | "mapping_type":
             wanted = "a mapping (key: value)"
         case "too_short":
-            return f"should have at least {context['min_length']} entries, not {context['actual_length']}"
+            return f"should have at least {_counted(context['min_length'], 'entry', 'entries')}, not {context['actual_length']}"
         case "too_long":
-            return f"should have at most {context['max_length']} entries, not {context['actual_length']}"
+            return f"should have at most {_counted(context['max_length'], 'entry', 'entries')}, not {context['actual_length']}"
         case "string_too_short":
-            wanted = f"text of at least {context['min_length']} characters"
+            wanted = f"text of at least {_counted(context['min_length'], 'character', 'characters')}"
         case "string_too_long":
-            wanted = f"text of at most {context['max_length']} characters"
+            wanted = f"text of at most {_counted(context['max_length'], 'character', 'characters')}"
         case _:
             message = detail["msg"]
             return f"{message[:1].lower()}{message[1:]}, not {_written(detail, node)}"
     return f"should be {wanted}, not {_written(detail, node)}"
+
+
+def _counted(number: int, one: str, more: str) -> str:
+    return f"{number:,} {one if number == 1 else more}"
 
 
 def _hint(node: Node | None) -> str:

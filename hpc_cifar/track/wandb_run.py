@@ -289,11 +289,12 @@ def _bounded(seconds: float) -> Iterator[None]:
     try:
         yield
     except Exception:
-        if late.is_set():
-            raise TimeoutError(f"it has not taken the rest within {seconds:.0f} s") from None
-        raise
+        if not late.is_set():
+            raise
     finally:
         timer.cancel()
+    if late.is_set():  # whether or not the client noticed
+        raise TimeoutError(f"it has not taken the rest within {seconds:.0f} s")
 
 
 def _end_service() -> None:
