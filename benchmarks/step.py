@@ -4,8 +4,8 @@
     python benchmarks/step.py --job quickstart --steps 20 --rungs plain,fused
 
 ``plain`` is what a user would write (benchmarks/plain.py). Every further rung adds one thing to the one before it, by the
-trainer's own step: channels_last, bf16, torch.compile, and last the fused data. On a processor that does not compute in bf16
-that rung is slower, so those after it take the quicker precision of the two. On a GPU, which any of these steps leaves waiting
+trainer's own step: channels_last, torch.compile, the fused data; then the same in bf16, of which a processor that does not
+compute in it climbs the first rung only, to show what its emulation costs. On a GPU, which any of these steps leaves waiting
 for a DataLoader, the fused data come first, and the CUDA graph last. Rungs take turns; ratios of each round to its ``plain``
 count. Kernels and host synchronisations of a step are counted by torch's profiler.
 """
@@ -38,7 +38,7 @@ from hpc_cifar.models.build import build
 from hpc_cifar.plan import make_plan, requested_placement
 from hpc_cifar.train import optim
 from hpc_cifar.train.distributed import connect, gradient_sync
-from hpc_cifar.train.setup import Prepared, compiled, prepare_data
+from hpc_cifar.train.setup import Prepared, compiled, computes_in_bf16, prepare_data
 from hpc_cifar.train.step import Stepper
 
 # on a GPU a launch or a wait of the host, on a CPU an operation, or one that reads a number from a tensor
@@ -57,9 +57,13 @@ class Rung:
     fused: bool = False  # data by the resident pipeline
 
 
-def rungs(on_gpu: bool, bf16: bool) -> dict[str, Rung | None]:
-    """By name, each one more than the one before; None is the plain script."""
-    kind = torch.bfloat16 if bf16 else torch.float32
+def rungs(on_gpu: bool, native: bool) -> dict[str, Rung | None]:
+    """By name, each one more than the one before; None is the plain script.
+
+    Args:
+        native: the device computes in bf16.
+    """
+    kind = torch.bfloat16 if native else torch.float32
     if on_gpu:
         return {
             "plain": None,
@@ -69,14 +73,14 @@ def rungs(on_gpu: bool, bf16: bool) -> dict[str, Rung | None]:
             "compiled": Rung(kind, channels_last=True, compile=True, fused=True),
             "graphed": Rung(kind, channels_last=True, compile=True, graph=True, fused=True),
         }
-    return {
-        "plain": None,
+    ladder = {
         "channels_last": Rung(channels_last=True),
-        "bf16": Rung(torch.bfloat16, channels_last=True),
-        "compiled": Rung(kind, channels_last=True, compile=True),
-        "eager fused": Rung(kind, channels_last=True, fused=True),
-        "fused": Rung(kind, channels_last=True, compile=True, fused=True),
+        "compiled": Rung(channels_last=True, compile=True),
+        "eager fused": Rung(channels_last=True, fused=True),
+        "fused": Rung(channels_last=True, compile=True, fused=True),
     }
+    halves = {f"bf16 {name}": dataclasses.replace(rung, dtype=torch.bfloat16) for name, rung in ladder.items()}
+    return {"plain": None, **ladder, **(halves if native else dict(itertools.islice(halves.items(), 1)))}
 
 
 def steps(experiment: Experiment, prepared: Prepared, rung: Rung) -> Iterator[int]:
@@ -225,7 +229,6 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--rungs", help="only these, with commas between; plain is always one")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="after the rung bf16; the quicker one unless said")
     parser.add_argument("--json", type=Path, help="where the figures go")
     options = parser.parse_args()
     experiment = experiment_of(options)
@@ -233,9 +236,7 @@ def main() -> int:
     on_gpu = device.type == "cuda"
     prepared = prepare_data(experiment, files.data_root(), connect())
     tops = {str(kind).removeprefix("torch."): ceilings(device, kind) for kind in (torch.float32, torch.bfloat16)}
-    quicker = max(("float32", "bfloat16"), key=lambda dtype: tops[dtype]["flops_per_second"])
-    bf16 = (options.dtype or quicker) == "bfloat16"
-    known = rungs(on_gpu, bf16)
+    known = rungs(on_gpu, computes_in_bf16(device))
     wanted = ["plain", *(options.rungs.split(",") if options.rungs else known)]
     if unknown := set(wanted) - set(known):
         parser.error(f"--rungs: unknown {', '.join(sorted(unknown))}; there are {', '.join(known)}")

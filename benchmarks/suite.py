@@ -22,7 +22,7 @@ BENCHMARKS = ROOT / "benchmarks"
 ADDED = ("recipes-", "systems-")
 
 # the miniature of each script
-STEP = ("--job=quickstart-digits", "--steps=2", "--rounds=1", "--rungs=channels_last,eager fused", "--dtype=float32")
+STEP = ("--job=quickstart-digits", "--steps=2", "--rounds=1", "--rungs=channels_last,eager fused")
 DATA = ("--dataset=digits", "--images=600", "--rounds=1")
 RESTART = ("--dataset=digits", "--processes=2", "--rounds=1")
 CHECKPOINT = ("--set=data.dataset=digits", "--batch-size=64", "--steps=2", "--rounds=1")

@@ -83,7 +83,7 @@ def test_the_suite_of_a_cpu(repository: Path, tmp_path: Path, digits_data: Path)
     out = tmp_path / "miniature"
     kinds = ("step", "checkpoint", "data", "restart", "scaling", "recipes")
     assert {path.name for path in out.glob("*.json")} == {f"{kind}-2-cores.json" for kind in kinds}
-    # no machine changes them, in the same precision
+    # no machine changes them: both are float32
     counts = {name: row["per_step"] for name, row in read(out / "step-2-cores.json")["rungs"].items()}
     assert {found["waits"] for found in counts.values()} == {0}, "no step reads a number from the device"
     assert counts["eager fused"]["operations"] < 1.4 * counts["plain"]["operations"], counts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -163,10 +164,14 @@ def jobs(
     for title, folder in (("job files", "jobs"), ("cluster profiles", "slurm")):
         typer.echo(f"{title}:")
         for name, path in kinds[folder].items():
-            typer.echo(f"  {name:{width}}  {headline(path).removeprefix(f'{name}: ').partition('. ')[0]}")
+            typer.echo(f"  {name:{width}}  {_first_sentence(headline(path).removeprefix(f'{name}: '))}")
     typer.echo(
         "\nhpc-cifar jobs NAME copies one into jobs/ or slurm/; hpc-cifar submit NAME --cluster NAME runs them as they are"
     )
+
+
+def _first_sentence(text: str) -> str:
+    return re.split(r"(?<=\.) (?=[A-Z])", text)[0].removesuffix(".")  # "et al. 2016" goes on
 
 
 def _copy(folder_of: dict[Path, Path], force: bool) -> None:

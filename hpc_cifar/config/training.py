@@ -21,7 +21,7 @@ class Training(Model):
     """How a step is computed."""
 
     precision: Literal["auto", "float32", "bf16", "float64"] = "auto"
-    """``auto``: bf16 autocast on a GPU that has it, else float32. ``float64``: to tell rounding from real differences."""
+    """``auto``: bf16 autocast where GPU or processor computes in it, else float32. ``float64``: tells rounding from changes."""
     channels_last: Literal["auto"] | Flag = "auto"
     """Memory layout of images and convolutions; ``auto`` is true."""
     batch_norm: Literal["local", "global"] = "local"

@@ -90,11 +90,24 @@ def actual_plan(experiment: Experiment, prepared: Prepared, world: World) -> Pla
 
 
 def choose_precision(experiment: Experiment, device: torch.device) -> torch.dtype:
-    """``auto`` is bf16 on a GPU that computes in it, else float32."""
+    """``auto`` is bf16 on a GPU or a processor that computes in it, else float32."""
     wanted = experiment.training.precision
     if wanted == "auto":
-        wanted = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+        wanted = "bf16" if computes_in_bf16(device) else "float32"
     return {"bf16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}[wanted]
+
+
+def computes_in_bf16(device: torch.device) -> bool:
+    """Whether it has instructions for it; torch also emulates bf16 on what has none, slower than float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool({"avx512_bf16", "amx_bf16"} & {flag for line in _processor() for flag in line.split()})
+
+
+def _processor() -> list[str]:
+    """Model and instructions, as Linux states them for each core."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return sorted({line for line in lines if line.startswith(("model name", "flags"))})
 
 
 def choose_channels_last(experiment: Experiment) -> bool:
@@ -113,8 +126,7 @@ def compiled(module: nn.Module) -> nn.Module:
 
 def _kind_of_processor() -> str:
     """A digest of model, instructions and torch: what is compiled here may not run on another."""
-    facts = {line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("model name", "flags"))}
-    return hashlib.sha256("\n".join([torch.__version__, *sorted(facts)]).encode()).hexdigest()[:12]
+    return hashlib.sha256("\n".join([torch.__version__, *_processor()]).encode()).hexdigest()[:12]
 
 
 def make_network(

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hpc_cifar.data import pipeline as data
 from hpc_cifar.errors import HpcCifarError
 from hpc_cifar.runs import Run
@@ -32,7 +34,7 @@ def record_batches(path: Path) -> None:
 
         def recorded(epoch: int, first: int | None = None) -> Iterator[data.Batch]:
             for batch in batches(epoch, first):
-                images = batch.images.contiguous().numpy()
+                images = batch.images.contiguous().view(torch.uint8).numpy()
                 names = [hashlib.sha1(image.tobytes()).hexdigest()[:16] for image in images]
                 with path.open("a") as stream:
                     stream.write(f"{epoch} {batch.number} {','.join(names)}\n")

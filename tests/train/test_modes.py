@@ -13,6 +13,7 @@ import torch
 from hpc_cifar import files
 from hpc_cifar.config.experiment import Experiment
 from hpc_cifar.runs import Run
+from hpc_cifar.train import setup
 from hpc_cifar.train.graph import WARM_UP, Graphs
 
 pytestmark = pytest.mark.slow
@@ -107,6 +108,24 @@ def test_a_graph_takes_up_a_checkpoint_of_the_eager_mode(tmp_path: Path, digits_
         assert f"graph: {str(first).lower()}" in text
         run.experiment_file.write_text(text.replace(f"graph: {str(first).lower()}", f"graph: {str(not first).lower()}"))
         assert ranks.complete(run, digits_data, 1)["state"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted", "chosen"),
+    [
+        ("avx512f avx512_bf16", "auto", torch.bfloat16),
+        ("avx512f amx_bf16", "auto", torch.bfloat16),
+        ("avx2 avx512f", "auto", torch.float32),  # torch would emulate it, slower than float32
+        ("avx2 avx512f", "bf16", torch.bfloat16),
+        ("avx512_bf16", "float32", torch.float32),
+    ],
+)
+def test_a_processor_trains_in_bf16_where_it_computes_in_it(
+    flags: str, wanted: str, chosen: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(setup, "_processor", lambda: ["model name\t: a processor", f"flags\t\t: {flags}"])
+    experiment = ranks.experiment(training={"precision": wanted})
+    assert setup.choose_precision(experiment, torch.device("cpu")) is chosen
 
 
 def test_each_shape_is_recorded_once_after_its_warm_up() -> None:

@@ -34,7 +34,7 @@ PLAIN: dict[str, Any] = {
         ]
     },
     "data": {"augment": {"padding_mode": "zero", "cutout": 0}},
-    "training": {"ema_decay": None},
+    "training": {"ema_decay": None, "precision": "float32"},
 }
 
 
