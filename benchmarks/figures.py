@@ -20,6 +20,7 @@ from typing import Any
 
 import data
 import plots
+import published
 import restart
 import step
 import systems
@@ -207,6 +208,10 @@ def transfer_lines(name: str, result: Json) -> list[str]:
     return lines
 
 
+def published_lines(name: str, result: Json) -> list[str]:
+    return [facts(name, result), "", *published.table(result)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Region:
     """What stands between two marks: files, the lines of one of them, how to measure it, the caption of a plot."""
@@ -231,6 +236,7 @@ REGIONS = {
     "systems": Region(("systems",), trained, "benchmarks/systems.py", "Claimed and measured accuracy of each system"),
     "recipes": Region(("recipes",), recipe_lines, TRAININGS),
     "ladder": Region(("recipes", "systems"), recipe_lines, TRAININGS, "Test accuracy against training time"),
+    "published": Region(("published",), published_lines, "benchmarks/published.py published/airbench94_muon.py", machine="gpu"),
     "transfer": Region(("transfer",), transfer_lines, "benchmarks/transfer.py"),
 }
 

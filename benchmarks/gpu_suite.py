@@ -26,11 +26,17 @@ COMPILED = ("--set=training.compile=true",)
 GRAPH = ("--set=training.graph=true", *COMPILED)
 TESTS = ("-v", "--tb=short", "--timeout=150", "-n", "6")  # so that a test that hangs is named, and costs no slice
 SLICES = 3  # of the published systems
+PUBLISHED = suite.ROOT / "published"  # what benchmarks/published.py says is cloned; not part of this project
 
 
 def trained(out: Path, name: str, *jobs: str, options: tuple[str, ...] = (), small: bool = False) -> list[str]:
     """Whole trainings of some jobs, into one file of figures."""
     return script("systems", *jobs, *options, *(suite.TRAINING if small else ()), json=out / f"{name}-gpu.json")
+
+
+def published(out: Path, name: str, *options: str) -> list[str]:
+    """A record script beside the recipes."""
+    return script("published", str(PUBLISHED / f"{name}.py"), *options, json=out / "published-gpu.json")
 
 
 def parts(out: Path, small: bool) -> dict[str, list[str]]:
@@ -51,12 +57,14 @@ def parts(out: Path, small: bool) -> dict[str, list[str]]:
         "step": script("step", *steps, json=out / "step-gpu.json"),
         "deep300": trained(out, "recipes", "deep300", options=(*graph, "--suffix=graph"), small=small),
         "speed94": trained(out, "recipes", "speed94", options=(*graph, twenty), small=small),
+        "published": published(out, "airbench94_muon"),
         "tuned": trained(out, "recipes", "deep300-tuned", options=graph, small=small),
         "data": package("bench", "data", *bench, json=out / "data-gpu.json"),
         "restart": script("restart", *restarts, json=out / "restart-gpu.json"),
         "checkpoint": package("bench", "checkpoint", "deep300", *checkpoint, json=out / "checkpoint-gpu.json"),
         **{f"systems-{1 + slice}": trained(out, "systems", *scratch[slice::SLICES], small=small) for slice in range(SLICES)},
         "speed96": trained(out, "recipes", "speed96", options=(*graph, twenty), small=small),
+        "published96": published(out, "airbench96_faster", "--runs=5"),
         "deep300-5": trained(out, "recipes", "deep300", options=(*graph, five, "--suffix=graph"), small=small),
         "tuned-5": trained(out, "recipes", "deep300-tuned", options=(*graph, five), small=small),
         "large-batch": trained(out, "recipes", "deep300-large-batch", options=compiled, small=small),
@@ -65,7 +73,9 @@ def parts(out: Path, small: bool) -> dict[str, list[str]]:
         "scaling": package("bench", "step", "deep300", *scaling, json=out / "scaling-gpu.json"),
     }  # fmt: skip
     if small and not torch.cuda.is_available():
-        del found["kernel"], found["tests"], found["pretrained"]  # a GPU's own code; weights that may be missing
+        # a GPU's own code; weights and scripts that may be missing
+        for part in ("kernel", "tests", "pretrained", "published", "published96"):
+            del found[part]
     return found
 
 

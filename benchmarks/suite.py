@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 
-ADDED = ("recipes-", "systems-")
+ADDED = ("recipes-", "systems-", "published-")
 
 # the miniature of each script
 STEP = ("--job=quickstart-digits", "--steps=2", "--rounds=1", "--rungs=channels_last,eager fused")
@@ -96,7 +96,7 @@ def main(description: str, parts_of: Callable[[Path, bool], Parts], minutes: flo
         print("\n".join(f"{part:12} {' '.join(known[part])}" for part in wanted))
         return 0
     out.mkdir(parents=True, exist_ok=True)
-    if not options.miniature:  # figures of whole trainings are added to those that there are
+    if not options.miniature:  # figures of single trainings are added to those that there are
         for path in (ROOT / "docs" / "results").glob("*.json"):
             if path.name.startswith(ADDED) and not (out / path.name).exists():
                 shutil.copy(path, out)

@@ -1,0 +1,150 @@
+"""A published record script, unmodified, on the images that the recipes are trained on, on the same GPU.
+
+    git clone https://github.com/KellerJordan/cifar10-airbench published
+    python benchmarks/published.py published/airbench94_muon.py --runs 20 --json docs/results/published-gpu.json
+
+The script finds the store's images where it would keep those that it downloads, and is ended after the runs that are wanted: it
+makes 200. Accuracies and times are those of the table that it prints, without its first run, which compiles. Its time is of
+training alone, from the initialisation on. Nothing of it is part of this project.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hpc_cifar import files
+from hpc_cifar.data import bench
+from hpc_cifar.data.store import Store
+
+WARM_UP = "warmup"  # its name for the run that compiles
+STATED = {  # by the heads of the scripts; accuracies with test-time augmentation, on lossless CIFAR-10
+    "airbench94_muon": "94.01 % (n = 200) in 2.59 s on an A100",
+    "airbench96_faster": "96.00 % (n = 200) in 27.3 s on an A100",
+}
+
+
+def write_images(store: Store, folder: Path) -> None:
+    """Both parts as the published scripts keep them: uint8 (n, 32, 32, 3), int64 labels, names of the classes."""
+    folder.mkdir(parents=True)
+    for name, part in (("train.pt", store.train), ("test.pt", store.test)):
+        images, labels = torch.from_numpy(part.images[:].copy()), torch.from_numpy(part.labels[:].astype("int64"))
+        torch.save({"images": images, "labels": labels, "classes": list(store.classes)}, folder / name)
+
+
+def rows(lines: Iterator[str]) -> Iterator[dict[str, str]]:
+    """The rows of the printed table, by the names in its head; the name of a run stands in the first of its rows alone."""
+    head: list[str] = []
+    run = ""
+    for line in lines:
+        if not line.startswith("|"):
+            continue
+        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+        if not head:
+            head = cells
+            continue
+        row = dict(zip(head, cells, strict=True))
+        run = row["run"] = row["run"] or run
+        yield row
+
+
+def finished(table: Iterator[dict[str, str]]) -> Iterator[dict[str, float]]:
+    """Accuracy without and with test-time augmentation, and seconds of training, of each run but the one that compiles."""
+    last: dict[str, str] = {}
+    for row in table:
+        if row["epoch"] != "eval":
+            last = row
+        elif row["run"] not in ("", WARM_UP):
+            yield {
+                "test_accuracy": float(last["val_acc"]),
+                "tta_accuracy": float(row["tta_val_acc"]),
+                "train_seconds": float(next(last[name] for name in last if name.endswith("time_seconds"))),
+            }
+
+
+def measure(script: Path, store: Store, runs: int) -> list[dict[str, float]]:
+    """Raises SystemExit, with the end of what the script said, if it ends before it has made so many runs."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_images(store, Path(folder) / "cifar10")
+        said: list[str] = []
+        command = [sys.executable, "-u", str(script.absolute())]
+        # a group of its own: what compiles are processes, too
+        child = subprocess.Popen(
+            command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", process_group=0
+        )
+        assert child.stdout is not None
+
+        def heard() -> Iterator[str]:
+            for line in child.stdout or ():
+                said.append(line)
+                print(line, end="", flush=True)
+                yield line
+
+        found: list[dict[str, float]] = []
+        try:
+            for run in finished(rows(heard())):
+                found.append(run)
+                if len(found) == runs:
+                    return found
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+    sys.exit(f"{script} ended after {len(found)} of {runs} runs:\n{''.join(said[-20:])}")
+
+
+def table(report: dict[str, Any]) -> list[str]:
+    """A Markdown table: mean and standard deviation over the runs."""
+    heads = ("script", "n", "test accuracy", "with test-time augmentation", "training alone", "its authors state")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name, entry in report["scripts"].items():
+        columns = {key: [run[key] for run in entry["runs"]] for key in entry["runs"][0]}
+        cells = [f"`{name}`", str(len(entry["runs"]))]
+        for key, values in columns.items():
+            spread = statistics.stdev(values) if len(values) > 1 else None
+            if key.endswith("accuracy"):
+                cells.append(f"{statistics.mean(values):.2%}" + (f" ± {spread:.2%}" if spread is not None else ""))
+            else:
+                cells.append(f"{statistics.mean(values):.2f} s" + (f" ± {spread:.2f} s" if spread is not None else ""))
+        lines.append(f"| {' | '.join([*cells, STATED.get(name, '-')])} |")
+    return lines
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("script", type=Path, help="the published script")
+    parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--dataset", default="cifar10", help="the store whose images it gets")
+    parser.add_argument("--json", type=Path, help="where the figures are added to")
+    options = parser.parse_args()
+    if not options.script.is_file():
+        sys.exit(f"{options.script}: no such file; --help says where the scripts are published")
+    store = Store.open(files.data_root(), options.dataset)
+    entry = {
+        "sha256": hashlib.sha256(options.script.read_bytes()).hexdigest(),
+        "runs": measure(options.script, store, options.runs),
+    }
+    report = (files.read_json(options.json) or {}) if options.json else {}
+    facts = {"data": store.label, "hardware": bench.hardware(), "versions": bench.versions()}
+    same = all(report.get(key) == value for key, value in facts.items())
+    report = {"scripts": {**(report["scripts"] if same else {}), options.script.stem: entry}, **facts}
+    print("\n".join(["", *table(report)]))
+    if options.json:
+        files.write_json(options.json.absolute(), report)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""A record script beside ours: a stand-in for it, which prints the same table, since those that are published need a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+STAND_IN = """
+import os, sys, time, torch
+test = torch.load(os.path.join("cifar10", "test.pt"))
+train = torch.load(os.path.join("cifar10", "train.pt"))
+assert train["images"].dtype == torch.uint8 and train["labels"].dtype == torch.int64
+print(train["images"].long().sum().item(), test["labels"].sum().item(), len(train["classes"]), file=sys.stderr)
+print("-" * 20)
+print("|  run     |  epoch  |  train_acc  |  val_acc  |  tta_val_acc  |  time_seconds  |")
+for run in ["warmup", *range(4 if "ends" in sys.argv[0] else 1000)]:
+    print("compiles something | or other")
+    for epoch in (0, 1):
+        name = "" if epoch else run
+        accuracy = 0.5 + 0.1 * epoch
+        print(f"|  {name!s:>6}  |      {epoch}  |     0.7000  |   {accuracy:.4f}  |               |        {1 + epoch}.0000  |")
+    share = 0 if run == "warmup" else int(run)
+    print(f"|          |   eval  |     0.7000  |   0.6000  |       0.7{share:03}  |        2.5000  |")
+    time.sleep(0.01)
+"""
+
+
+def measure(script: Path, data: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    benchmark = Path(__file__).resolve().parents[1] / "benchmarks" / "published.py"
+    command = [sys.executable, str(benchmark), str(script), "--dataset", "digits", *options]
+    environment = {**os.environ, "HPC_CIFAR_DATA": str(data)}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+
+
+@pytest.mark.slow
+def test_a_published_script_is_measured_on_the_images_of_the_store(tmp_path: Path, digits_data: Path) -> None:
+    script, figures = tmp_path / "record.py", tmp_path / "published-gpu.json"
+    script.write_text(STAND_IN)
+    done = measure(script, digits_data, "--runs", "3", "--json", str(figures))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(figures.read_text())
+    assert found["scripts"]["record"]["runs"] == [  # not the run that compiles; it is ended after three
+        {"test_accuracy": 0.6, "tta_accuracy": accuracy, "train_seconds": 2.0} for accuracy in (0.7, 0.7001, 0.7002)
+    ]
+    manifest = json.loads((digits_data / "digits" / "manifest.json").read_text())
+    assert f" {len(manifest['classes'])}\n" in done.stdout, "the images that the stand-in counted"
+    assert "| `record` | 3 | 60.00% ± 0.00% | 70.01% ± 0.01% | 2.00 s ± 0.00 s | - |" in done.stdout
+    other = tmp_path / "other.py"
+    other.write_text(STAND_IN)
+    assert measure(other, digits_data, "--runs", "1", "--json", str(figures)).returncode == 0
+    assert set(json.loads(figures.read_text())["scripts"]) == {"record", "other"}, "figures of one machine are kept"
+
+
+@pytest.mark.slow
+def test_a_published_script_that_ends_too_early_is_no_measurement(tmp_path: Path, digits_data: Path) -> None:
+    script, figures = tmp_path / "ends.py", tmp_path / "published-gpu.json"
+    script.write_text(STAND_IN)
+    done = measure(script, digits_data, "--runs", "9", "--json", str(figures))
+    assert done.returncode == 1 and "ended after 4 of 9 runs" in done.stderr and not figures.exists()
+    missing = measure(tmp_path / "none.py", digits_data)
+    assert missing.returncode == 1 and "no such file" in missing.stderr
