@@ -38,6 +38,7 @@ from hpc_cifar.models.build import build
 from hpc_cifar.plan import make_plan, requested_placement
 from hpc_cifar.train import optim
 from hpc_cifar.train.distributed import connect, gradient_sync
+from hpc_cifar.train.heap import keep_freed_memory
 from hpc_cifar.train.setup import Prepared, compiled, computes_in_bf16, prepare_data
 from hpc_cifar.train.step import Stepper
 
@@ -249,6 +250,8 @@ def main() -> int:
     figures: dict[str, dict[str, Any]] = {}
     for round_number in range(options.rounds + 1):
         for name, runner in runners.items():
+            if not on_gpu:
+                keep_freed_memory(chosen[name] is not None)  # a user's script leaves that to the C library
             synchronise(on_gpu)
             before = 0.0 if round_number else occupied_mib(on_gpu)  # it empties the cache, which costs the steps after it
             began = time.perf_counter()

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import RunError
+from .heap import keep_freed_memory
 
 FLAT_LIMIT = 4_000_000  # parameters; below, one flat all-reduce beats overlapping buckets, which hide no communication
 
@@ -102,6 +103,8 @@ def connect(use_gpu: bool = True, timeout_s: float = 600.0) -> World:
     device = device_for(use_gpu, local_rank, local_size)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     torch.set_num_threads(int(os.environ.get("HPC_CIFAR_THREADS", 0)) or available_cpus(local_size))
     if size == 1:
         return World(0, 1, 0, 1, device, None)
