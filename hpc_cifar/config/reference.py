@@ -22,7 +22,7 @@ from .layers import AnyLayer
 from .model import PretrainedModel, SequentialModel
 from .optimization import AnyOptimizer, EarlyStopping, Lookahead, Optimizer, Schedule, ScheduleConfig, Stage
 from .sweep import Prune, Range, Sweep
-from .training import Checkpoint, Loss, Training
+from .training import Checkpoint, Loss, Selection, Training
 
 UNBOUNDED = 2**32  # no reader is helped by a bound above it
 
@@ -131,6 +131,7 @@ def _page() -> Iterator[str]:
             yield from _table(Stage)
     yield from _section("loss", Loss)
     yield from _section("training", Training)
+    yield from _section("training.selection", Selection)
     yield from _section("training.early_stopping", EarlyStopping)
     yield from _section("checkpoint", Checkpoint)
     yield from _section("tracking", Tracking)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from .fields import Count, Flag, Model, Positive, Real, Share, Whole
-from .optimization import EarlyStopping
+from .optimization import EarlyStopping, NotNegative
 
 
 class Loss(Model):
@@ -15,6 +15,35 @@ class Loss(Model):
 
     label_smoothing: Share = 0.0
     """Share of the target that is spread over all classes."""
+
+
+class Selection(Model):
+    """Only the images of every batch that the network finds hardest are trained on (after Jiang et al. 2019).
+
+    A forward pass without gradients, dropout or batch statistics gives each image's loss. A process chooses among its own part
+    of the batch. Loss and accuracy of the training are those of the chosen images.
+    """
+
+    share: Annotated[Real, Field(gt=0, lt=1)]
+    """Share of the images that is trained on: those with the largest losses."""
+    from_epoch: NotNegative = 0.0
+    """Epochs that train on all images first."""
+    until_epoch: Positive | None = None
+    """Train on all images again after so many epochs; never, unless it is given."""
+
+    @model_validator(mode="after")
+    def _some_epochs(self) -> Selection:
+        if self.until_epoch is not None and self.until_epoch <= self.from_epoch:
+            raise ValueError(f"until_epoch: should be after from_epoch, {self.from_epoch:g}, not {self.until_epoch:g}")
+        return self
+
+    def active(self, epoch: float) -> bool:
+        """Whether images are chosen after so many epochs."""
+        return self.from_epoch <= epoch and (self.until_epoch is None or epoch < self.until_epoch)
+
+    def kept(self, images: int) -> int:
+        """How many of so many images are trained on; of some, at least one."""
+        return min(images, max(1, round(self.share * images)))
 
 
 class Training(Model):
@@ -38,6 +67,8 @@ class Training(Model):
     """Largest norm of the gradient."""
     ema_decay: Annotated[Real, Field(gt=0, lt=1)] | None = None
     """Keep an exponential moving average of the weights with this decay; it is what is validated and tested."""
+    selection: Selection | None = None
+    """Train on the hardest images of every batch only."""
     early_stopping: EarlyStopping | None = None
     """When a run is finished before its last epoch."""
     skip_non_finite: Annotated[Whole, Field(ge=0, le=1000)] = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config.experiment import Experiment
+from ..config.training import Selection
 from ..data.draws import key_of
 from ..data.pipeline import Batch
 from ..models.batch_norm import at_least_float32
@@ -30,6 +32,14 @@ def autocast(precision: torch.dtype, device: torch.device) -> contextlib.Abstrac
     if precision != torch.bfloat16:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=precision)
+
+
+@functools.cache
+def kept_images(selection: Selection, global_size: int, world_size: int, parts: int) -> int:
+    """What is left of a batch when every rank has chosen in each of its ``parts``."""
+    shares = (shard(global_size, world_size, rank) for rank in range(world_size))
+    sizes = (shard(end - begin, parts, part) for begin, end in shares for part in range(parts))
+    return sum(selection.kept(stop - start) for start, stop in sizes)
 
 
 def seed_of_step(seed: int, step: int, rank: int) -> int:
@@ -82,6 +92,7 @@ class Stepper:
         self._world = world
         self._precision = precision
         self._plan = plan
+        self._chooses = False  # in this step
         self.rate = 0.0  # learning rate of the last step
         self._parameters = [p for p in sync.module.parameters() if p.requires_grad]
         window = experiment.training.log_every_steps
@@ -106,13 +117,22 @@ class Stepper:
         self._set_rate()
         if self._ema is not None:
             self._ema.prepare()
+        trained = self.trained_images(batch.global_size, step)
+        self._chooses = trained < batch.global_size
         run = self._graphs or self._update
-        run(batch.images, batch.labels, batch.global_size)
+        run(batch.images, batch.labels, trained)
         if self._slow is not None:
             self._slow()
             self._settle()
         self._seen += 1
         return self.rate
+
+    def trained_images(self, global_size: int, step: int) -> int:
+        """How many of a batch's images all ranks train on in this step."""
+        selection, plan = self._experiment.training.selection, self._plan
+        if selection is None or not selection.active(step / plan.steps_per_epoch):
+            return global_size
+        return kept_images(selection, global_size, plan.placement.world_size, plan.accumulation)
 
     def _set_rate(self) -> None:
         for group in self._optimizer.param_groups:
@@ -130,32 +150,53 @@ class Stepper:
         self._sync.zero()
         loss_sum = torch.zeros((), dtype=torch.float64, device=self._world.device)
         correct = torch.zeros((), device=self._world.device)
+        count = 0
         for index in range(parts):
             start, stop = shard(len(labels), parts, index)
+            inputs, targets = images[start:stop], labels[start:stop]
+            if self._chooses and len(labels):
+                inputs, targets = self._hardest(inputs, targets)
             with self._sync.micro_batch(last=index == parts - 1):
-                part = self._micro_batch(images[start:stop], labels[start:stop], global_size)
+                part = self._micro_batch(inputs, targets, global_size)
             loss_sum += part[0]
             correct += part[1]
+            count += len(targets)
         self._sync.finish()
         if experiment.training.clip_grad_norm is not None:
             nn.utils.clip_grad_norm_(self._parameters, experiment.training.clip_grad_norm)
         self._fast()
         if self._slow is None:
             self._settle()
-        self._account(loss_sum, correct, len(labels), global_size)
+        self._account(loss_sum, correct, count, global_size)
 
     def _settle(self) -> None:
         keep_norms(self._rules)
         if self._ema is not None:
             self._ema.apply()
 
+    @torch.no_grad()
+    def _hardest(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The images with the largest losses, in their order, and their labels."""
+        selection = self._experiment.training.selection
+        assert selection is not None
+        self._sync.module.eval()  # neither dropout nor the running statistics take part
+        losses = self._forward(images, labels, "none")[1]
+        self._sync.module.train()
+        chosen = losses.topk(selection.kept(len(labels))).indices.sort().values
+        wide = images.dim() == 4 and images.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if wide else torch.contiguous_format
+        return images[chosen].contiguous(memory_format=layout), labels[chosen]
+
+    def _forward(self, images: Tensor, labels: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
+        """Logits and losses."""
+        with autocast(self._precision, self._world.device):
+            logits: Tensor = self._sync.module(images)
+        smoothing = self._experiment.loss.label_smoothing
+        return logits, F.cross_entropy(at_least_float32(logits), labels, reduction=reduction, label_smoothing=smoothing)
+
     def _micro_batch(self, images: Tensor, labels: Tensor, global_size: int) -> tuple[Tensor, Tensor]:
         """Forward and backward of one micro-batch; (sum of losses, number of correct predictions), detached."""
-        with autocast(self._precision, self._world.device):
-            logits = self._sync.module(images)
-        loss = F.cross_entropy(
-            at_least_float32(logits), labels, reduction="sum", label_smoothing=self._experiment.loss.label_smoothing
-        )
+        logits, loss = self._forward(images, labels, "sum")
         (loss / global_size).backward()  # type: ignore[no-untyped-call]
         return loss.detach(), (logits.detach().argmax(1) == labels).sum()
 

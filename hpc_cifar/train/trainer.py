@@ -211,7 +211,8 @@ class Trainer:
 
     def _patience(self, batch: data.Batch) -> contextlib.AbstractContextManager[None]:
         """A shape that is new is compiled or recorded first, which takes long and is no hang."""
-        training, shape = self.experiment.training, (batch.images.shape, batch.global_size)
+        training, step = self.experiment.training, self.session.position.step
+        shape = (batch.images.shape, self.session.stepper.trained_images(batch.global_size, step))
         if True not in (training.compile, training.graph) or self.shapes[shape] > WARM_UP:
             return contextlib.nullcontext()
         self.shapes[shape] += 1

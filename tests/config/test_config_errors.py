@@ -226,6 +226,12 @@ def test_nothing_is_chosen_by_the_test_set(tmp_path: Path, more: str, words: str
     assert line.startswith(f"x.yaml:{words}")
 
 
+def test_images_are_chosen_in_some_epochs(tmp_path: Path) -> None:
+    text = GOOD + "training: {selection: {share: 0.5, from_epoch: 3, until_epoch: 2}}\n"
+    (line,) = problems(tmp_path, text)
+    assert "training.selection: until_epoch: should be after from_epoch, 3, not 2" in line
+
+
 def test_nothing_changes_fixed_weights(tmp_path: Path) -> None:
     (line,) = problems(tmp_path, GOOD.replace("filters: 4", "filters: 4, fixed_weights: true, max_norm: 2"))
     assert "model.layers[0].conv: fixed_weights: l2 and max_norm are for weights that are trained" in line
