@@ -64,7 +64,7 @@ def parts(out: Path, small: bool) -> dict[str, list[str]]:
         "checkpoint": package("bench", "checkpoint", "deep300", *checkpoint, json=out / "checkpoint-gpu.json"),
         **{f"systems-{1 + slice}": trained(out, "systems", *scratch[slice::SLICES], small=small) for slice in range(SLICES)},
         "speed96": trained(out, "recipes", "speed96", options=(*graph, twenty), small=small),
-        "published96": published(out, "airbench96_faster", "--runs=5"),
+        "published96": published(out, "airbench96_faster", "--runs=3"),
         "deep300-5": trained(out, "recipes", "deep300", options=(*graph, five, "--suffix=graph"), small=small),
         "tuned-5": trained(out, "recipes", "deep300-tuned", options=(*graph, five), small=small),
         "large-batch": trained(out, "recipes", "deep300-large-batch", options=compiled, small=small),

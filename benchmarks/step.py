@@ -7,7 +7,8 @@
 trainer's own step: channels_last, torch.compile, the fused data; then the same in bf16, of which a processor that does not
 compute in it climbs the first rung only, to show what its emulation costs. On a GPU, which any of these steps leaves waiting
 for a DataLoader, the fused data come first, and the CUDA graph last. Rungs take turns; ratios of each round to its ``plain``
-count. Kernels and host synchronisations of a step are counted by torch's profiler.
+count. On a CPU all of them, ``plain`` too, profit from memory that stays with the process (train/heap.py). Kernels and
+host synchronisations of a step are counted by torch's profiler.
 """
 
 from __future__ import annotations
@@ -38,7 +39,6 @@ from hpc_cifar.models.build import build
 from hpc_cifar.plan import make_plan, requested_placement
 from hpc_cifar.train import optim
 from hpc_cifar.train.distributed import connect, gradient_sync
-from hpc_cifar.train.heap import keep_freed_memory
 from hpc_cifar.train.setup import Prepared, compiled, computes_in_bf16, prepare_data
 from hpc_cifar.train.step import Stepper
 
@@ -250,8 +250,6 @@ def main() -> int:
     figures: dict[str, dict[str, Any]] = {}
     for round_number in range(options.rounds + 1):
         for name, runner in runners.items():
-            if not on_gpu:
-                keep_freed_memory(chosen[name] is not None)  # a user's script leaves that to the C library
             synchronise(on_gpu)
             before = 0.0 if round_number else occupied_mib(on_gpu)  # it empties the cache, which costs the steps after it
             began = time.perf_counter()

@@ -21,13 +21,13 @@ class Selection(Model):
     """Only the images of every batch that the network finds hardest are trained on (after Jiang et al. 2019).
 
     A forward pass without gradients, dropout or batch statistics gives each image's loss. A process chooses among its own part
-    of the batch. Loss and accuracy of the training are those of the chosen images.
+    of the batch, as a whole. Loss and accuracy of the training are those of the chosen images.
     """
 
     share: Annotated[Real, Field(gt=0, lt=1)]
     """Share of the images that is trained on: those with the largest losses."""
-    from_epoch: NotNegative = 0.0
-    """Epochs that train on all images first."""
+    from_epoch: NotNegative = 1.0
+    """Epochs that train on all images first: a network that has seen nothing finds nothing hard."""
     until_epoch: Positive | None = None
     """Train on all images again after so many epochs; never, unless it is given."""
 
@@ -50,7 +50,7 @@ class Training(Model):
     """How a step is computed."""
 
     precision: Literal["auto", "float32", "bf16", "float64"] = "auto"
-    """``auto``: bf16 autocast where GPU or processor computes in it, else float32. ``float64``: tells rounding from changes."""
+    """``auto``: bf16 autocast where a GPU or x86 processor computes in it, else float32. ``float64`` is for comparisons."""
     channels_last: Literal["auto"] | Flag = "auto"
     """Memory layout of images and convolutions; ``auto`` is true."""
     batch_norm: Literal["local", "global"] = "local"

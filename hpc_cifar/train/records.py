@@ -54,6 +54,7 @@ class Records:
         self._state_written = 0.0
         self.rate = 0.0  # images/s of the last window
         self.progress = Progress(console and world.main, last_step, session.position.step)
+        self._precision = self._before.get("precision")
         self._lost_steps = int(self._before.get("lost_steps", 0))  # trained, and to be trained again
         self._metrics: MetricsLog | None = None
         self._wandb: Companion | None = None
@@ -67,6 +68,7 @@ class Records:
     def announce(self, parameters: int, precision: str, notes: list[str]) -> None:
         """The first lines of a segment: what is trained on what, and what was adapted."""
         plan, world = self._plan, self._world
+        self._precision = precision
         self.progress.say(
             f"{self._experiment.name}: {parameters:,} parameters, {self._label}, {plan.train_images:,} training images, "
             f"{plan.steps_per_epoch} steps x {self._experiment.epochs} epochs, batch {plan.batch_size} "
@@ -74,7 +76,8 @@ class Records:
         )
         for note in notes:
             self.progress.say(f"note: {note}")
-        self.event("started", world_size=world.size, device=str(world.device), lost_steps=self._lost_steps)
+        facts = {"world_size": world.size, "device": str(world.device), "precision": precision}
+        self.event("started", **facts, lost_steps=self._lost_steps)
         self.state("running")
 
     def pipeline(self, name: str, why: str) -> None:
@@ -162,6 +165,7 @@ class Records:
             "started": before.get("started") or now(),
             "world_size": world.size,
             "device": world.device.type,
+            "precision": self._precision,
             "data": self._label,
             "host": os.uname().nodename,
             "pid": os.getpid(),
@@ -174,7 +178,7 @@ class Records:
         In this order: whoever reads that a run has finished finds its result.
         """
         state = self._state(result["state"], reason=result.get("reason"))
-        result |= {key: state[key] for key in ("restarts", "lost_steps", "gpu_hours", "seconds")}
+        result |= {key: state[key] for key in ("restarts", "lost_steps", "gpu_hours", "seconds", "precision")}
         if self._world.main and result["state"] != "requeued":
             files.write_json(self._run.result_file, result)
         self._write_state(state)

@@ -89,12 +89,24 @@ def actual_plan(experiment: Experiment, prepared: Prepared, world: World) -> Pla
     return make_plan(experiment, here, len(prepared.store.train.labels), tuple(notes))
 
 
-def choose_precision(experiment: Experiment, device: torch.device) -> torch.dtype:
-    """``auto`` is bf16 on a GPU or a processor that computes in it, else float32."""
-    wanted = experiment.training.precision
+DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+
+
+def choose_precision(experiment: Experiment, device: torch.device, begun: str | None = None) -> torch.dtype:
+    """``auto`` is bf16 on a GPU or a processor that computes in it, else float32.
+
+    Args:
+        begun: in which precision the run was trained before, here or elsewhere, as in its state; ``auto`` keeps to it.
+    """
+    wanted: str = experiment.training.precision
     if wanted == "auto":
-        wanted = "bf16" if computes_in_bf16(device) else "float32"
-    return {"bf16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}[wanted]
+        wanted = begun if begun is not None and begun in DTYPES else "bf16" if computes_in_bf16(device) else "float32"
+    return DTYPES[wanted]
+
+
+def name_of(precision: torch.dtype) -> str:
+    """As job files call it."""
+    return next(name for name, kind in DTYPES.items() if kind == precision)
 
 
 def computes_in_bf16(device: torch.device) -> bool:

@@ -35,11 +35,10 @@ def autocast(precision: torch.dtype, device: torch.device) -> contextlib.Abstrac
 
 
 @functools.cache
-def kept_images(selection: Selection, global_size: int, world_size: int, parts: int) -> int:
-    """What is left of a batch when every rank has chosen in each of its ``parts``."""
+def kept_images(selection: Selection, global_size: int, world_size: int) -> int:
+    """What is left of a batch when every rank has chosen among its part."""
     shares = (shard(global_size, world_size, rank) for rank in range(world_size))
-    sizes = (shard(end - begin, parts, part) for begin, end in shares for part in range(parts))
-    return sum(selection.kept(stop - start) for start, stop in sizes)
+    return sum(selection.kept(end - begin) for begin, end in shares)
 
 
 def seed_of_step(seed: int, step: int, rank: int) -> int:
@@ -132,7 +131,7 @@ class Stepper:
         selection, plan = self._experiment.training.selection, self._plan
         if selection is None or not selection.active(step / plan.steps_per_epoch):
             return global_size
-        return kept_images(selection, global_size, plan.placement.world_size, plan.accumulation)
+        return kept_images(selection, global_size, plan.placement.world_size)
 
     def _set_rate(self) -> None:
         for group in self._optimizer.param_groups:
@@ -150,24 +149,21 @@ class Stepper:
         self._sync.zero()
         loss_sum = torch.zeros((), dtype=torch.float64, device=self._world.device)
         correct = torch.zeros((), device=self._world.device)
-        count = 0
+        if self._chooses and len(labels):
+            images, labels = self._hardest(images, labels)
         for index in range(parts):
             start, stop = shard(len(labels), parts, index)
-            inputs, targets = images[start:stop], labels[start:stop]
-            if self._chooses and len(labels):
-                inputs, targets = self._hardest(inputs, targets)
             with self._sync.micro_batch(last=index == parts - 1):
-                part = self._micro_batch(inputs, targets, global_size)
+                part = self._micro_batch(images[start:stop], labels[start:stop], global_size)
             loss_sum += part[0]
             correct += part[1]
-            count += len(targets)
         self._sync.finish()
         if experiment.training.clip_grad_norm is not None:
             nn.utils.clip_grad_norm_(self._parameters, experiment.training.clip_grad_norm)
         self._fast()
         if self._slow is None:
             self._settle()
-        self._account(loss_sum, correct, count, global_size)
+        self._account(loss_sum, correct, len(labels), global_size)
 
     def _settle(self) -> None:
         keep_norms(self._rules)
@@ -180,9 +176,10 @@ class Stepper:
         selection = self._experiment.training.selection
         assert selection is not None
         self._sync.module.eval()  # neither dropout nor the running statistics take part
-        losses = self._forward(images, labels, "none")[1]
+        parts = [shard(len(labels), self._plan.accumulation, index) for index in range(self._plan.accumulation)]
+        losses = [self._forward(images[start:stop], labels[start:stop], "none")[1] for start, stop in parts]
         self._sync.module.train()
-        chosen = losses.topk(selection.kept(len(labels))).indices.sort().values
+        chosen = torch.cat(losses).topk(selection.kept(len(labels))).indices.sort().values
         wide = images.dim() == 4 and images.is_contiguous(memory_format=torch.channels_last)
         layout = torch.channels_last if wide else torch.contiguous_format
         return images[chosen].contiguous(memory_format=layout), labels[chosen]

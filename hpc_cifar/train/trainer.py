@@ -35,6 +35,7 @@ from .setup import (
     choose_precision,
     compiled,
     make_network,
+    name_of,
     prepare_data,
     split_digest,
 )
@@ -57,7 +58,8 @@ class Trainer:
         stages.done("data")
         self.plan: Plan = actual_plan(self.experiment, self.prepared, world)
         self.last_step = min(self.plan.total_steps, max_steps or self.plan.total_steps)
-        self.precision = world.share(choose_precision(self.experiment, world.device))  # nodes may differ
+        begun = run.state().get("precision")
+        self.precision = world.share(choose_precision(self.experiment, world.device, begun))  # nodes may differ
         self.channels_last = choose_channels_last(self.experiment)
         self.flag, self.agreement = flag, StopAgreement(flag, world)
         self.session = self._make_session(data_root)
@@ -75,7 +77,7 @@ class Trainer:
             run, world, self.experiment, self.plan, self.session, self.prepared.store.label, self.last_step, console
         )
         parameters = sum(p.numel() for p in self.session.network.parameters())
-        self.records.announce(parameters, str(self.precision).removeprefix("torch."), notes)
+        self.records.announce(parameters, name_of(self.precision), notes)
 
     def _make_session(self, data_root: Path) -> Session:
         experiment, world, plan = self.experiment, self.world, self.plan

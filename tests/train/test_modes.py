@@ -111,21 +111,34 @@ def test_a_graph_takes_up_a_checkpoint_of_the_eager_mode(tmp_path: Path, digits_
 
 
 @pytest.mark.parametrize(
-    ("flags", "wanted", "chosen"),
+    ("flags", "wanted", "begun", "chosen"),
     [
-        ("avx512f avx512_bf16", "auto", torch.bfloat16),
-        ("avx512f amx_bf16", "auto", torch.bfloat16),
-        ("avx2 avx512f", "auto", torch.float32),  # torch would emulate it, slower than float32
-        ("avx2 avx512f", "bf16", torch.bfloat16),
-        ("avx512_bf16", "float32", torch.float32),
+        ("avx512f avx512_bf16", "auto", None, torch.bfloat16),
+        ("avx512f amx_bf16", "auto", None, torch.bfloat16),
+        ("avx2 avx512f", "auto", None, torch.float32),  # torch would emulate it, slower than float32
+        ("avx2 avx512f", "bf16", None, torch.bfloat16),
+        ("avx512_bf16", "float32", None, torch.float32),
+        ("avx512_bf16", "auto", "float32", torch.float32),  # preempted elsewhere, it goes on as it began
+        ("avx2 avx512f", "auto", "bf16", torch.bfloat16),
+        ("avx2 avx512f", "float32", "bf16", torch.float32),
     ],
 )
 def test_a_processor_trains_in_bf16_where_it_computes_in_it(
-    flags: str, wanted: str, chosen: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    flags: str, wanted: str, begun: str | None, chosen: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(setup, "_processor", lambda: ["model name\t: a processor", f"flags\t\t: {flags}"])
     experiment = ranks.experiment(training={"precision": wanted})
-    assert setup.choose_precision(experiment, torch.device("cpu")) is chosen
+    assert setup.choose_precision(experiment, torch.device("cpu"), begun) is chosen
+
+
+@pytest.mark.parametrize("precision", ["bf16", "float32"])
+def test_a_run_goes_on_in_the_precision_that_it_began_in(tmp_path: Path, digits_data: Path, precision: str) -> None:
+    run = ranks.new_run(tmp_path, ranks.experiment())
+    ranks.complete(run, digits_data, 1, max_steps=3)
+    run.write_state(**{**run.state(), "precision": precision})  # as if it had begun on another processor
+    result = ranks.complete(run, digits_data, 1)
+    rows = [row for row in files.read_json_lines(run.metrics_file) if row.get("event") == "started"]
+    assert (rows[-1]["precision"], run.state()["precision"], result["precision"]) == (precision,) * 3
 
 
 def test_each_shape_is_recorded_once_after_its_warm_up() -> None:
