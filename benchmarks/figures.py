@@ -89,7 +89,13 @@ def data_lines(name: str, result: Json) -> list[str]:
 
 
 def step_lines(name: str, result: Json) -> list[str]:
-    return [facts(name, result), "", *step.table(result)[1:]]
+    lines = [facts(name, result), "", *step.table(result)[1:]]
+    kept = [
+        f"`{one}` {result['rungs'][one]['beside_plain']:.2f} times plain (at least {least:g})"
+        for one, least in step.PROMISES.items()
+        if result["device"] == "cpu" and one in result["rungs"]
+    ]
+    return [*lines, "", f"What was promised for two cores: {'; '.join(kept)}."] if kept else lines
 
 
 def restart_lines(name: str, result: Json) -> list[str]:
@@ -132,9 +138,11 @@ def tracking_lines(name: str, result: Json) -> list[str]:
 
 def scaling_lines(name: str, result: Json) -> list[str]:
     size, rate = result["gradient_bytes"], result["link"]["bytes_per_second"] / 1e9
+    model = f" Modelled ones are one process with its share and a ring all-reduce of {size:,} bytes over {rate:g} GB/s."
+    modelled = any(point["modelled"] for point in result["points"])
     lines = [
-        f"{facts(name, result)} {result['job']}, global batch {result['batch_size']:,}, {result['steps']} steps. Modelled "
-        f"ones are one process with its share of the batch and a ring all-reduce of {size:,} bytes over {rate:g} GB/s.",
+        f"{facts(name, result)} {result['job']}, global batch {result['batch_size']:,}, {result['steps']} steps, every process "
+        f"with as many cores.{model if modelled else ''}",
         "",
         "| processes | images/s | ms a step | efficiency | |",
         "|---" * 5 + "|",

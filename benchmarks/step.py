@@ -47,6 +47,9 @@ LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaun
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "aten::_local_scalar_dense")
 
 
+PROMISES = {"eager fused": 1.2, "bf16 eager fused": 1.9}  # of a CPU, beside ``plain``
+
+
 @dataclasses.dataclass(frozen=True)
 class Rung:
     """How a step is computed and fed."""

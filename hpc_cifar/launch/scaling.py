@@ -58,7 +58,8 @@ def measure(
     gpus = len(visible_gpus()) if experiment.resources.gpus_per_node else 0
     here = gpus or len(os.sched_getaffinity(0))
     kind = "GPUs" if gpus else "CPU processes"
-    cpus = len(os.sched_getaffinity(0))
+    # the same for every process, one or many, here or modelled: else one alone would have the cores of the others
+    threads = max(1, len(os.sched_getaffinity(0)) // min(max(sizes), here))
     store = Store.open(data_root, experiment.data.dataset)
     itemsize = 2 if experiment.training.gradient_compression == "bf16" else 4
     gradients = itemsize * trained_parameters(experiment.model, store.image_shape, len(store.classes))
@@ -68,7 +69,6 @@ def measure(
     for size in sorted(set(sizes)):
         modelled = size > here
         processes, share = (1, -(-batch // size)) if modelled else (size, batch)
-        threads = max(1, cpus // min(size, here))  # a modelled process has what one of those that are here has
         rates = _rates(job, [*sets, f"data.batch_size={share}"], processes, threads, gpus > 0, steps, data_root)
         times = [share / rate + (link.all_reduce_s(gradients, size) if modelled else 0.0) for rate in rates]
         found = [batch / seconds for seconds in times]
@@ -89,6 +89,7 @@ def measure(
     return {
         "job": experiment.name,
         "batch_size": batch,
+        "n": min(len(point["images_per_second"]) for point in points),  # windows of steps
         "device": "cuda" if gpus else "cpu",
         "gradient_bytes": gradients,
         "link": dataclasses.asdict(link),
