@@ -87,15 +87,20 @@ def scaling(results: list[tuple[str, Json]]) -> Figure:
         (line,) = axes.plot(counts, rates, label=f"{result['job']}, {hardware(result)}")
         for kind, face in ((False, line.get_color()), (True, "white")):
             chosen = [(x, y) for x, y, p in zip(counts, rates, points, strict=True) if p["modelled"] is kind]
+            if not chosen:
+                continue
             axes.plot(
                 [x for x, _ in chosen], [y for _, y in chosen], "o", color=line.get_color(), markerfacecolor=face,
                 label="modelled" if kind else "measured",
             )  # fmt: skip
+            for x, y in chosen:
+                axes.annotate(f"{y:,.0f}", (x, y), xytext=(6, -12), textcoords="offset points")
         ticks |= set(counts)
         axes.plot(counts, [rates[0] / counts[0] * count for count in counts], ":", color="grey", label="ideal")
     axes.set(xlabel="processes", ylabel="images/s", xscale="log", yscale="log")
     axes.set_xticks(sorted(ticks), [str(count) for count in sorted(ticks)])
     axes.minorticks_off()
+    axes.margins(0.15)
     axes.legend()
     return figure
 
