@@ -180,6 +180,7 @@ def recipe_lines(name: str, result: Json) -> list[str]:
             time += f" ({restarts} restart{'s' * (restarts > 1)})"
         processes = runs[0].get("processes")
         where = plots.hardware(entry, whole=True) + (f", {processes} process{'es' * (processes > 1)}" if processes else "")
+        where += f", {precision}" if (precision := runs[0].get("precision")) else ""
         row = [
             f"`{job}`",
             str(len(runs)),

@@ -68,7 +68,7 @@ def measured(run: Run) -> dict[str, Any]:
         "train_seconds": round(sum(training), 3),
         "warm_train_seconds": round(len(training) * statistics.median(training), 3),  # nor compilation, which the first have
         **{name: figures.get(name) for name in FIGURES},
-        **{name: result.get(name) for name in (*COST, "tta_accuracy", "tta_loss", "data", "selected")},
+        **{name: result.get(name) for name in (*COST, "tta_accuracy", "tta_loss", "data", "selected", "precision")},
         "device": run.state().get("device"),
         "processes": run.state().get("world_size"),
     }
