@@ -85,7 +85,12 @@ def data_lines(name: str, result: Json) -> list[str]:
         for (one, other), least in data.PROMISES.items()
         if one in rates and other in rates
     ]
-    return [*lines, "", f"What was promised for two cores: {'; '.join(kept)}."] if kept else lines
+    return [*lines, *promised(kept)]
+
+
+def promised(kept: list[str]) -> list[str]:
+    """A paragraph behind a table, if there is something to say."""
+    return ["", f"What was promised for two cores: {'; '.join(kept)}."] if kept else []
 
 
 def step_lines(name: str, result: Json) -> list[str]:
@@ -95,7 +100,7 @@ def step_lines(name: str, result: Json) -> list[str]:
         for one, least in step.PROMISES.items()
         if result["device"] == "cpu" and one in result["rungs"]
     ]
-    return [*lines, "", f"What was promised for two cores: {'; '.join(kept)}."] if kept else lines
+    return [*lines, *promised(kept)]
 
 
 def restart_lines(name: str, result: Json) -> list[str]:

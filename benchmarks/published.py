@@ -42,19 +42,16 @@ def write_images(store: Store, folder: Path) -> None:
 
 
 def rows(lines: Iterator[str]) -> Iterator[dict[str, str]]:
-    """The rows of the printed table, by the names in its head; the name of a run stands in the first of its rows alone."""
+    """The rows of the printed table, by the names in its head."""
     head: list[str] = []
-    run = ""
     for line in lines:
         if not line.startswith("|"):
             continue
         cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
-        if not head:
+        if head:
+            yield dict(zip(head, cells, strict=True))
+        else:
             head = cells
-            continue
-        row = dict(zip(head, cells, strict=True))
-        run = row["run"] = row["run"] or run
-        yield row
 
 
 def finished(table: Iterator[dict[str, str]]) -> Iterator[dict[str, float]]:
@@ -89,7 +86,6 @@ def measure(script: Path, store: Store, runs: int) -> Iterator[dict[str, float]]
         child = subprocess.Popen(
             command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
         )
-        assert child.stdout is not None
 
         def heard() -> Iterator[str]:
             for line in child.stdout or ():

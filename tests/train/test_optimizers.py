@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import ranks
 import torch
 import torch.nn.functional as F
+from steps import ALONE, batches, stepper_of
 from torch import nn
 
 from hpc_cifar.data.pipeline import Batch
@@ -17,10 +17,9 @@ from hpc_cifar.models.build import Rule, build
 from hpc_cifar.models.build import rules as build_rules
 from hpc_cifar.plan import make_plan, requested_placement
 from hpc_cifar.train import optim
-from hpc_cifar.train.distributed import World, gradient_sync
+from hpc_cifar.train.distributed import gradient_sync
 from hpc_cifar.train.step import Stepper
 
-ALONE = World(0, 1, 0, 1, torch.device("cpu"), None)
 WANTED = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-2),
     "adam": lambda p: torch.optim.Adam(p, lr=0.01, betas=(0.8, 0.95), eps=1e-6, weight_decay=1e-2),
@@ -75,21 +74,6 @@ def test_steps_equal_torch(name: str, smoothing: float, clip: float | None, micr
     assert found == pytest.approx(losses, rel=1e-5)
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-5)  # Adam divides float noise by tiny second moments
-
-
-def stepper_of(config: Any, network: nn.Module, rules: list[Rule], graph: bool = False) -> Stepper:
-    optimizer = optim.build(config.optimizer, network.parameters(), rules)
-    ema = optim.EMA(network.parameters(), 0.9, on_device=graph) if config.training.ema_decay else None
-    plan = make_plan(config, requested_placement(config.resources), 1000)
-    sync = gradient_sync("auto", network, ALONE)
-    return Stepper(config, sync, optimizer, ema, ALONE, torch.float32, plan, rules, graph)
-
-
-def batches(count: int) -> Iterator[Batch]:
-    generator = torch.Generator().manual_seed(0)
-    for number in range(count):
-        images = torch.randn(12, 3, 8, 8, generator=generator)
-        yield Batch(images, torch.randint(0, 10, (12,), generator=generator), number, 12)
 
 
 def configured(optimizer: dict[str, Any], **changes: Any) -> Any:

@@ -9,17 +9,13 @@ import pytest
 import ranks
 import torch
 import torch.nn.functional as F
+from steps import batches, stepper_of
 from torch import nn
 
 from hpc_cifar.config.experiment import Experiment
 from hpc_cifar.config.training import Selection
-from hpc_cifar.data.pipeline import Batch
-from hpc_cifar.plan import make_plan, requested_placement
-from hpc_cifar.train import optim
-from hpc_cifar.train.distributed import World, gradient_sync
-from hpc_cifar.train.step import Stepper, kept_images
+from hpc_cifar.train.step import kept_images
 
-ALONE = World(0, 1, 0, 1, torch.device("cpu"), None)
 HARDEST: dict[str, Any] = {"share": 0.5, "from_epoch": 1}
 
 
@@ -37,20 +33,6 @@ def configured(selection: dict[str, Any], **changes: Any) -> Experiment:
     return ranks.experiment(**ranks.merge(common, changes))
 
 
-def stepper_of(config: Experiment, module: nn.Module, stored: int = 24, graph: bool = False) -> Stepper:
-    optimizer = optim.build(config.optimizer, module.parameters())
-    plan = make_plan(config, requested_placement(config.resources), stored)
-    return Stepper(config, gradient_sync("auto", module, ALONE), optimizer, None, ALONE, torch.float32, plan, graph=graph)
-
-
-def batches(count: int) -> list[Batch]:
-    generator = torch.Generator().manual_seed(0)
-    return [
-        Batch(torch.randn(12, 3, 8, 8, generator=generator), torch.randint(0, 10, (12,), generator=generator), number, 12)
-        for number in range(count)
-    ]
-
-
 @pytest.mark.parametrize("micro", [None, 4])
 def test_a_step_is_made_of_the_images_with_the_largest_losses(micro: int | None) -> None:
     """A share of 0.4 of 12 is 5; there are two steps an epoch, and those of the second epoch choose."""
@@ -60,7 +42,7 @@ def test_a_step_is_made_of_the_images_with_the_largest_losses(micro: int | None)
         if micro is not None:  # smaller passes have other statistics
             module[2] = nn.Identity()
     config = configured({"share": 0.4, "from_epoch": 1, "until_epoch": 2}, data={"micro_batch_size": micro})
-    stepper = stepper_of(config, ours)
+    stepper = stepper_of(config, ours, stored=24)
     expected = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
     trained = []
     for step, batch in enumerate(batches(6)):
