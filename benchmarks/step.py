@@ -83,8 +83,8 @@ def rungs(on_gpu: bool, native: bool) -> dict[str, Rung | None]:
         "eager fused": Rung(channels_last=True, fused=True),
         "fused": Rung(channels_last=True, compile=True, fused=True),
     }
-    halves = {f"bf16 {name}": dataclasses.replace(rung, dtype=torch.bfloat16) for name, rung in ladder.items()}
-    return {"plain": None, **ladder, **(halves if native else dict(itertools.islice(halves.items(), 1)))}
+    in_bf16 = {f"bf16 {name}": dataclasses.replace(rung, dtype=torch.bfloat16) for name, rung in ladder.items()}
+    return {"plain": None, **ladder, **(in_bf16 if native else dict(itertools.islice(in_bf16.items(), 1)))}
 
 
 def steps(experiment: Experiment, prepared: Prepared, rung: Rung) -> Iterator[int]:

@@ -1,7 +1,7 @@
 """What becomes of memory that tensors on a CPU give back.
 
-glibc returns large blocks to the kernel, which gives the next step other pages, zeroed, one fault for each of 4 KiB: up to a
-third of a step of large batches. Source: mallopt(3).
+glibc returns large blocks to the kernel, which gives the next step other pages, zeroed, with a fault for each of 4 KiB
+(tests/train/test_heap.py counts them). Source: mallopt(3).
 """
 
 from __future__ import annotations
