@@ -54,10 +54,13 @@ def rows(lines: Iterator[str]) -> Iterator[dict[str, str]]:
             head = cells
 
 
-def finished(table: Iterator[dict[str, str]]) -> Iterator[dict[str, float]]:
-    """Accuracies, without and with test-time augmentation, and seconds of training and of all, of each run but the first."""
+def finished(table: Iterator[dict[str, str]], compiled: bool = False) -> Iterator[dict[str, float]]:
+    """Accuracies, without and with test-time augmentation, and seconds of training and of all, of each run.
+
+    Args:
+        compiled: there is nothing to compile; else the first run does, and is left out.
+    """
     last: dict[str, str] = {}
-    compiled = False
     for row in table:
         if row["epoch"] != "eval":
             last = row
@@ -73,8 +76,11 @@ def finished(table: Iterator[dict[str, str]]) -> Iterator[dict[str, float]]:
         compiled = True
 
 
-def measure(script: Path, store: Store, runs: int) -> Iterator[dict[str, float]]:
+def measure(script: Path, store: Store, runs: int, on_cpu: bool = False) -> Iterator[dict[str, float]]:
     """The figures of so many runs, each as it is finished.
+
+    Args:
+        on_cpu: see published_on_cpu.py.
 
     Raises:
         SystemExit: the script ended before; with the end of what it said.
@@ -82,7 +88,8 @@ def measure(script: Path, store: Store, runs: int) -> Iterator[dict[str, float]]
     with tempfile.TemporaryDirectory() as folder:
         write_images(store, Path(folder) / "cifar10")
         said: list[str] = []
-        command = [sys.executable, "-u", str(script.absolute())]
+        through = [str(Path(__file__).resolve().with_name("published_on_cpu.py"))] if on_cpu else []
+        command = [sys.executable, "-u", *through, str(script.absolute())]
         child = subprocess.Popen(
             command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
         )
@@ -95,7 +102,7 @@ def measure(script: Path, store: Store, runs: int) -> Iterator[dict[str, float]]
 
         count = 0
         try:
-            for run in finished(rows(heard())):
+            for run in finished(rows(heard()), compiled=on_cpu):
                 count += 1
                 yield run
                 if count == runs:
@@ -120,7 +127,7 @@ def table(report: dict[str, Any]) -> list[str]:
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, entry in report["scripts"].items():
         columns = {key: [run[key] for run in entry["runs"]] for key in entry["runs"][0]}
-        cells = [f"`{name}`", str(len(entry["runs"]))]
+        cells = [f"`{name}`" + (" on the CPU" if entry.get("on_cpu") else ""), str(len(entry["runs"]))]
         for key, values in columns.items():
             spread = statistics.stdev(values) if len(values) > 1 else None
             if key.endswith("accuracy"):
@@ -135,6 +142,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("script", type=Path, help="the published script")
     parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--on-cpu", action="store_true", help="without a GPU, for its accuracy: published_on_cpu.py")
     parser.add_argument("--dataset", default="cifar10", help="the store whose images it gets")
     parser.add_argument("--json", type=Path, help="where the figures are added to")
     options = parser.parse_args()
@@ -146,9 +154,11 @@ def main() -> int:
     before = (files.read_json(options.json) or {}) if options.json else {}
     same = all(before.get(key) == value for key, value in facts.items())
     runs: list[dict[str, float]] = []
-    entry = {"sha256": hashlib.sha256(options.script.read_bytes()).hexdigest(), "runs": runs}
+    entry: dict[str, Any] = {"sha256": hashlib.sha256(options.script.read_bytes()).hexdigest(), "runs": runs}
+    if options.on_cpu:
+        entry["on_cpu"] = "bf16 autocast around float32 weights in place of half precision, nothing compiled"
     report = {"scripts": {**(before["scripts"] if same else {}), options.script.stem: entry}, **facts}
-    for run in measure(options.script, store, options.runs):
+    for run in measure(options.script, store, options.runs, options.on_cpu):
         runs.append(run)
         if options.json:  # after each: what waits for it may end it at any time
             files.write_json(options.json.absolute(), report)

@@ -30,6 +30,40 @@ for run in [*(["warmup"] if "record" in sys.argv[0] else []), *range(5 if "ends"
     time.sleep(0.01)
 """
 
+WANTS_A_GPU = """
+import sys, torch
+from torch import nn
+text = open(sys.argv[0]).read()
+assert "class CifarNet" in text
+logging_columns_list = ["run   ", "epoch", "train_acc", "val_acc", "tta_val_acc", "time_seconds"]
+def print_columns(columns, is_head=False):
+    print("".join(f"|  {column}  " for column in columns) + "|")
+class CifarNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
+        self.half()
+        self.calls = 0
+    @torch.compile
+    def forward(self, x, extra=True):
+        self.kind = self.layers(x).dtype
+        return self.layers(x)
+def main(run, model):
+    images = torch.load("cifar10/train.pt", map_location=torch.device("cuda"))["images"][:16]
+    starter, ender = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    starter.record()
+    logits = model.cuda()(images.half().permute(0, 3, 1, 2).cuda(), extra=False)
+    logits.sum().backward()
+    ender.record()
+    torch.cuda.synchronize()
+    seconds = starter.elapsed_time(ender) / 1000
+    assert 0 < seconds < 60 and not logits.is_cuda
+    assert logits.dtype == model.layers[1].weight.dtype == torch.float32 and model.kind == torch.bfloat16
+    share = (torch.initial_seed() + 1) / 10
+    print_columns([run, 0, 0.5, share, "", f"{seconds:.4f}"])
+    print_columns(["", "eval", 0.5, share, share, f"{seconds:.4f}"])
+"""
+
 
 def measure(script: Path, data: Path, *options: str) -> subprocess.CompletedProcess[str]:
     benchmark = Path(__file__).resolve().parents[1] / "benchmarks" / "published.py"
@@ -58,6 +92,18 @@ def test_a_published_script_is_measured_on_the_images_of_the_store(tmp_path: Pat
     scripts = json.loads(figures.read_text())["scripts"]
     assert set(scripts) == {"record", "other"}, "figures of one machine are kept"
     assert [run["tta_accuracy"] for run in scripts["other"]["runs"]] == [0.7001], "the first one compiles, whatever its name"
+
+
+@pytest.mark.slow
+def test_a_published_script_that_wants_a_gpu_is_run_on_a_cpu(tmp_path: Path, digits_data: Path) -> None:
+    """Its tensors, precision and clocks are changed below it; every run counts, and each has a seed."""
+    script, figures = tmp_path / "wants.py", tmp_path / "published-2-cores.json"
+    script.write_text(WANTS_A_GPU)
+    done = measure(script, digits_data, "--on-cpu", "--runs", "3", "--json", str(figures))
+    assert done.returncode == 0, done.stderr + done.stdout
+    found = json.loads(figures.read_text())["scripts"]["wants"]
+    assert [run["tta_accuracy"] for run in found["runs"]] == [0.1, 0.2, 0.3]
+    assert "float32 weights" in found["on_cpu"] and "| `wants` on the CPU | 3 |" in done.stdout
 
 
 @pytest.mark.slow

@@ -255,8 +255,8 @@ class Experiment(Model):
     def _a_graph_decides_nothing_on_the_host(self) -> Experiment:
         if self.training.graph is not True:
             return self
-        if isinstance(self.optimizer, Muon | LARS):
-            raise ValueError(f"training.graph: {self.optimizer.name} keeps its rates on the host; use sgd, adam or adamw")
+        if isinstance(self.optimizer, LARS):
+            raise ValueError("training.graph: lars keeps its rates on the host; use sgd, adam, adamw or muon")
         if self.training.gradient_sync == "ddp":
             raise ValueError(
                 "training.graph: gradient_sync: ddp changes its buckets after the first step; use gradient_sync: flat"

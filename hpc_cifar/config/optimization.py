@@ -90,7 +90,7 @@ class AdamW(AnyAdam):
 
 
 class Muon(AnyOptimizer):
-    """Orthogonalised momentum for the weights of convolutions and dense layers (Jordan 2024); AdamW for all others."""
+    """Orthogonalised momentum for the weights of convolutions and dense layers (Jordan 2024); another for all others."""
 
     name: Literal["muon"]
     lr: Positive = 0.02
@@ -101,8 +101,28 @@ class Muon(AnyOptimizer):
     """Nesterov momentum."""
     weight_decay: NotNegative = 0.0
     """Decoupled weight decay."""
+    newton_schulz_steps: Annotated[Whole, Field(ge=1, le=20)] = 5
+    """Iterations that make an update nearly orthogonal."""
+    normalize_weights: Flag = False
+    """Before each of its updates, bring the rows of a weight (a filter or unit each) to a mean square length of 1."""
+    other: Literal["adamw", "sgd"] = "adamw"
+    """What updates biases, normalisations and, with ``last_layer_lr``, the last layer."""
     other_lr: Positive = 1e-3
-    """AdamW's rate, which follows the same schedule."""
+    """Its rate, which follows the same schedule."""
+    other_momentum: Share = 0.9
+    """Momentum of ``other: sgd``; Nesterov's where ``nesterov`` is true."""
+    other_weight_decay: NotNegative | None = None
+    """Its weight decay, decoupled with ``adamw``, added to the gradient with ``sgd``; ``null``: ``weight_decay``."""
+    last_layer_lr: Positive | None = None
+    """Rate of ``other`` for the last layer's weights, whose rate times decay is that of the others. ``null``: Muon's."""
+
+    @model_validator(mode="after")
+    def _momentum_is_where_it_is_used(self) -> Muon:
+        if self.other != "sgd" and "other_momentum" in self.model_fields_set:
+            raise ValueError("other_momentum is of other: sgd")
+        if self.other == "sgd" and self.nesterov and self.other_momentum == 0:
+            raise ValueError("nesterov needs an other_momentum above 0")
+        return self
 
 
 class LARS(AnyOptimizer):
@@ -147,6 +167,14 @@ class Cosine(Schedule):
     """Half a cosine from ``lr`` down."""
 
     name: Literal["cosine"]
+    final_factor: Fraction = 0.0
+    """What it ends at, as a factor on ``lr``."""
+
+
+class Linear(Schedule):
+    """Straight from ``lr`` down."""
+
+    name: Literal["linear"]
     final_factor: Fraction = 0.0
     """What it ends at, as a factor on ``lr``."""
 
@@ -254,7 +282,7 @@ class Plateau(Schedule):
 
 
 ScheduleConfig = Annotated[
-    Constant | Cosine | OneCycle | Step | Staged | Exponential | InverseTime | Triangular | Plateau,
+    Constant | Cosine | Linear | OneCycle | Step | Staged | Exponential | InverseTime | Triangular | Plateau,
     Field(discriminator="name"),
 ]
 

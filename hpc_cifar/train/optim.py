@@ -42,20 +42,34 @@ def _groups(config: Optimizer, parameters: list[nn.Parameter], rules: Sequence[R
     """Parameters that are treated alike, in the order of their first one; a single group where there are no rules."""
     of = {id(rule.parameter): rule for rule in rules}
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    last_layer = next((p for p in reversed(parameters) if p.dim() > 1), None)  # a network's order is that of its layers
     for parameter in parameters:
         rule = of.get(id(parameter), Rule(parameter))
         # the gradient of l2 x the sum of squares is 2 x l2 x weight
         group = {"weight_decay": config.weight_decay * rule.decay_factor + 2 * rule.l2, LR_FACTOR: rule.lr_factor}
         if isinstance(config, Muon):
-            group["use_muon"] = parameter.dim() > 1
-            if parameter.dim() < 2:
-                group[LR_FACTOR] *= config.other_lr / config.lr
+            group |= _of_muon(config, rule, is_last_layer=parameter is last_layer)
         if isinstance(config, LARS):  # biases and normalisations are neither adapted nor decayed, as in the paper's followers
             group["always_adapt"] = parameter.dim() > 1
             if parameter.dim() < 2:
                 group["weight_decay"] = 0.0
         groups.setdefault(tuple(group.items()), group | {"params": []})["params"].append(parameter)
     return list(groups.values())
+
+
+def _of_muon(config: Muon, rule: Rule, is_last_layer: bool) -> dict[str, Any]:
+    """Whether Muon updates a parameter; its rate and decay if it does not."""
+    last_layer_lr = config.last_layer_lr if is_last_layer else None
+    if rule.parameter.dim() > 1 and last_layer_lr is None:
+        return {"use_muon": True}
+    rate = last_layer_lr or config.other_lr
+    decay = config.weight_decay if config.other_weight_decay is None else config.other_weight_decay
+    return {
+        "use_muon": False,
+        LR_FACTOR: rule.lr_factor * rate / config.lr,
+        # rate times decay stays
+        "weight_decay": decay * rule.decay_factor * config.other_lr / rate + 2 * rule.l2,
+    }
 
 
 def _build(config: Optimizer, groups: list[dict[str, Any]], capturable: bool) -> torch.optim.Optimizer:
@@ -67,11 +81,9 @@ def _build(config: Optimizer, groups: list[dict[str, Any]], capturable: bool) ->
             betas = (config.beta1, config.beta2)
             return _plain(kind)(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True, capturable=capturable)
         case Muon():
-            from timm.optim.muon import Muon as TimmMuon
+            from . import muon  # timm takes a while to import
 
-            return _plain(TimmMuon)(
-                groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, adjust_lr_fn="original"
-            )
+            return muon.build(config, groups, capturable, _plain)
         case LARS():
             from timm.optim.lars import Lars
 

@@ -12,6 +12,7 @@ from ..config.optimization import (
     EarlyStopping,
     Exponential,
     InverseTime,
+    Linear,
     OneCycle,
     Plateau,
     ScheduleConfig,
@@ -36,7 +37,7 @@ def factor(
 
     Returns:
         0 <= factor, at most 1 but for ``staged``. Warm-up rises linearly and reaches 1 at its last step; cosine (Loshchilov &
-        Hutter 2017) and the fall of one-cycle (Smith 2018) run over what is left.
+        Hutter 2017), linear and the fall of one-cycle (Smith 2018) run over what is left.
     """
     if isinstance(schedule, OneCycle):
         top = max(1.0, schedule.peak * total_steps)
@@ -55,6 +56,9 @@ def factor(
     match schedule:
         case Constant():
             return 1.0
+        case Linear():
+            done = (step - warmup) / max(1, total_steps - warmup)
+            return schedule.final_factor + (1 - schedule.final_factor) * (1 - done)
         case Cosine():
             done = (step - warmup) / max(1, total_steps - warmup)
             return schedule.final_factor + (1 - schedule.final_factor) * (1 + math.cos(math.pi * done)) / 2

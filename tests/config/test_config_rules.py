@@ -19,6 +19,8 @@ from hpc_cifar.errors import ConfigError
             ["training.graph=true", "optimizer={name: lars, lr: 1}"],
             "training.graph: lars keeps its rates on the host",
         ),
+        ("quickstart", ["optimizer={name: muon, other_momentum: 0.5}"], "other_momentum is of other: sgd"),
+        ("quickstart", ["optimizer={name: muon, other: sgd, other_momentum: 0}"], "nesterov needs an other_momentum above 0"),
         ("quickstart", ["training.graph=true", "training.gradient_sync=ddp"], "training.graph: gradient_sync: ddp"),
         (
             "quickstart",

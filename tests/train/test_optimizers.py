@@ -10,6 +10,7 @@ import ranks
 import torch
 import torch.nn.functional as F
 from steps import ALONE, batches, stepper_of
+from timm.optim.muon import _COEFFICIENTS as MUON_COEFFICIENTS
 from torch import nn
 
 from hpc_cifar.data.pipeline import Batch
@@ -188,10 +189,17 @@ def test_lookahead_beside_a_graph_ends_where_the_eager_mode_does() -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["muon", "lars"])
+TIMMS: dict[str, tuple[dict[str, Any], list[float]]] = {  # with what each group's rate is multiplied by
+    "muon": ({"name": "muon", "lr": 0.05, "other_lr": 0.01}, [1.0, 0.2]),
+    "muon and sgd": ({"name": "muon", "lr": 0.05, "other": "sgd", "other_lr": 0.1, "last_layer_lr": 0.2}, [1.0, 2.0, 4.0]),
+    "lars": ({"name": "lars", "lr": 5.0}, [1.0, 1.0]),
+}
+
+
+@pytest.mark.parametrize("name", TIMMS)
 def test_optimizers_of_timm_learn_and_restore(name: str) -> None:
     """A state that was read back goes on as one that was kept, for the optimizers that torch has not got."""
-    options = {"muon": {"name": "muon", "lr": 0.05, "other_lr": 0.01}, "lars": {"name": "lars", "lr": 5.0}}[name]
+    options, factors = TIMMS[name]
     config = configured(options | {"lookahead": {"steps": 2}})
     ours = network()
     optimizer = optim.build(config.optimizer, ours.parameters())
@@ -210,7 +218,7 @@ def test_optimizers_of_timm_learn_and_restore(name: str) -> None:
     first = steps(ours, optimizer)
     assert sum(first[-2:]) < 0.8 * sum(first[:2]), first
     groups = optimizer.param_groups
-    assert [group["lr_factor"] for group in groups] == pytest.approx([1.0, 0.2] if name == "muon" else [1.0, 1.0])
+    assert [group["lr_factor"] for group in groups] == pytest.approx(factors)
     other = network()
     other.load_state_dict(ours.state_dict())
     buffer = io.BytesIO()
@@ -220,6 +228,68 @@ def test_optimizers_of_timm_learn_and_restore(name: str) -> None:
     restored.load_state_dict(torch.load(buffer, weights_only=True))
     assert steps(ours, optimizer) == steps(other, restored)
     assert torch.equal(weights, other.get_parameter("1.weight"))
+
+
+def orthogonal(matrix: torch.Tensor, steps: int) -> torch.Tensor:
+    """The odd polynomials of degree 5 that timm's Muon begins with, by eigenvectors of the smaller side."""
+    x = matrix / matrix.norm()
+    left, values, right = torch.linalg.svd(x, full_matrices=False)
+    for a, b, c in MUON_COEFFICIENTS["quintic"][:steps]:
+        values = a * values + b * values**3 + c * values**5
+    return left @ torch.diag(values) @ right
+
+
+def test_muon_with_sgd_beside_it_as_it_is_written_out() -> None:
+    """Weights of a length, updates that are turned to be orthogonal, SGD for biases and the last layer."""
+    options = {
+        "name": "muon",
+        "lr": 0.2,
+        "momentum": 0.6,
+        "newton_schulz_steps": 3,
+        "normalize_weights": True,
+        "other": "sgd",
+        "other_lr": 0.05,
+        "other_momentum": 0.8,
+        "other_weight_decay": 0.1,
+        "last_layer_lr": 0.5,
+    }
+    ours, theirs = network(), network()
+    stepper = stepper_of(configured(options), ours, [])
+    weight, bias, last, last_bias = theirs.parameters()
+    groups = [
+        {"params": [bias, last_bias], "lr": 0.05, "weight_decay": 0.1},
+        {"params": [last], "lr": 0.5, "weight_decay": 0.01},  # rate times decay stays
+    ]
+    sgd = torch.optim.SGD(groups, momentum=0.8, nesterov=True)
+    kept = torch.zeros_like(weight)
+    for batch in batches(3):
+        stepper(batch, batch.number)
+        theirs.zero_grad()
+        F.cross_entropy(theirs(batch.images), batch.labels).backward()
+        sgd.step()
+        with torch.no_grad():
+            assert weight.grad is not None
+            kept = 0.6 * kept + weight.grad
+            weight *= len(weight) ** 0.5 / weight.norm()
+            weight -= 0.2 * orthogonal(weight.grad + 0.6 * kept, 3)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0.02, atol=0.004)  # timm turns in bf16
+
+
+@pytest.mark.parametrize("other", ["adamw", "sgd"])
+def test_muon_beside_a_graph_ends_where_the_eager_mode_does(other: str) -> None:
+    options = {"name": "muon", "lr": 0.02, "other": other, "other_lr": 0.01, "normalize_weights": True, "weight_decay": 0.01}
+    networks = [network(), network()]
+    steppers = [
+        stepper_of(configured(options | {"lookahead": {"steps": 2}}), one, [], graph)
+        for one, graph in zip(networks, (False, True), strict=True)
+    ]
+    for batch in batches(7):
+        for stepper in steppers:
+            stepper(batch, batch.number)
+    for a, b, start in zip(*(one.parameters() for one in (*networks, network())), strict=True):
+        moved = (a - start).abs().max().item()
+        torch.testing.assert_close(a, b, rtol=0.0, atol=0.03 * moved)  # a rate on the device is multiplied in bf16
 
 
 def test_lars_steps_are_relative_to_the_weights() -> None:

@@ -50,6 +50,7 @@ def test_step_drops_at_the_start_of_an_epoch() -> None:
         [
             {"name": "constant", "warmup_epochs": 2.5},
             {"name": "cosine", "warmup_epochs": 1},
+            {"name": "linear", "warmup_epochs": 0.5, "final_factor": 0.1},
             {"name": "one_cycle", "peak": 0.3},
             {"name": "one_cycle", "peak": 0.01, "initial_factor": 0.5, "final_factor": 0.2},
             {"name": "step", "epochs": [1, 3]},
@@ -66,6 +67,13 @@ def test_every_factor_is_between_zero_and_one(values: dict[str, Any], per_epoch:
     config, total = schedule(**values), per_epoch * epochs
     found = [factor(config, step, per_epoch, total) for step in range(total)]
     assert all(0 < value <= 1 for value in found)
+
+
+def test_linear_falls_by_the_same_every_step() -> None:
+    values = [factor(schedule(name="linear", final_factor=0.2), step, 5, 10) for step in range(10)]
+    assert values == pytest.approx([1 - 0.08 * step for step in range(10)])
+    warmed = [factor(schedule(name="linear", warmup_epochs=1), step, 5, 10) for step in range(10)]
+    assert warmed == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2])
 
 
 def test_one_cycle_rises_then_falls() -> None:
