@@ -27,6 +27,7 @@ from hpc_cifar import files
 from hpc_cifar.data import bench
 from hpc_cifar.data.store import Store
 
+ON_CPU = " on the CPU"  # ends the name of what was run so
 STATED = {  # by the heads of the scripts; accuracies with test-time augmentation, on lossless CIFAR-10
     "airbench94_muon": "94.01 % (n = 200) in 2.59 s on an A100",
     "airbench96_faster": "96.00 % (n = 200) in 27.3 s on an A100",
@@ -127,14 +128,15 @@ def table(report: dict[str, Any]) -> list[str]:
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, entry in report["scripts"].items():
         columns = {key: [run[key] for run in entry["runs"]] for key in entry["runs"][0]}
-        cells = [f"`{name}`" + (" on the CPU" if entry.get("on_cpu") else ""), str(len(entry["runs"]))]
+        script, on_cpu, _ = name.partition(ON_CPU)
+        cells = [f"`{script}`{on_cpu}", str(len(entry["runs"]))]
         for key, values in columns.items():
             spread = statistics.stdev(values) if len(values) > 1 else None
             if key.endswith("accuracy"):
                 cells.append(f"{statistics.mean(values):.2%}" + (f" ± {spread:.2%}" if spread is not None else ""))
             else:
                 cells.append(f"{statistics.mean(values):.2f} s" + (f" ± {spread:.2f} s" if spread is not None else ""))
-        lines.append(f"| {' | '.join([*cells, STATED.get(name, '-')])} |")
+        lines.append(f"| {' | '.join([*cells, STATED.get(script, '-')])} |")
     return lines
 
 
@@ -150,14 +152,18 @@ def main() -> int:
     if not options.script.is_file():
         sys.exit(f"{options.script}: no such file; --help says where the scripts are published")
     store = Store.open(files.data_root(), options.dataset)
-    facts = {"data": store.label, "hardware": bench.hardware(), "versions": bench.versions()}
+    hardware, name = bench.hardware(), options.script.stem
+    if options.on_cpu:
+        hardware.pop("gpu", None)
+        name += ON_CPU
+    facts = {"data": store.label, "hardware": hardware, "versions": bench.versions()}
     before = (files.read_json(options.json) or {}) if options.json else {}
     same = all(before.get(key) == value for key, value in facts.items())
     runs: list[dict[str, float]] = []
     entry: dict[str, Any] = {"sha256": hashlib.sha256(options.script.read_bytes()).hexdigest(), "runs": runs}
     if options.on_cpu:
         entry["on_cpu"] = "bf16 autocast around float32 weights in place of half precision, nothing compiled"
-    report = {"scripts": {**(before["scripts"] if same else {}), options.script.stem: entry}, **facts}
+    report = {"scripts": {**(before["scripts"] if same else {}), name: entry}, **facts}
     for run in measure(options.script, store, options.runs, options.on_cpu):
         runs.append(run)
         if options.json:  # after each: what waits for it may end it at any time

@@ -101,7 +101,7 @@ def test_a_published_script_that_wants_a_gpu_is_run_on_a_cpu(tmp_path: Path, dig
     script.write_text(WANTS_A_GPU)
     done = measure(script, digits_data, "--on-cpu", "--runs", "3", "--json", str(figures))
     assert done.returncode == 0, done.stderr + done.stdout
-    found = json.loads(figures.read_text())["scripts"]["wants"]
+    found = json.loads(figures.read_text())["scripts"]["wants on the CPU"]
     assert [run["tta_accuracy"] for run in found["runs"]] == [0.1, 0.2, 0.3]
     assert "float32 weights" in found["on_cpu"] and "| `wants` on the CPU | 3 |" in done.stdout
 

@@ -326,6 +326,15 @@ class Experiment(Model):
             )
         return self
 
+    @model_validator(mode="after")
+    def _a_weight_has_one_length(self) -> Experiment:
+        model = self.model
+        layers = (model.head or ()) if isinstance(model, PretrainedModel) else model.layers
+        shortened = any(getattr(layer, "max_norm", None) is not None for layer in all_layers(layers))
+        if shortened and isinstance(self.optimizer, Muon) and self.optimizer.normalize_weights:
+            raise ValueError("optimizer.normalize_weights gives weights their length; leave the layers' max_norm out")
+        return self
+
     @property
     def lr(self) -> float:
         """The rate that the schedule's factor is applied to: the optimizer's, scaled to the batch if it asks for that."""

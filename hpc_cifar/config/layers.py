@@ -19,6 +19,12 @@ Small = Annotated[Real, Field(gt=0, lt=1)]
 Penalty = Annotated[Real, Field(ge=0)]
 
 
+def _needs_a_bias(layer: Any) -> Any:
+    if layer.bias_lr_factor != 1 and not layer.bias:
+        raise ValueError("bias_lr_factor needs a bias")
+    return layer
+
+
 class Conv(Model):
     """2-d convolution."""
 
@@ -33,6 +39,8 @@ class Conv(Model):
     """``same`` keeps height and width at stride 1 (the kernel must be odd), ``valid`` pads nothing; or pixels a side."""
     bias: Flag = True
     """Whether there is a bias."""
+    bias_lr_factor: Positive = 1.0
+    """On the rate of the bias; its weight decay is divided by it."""
     l2: Penalty = 0.0
     """Times the sum of the squared weights, added to the loss as Keras' ``l2(...)`` does; reported losses are without it."""
     max_norm: Positive | None = None
@@ -48,6 +56,8 @@ class Conv(Model):
             raise ValueError("fixed_weights: l2 and max_norm are for weights that are trained")
         return self
 
+    _bias = model_validator(mode="after")(_needs_a_bias)
+
 
 class Dense(Model):
     """Fully connected layer on a flat input."""
@@ -57,10 +67,14 @@ class Dense(Model):
     """Outputs."""
     bias: Flag = True
     """Whether there is a bias."""
+    bias_lr_factor: Positive = 1.0
+    """As for ``conv``."""
     l2: Penalty = 0.0
     """As for ``conv``."""
     max_norm: Positive | None = None
     """Largest length of a unit's weights, as for ``conv``."""
+
+    _bias = model_validator(mode="after")(_needs_a_bias)
 
 
 class BatchNorm(Model):

@@ -33,7 +33,7 @@ class AnyOptimizer(Model):
     """Fields of every optimizer."""
 
     base_batch_size: Count | None = None
-    """``lr`` is meant for this batch size and grows linearly with ``data.batch_size`` (Goyal et al. 2017)."""
+    """``lr`` is meant for this batch size and grows linearly with ``data.batch_size`` (Goyal et al. 2017), as all rates do."""
     norm_bias_lr_factor: Positive = 1.0
     """On the rate of the biases of normalisations; their weight decay is divided by it (Jordan 2024)."""
     lookahead: Lookahead | None = None
@@ -100,9 +100,11 @@ class Muon(AnyOptimizer):
     nesterov: Flag = True
     """Nesterov momentum."""
     weight_decay: NotNegative = 0.0
-    """Decoupled weight decay."""
+    """Decoupled weight decay; ``normalize_weights`` leaves it little effect."""
     newton_schulz_steps: Annotated[Whole, Field(ge=1, le=20)] = 5
     """Iterations that make an update nearly orthogonal."""
+    newton_schulz_coefficients: Literal["quintic", "original"] = "quintic"
+    """``quintic``: another polynomial for each of five iterations; ``original``: Jordan's, for fewer iterations, too."""
     normalize_weights: Flag = False
     """Before each of its updates, bring the rows of a weight (a filter or unit each) to a mean square length of 1."""
     other: Literal["adamw", "sgd"] = "adamw"
@@ -118,7 +120,7 @@ class Muon(AnyOptimizer):
 
     @model_validator(mode="after")
     def _momentum_is_where_it_is_used(self) -> Muon:
-        if self.other != "sgd" and "other_momentum" in self.model_fields_set:
+        if self.other != "sgd" and self.other_momentum != type(self).model_fields["other_momentum"].default:
             raise ValueError("other_momentum is of other: sgd")
         if self.other == "sgd" and self.nesterov and self.other_momentum == 0:
             raise ValueError("nesterov needs an other_momentum above 0")

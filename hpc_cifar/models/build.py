@@ -83,17 +83,21 @@ def _norm_biases(network: nn.Module) -> Iterator[nn.Parameter]:
 def _rules_of_model(model: ModelConfig, network: nn.Module) -> list[Rule]:
     match model:
         case SequentialModel():
-            return _rules_of_layers(model.layers, network)
+            return list(_rules_of_layers(model.layers, network))
         case PretrainedModel():
-            head = _rules_of_layers(model.head or (), network.get_submodule("head"))
+            head = list(_rules_of_layers(model.head or (), network.get_submodule("head")))
             if model.backbone_lr_factor == 1:
                 return head
             backbone = network.get_submodule("backbone").parameters()
             return [*head, *(Rule(p, lr_factor=model.backbone_lr_factor) for p in backbone if p.requires_grad)]
 
 
-def _rules_of_layers(layers: Sequence[AnyLayer], network: nn.Module) -> list[Rule]:
-    return [Rule(weight, layer.l2, layer.max_norm) for layer, weight in sequential.weights_with_rules(layers, network)]
+def _rules_of_layers(layers: Sequence[AnyLayer], network: nn.Module) -> Iterator[Rule]:
+    for layer, module in sequential.weighted(layers, network):
+        if layer.l2 or layer.max_norm is not None:
+            yield Rule(module.get_parameter("weight"), layer.l2, layer.max_norm)
+        if (factor := layer.bias_lr_factor) != 1:
+            yield Rule(module.get_parameter("bias"), lr_factor=factor, decay_factor=1 / factor)
 
 
 def initialise_from_images(model: ModelConfig, network: nn.Module, images: Callable[[], Tensor]) -> None:

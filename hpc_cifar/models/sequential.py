@@ -140,16 +140,14 @@ def _initialise(network: nn.Sequential, init: str) -> None:
                 nn.init.zeros_(module.bias)
 
 
-def weights_with_rules(
-    layers: Sequence[spec.AnyLayer], network: nn.Module
-) -> Iterator[tuple[spec.Conv | spec.Dense, nn.Parameter]]:
-    """The weights of layers with ``l2`` or ``max_norm``; their biases are free."""
+def weighted(layers: Sequence[spec.AnyLayer], network: nn.Module) -> Iterator[tuple[spec.Conv | spec.Dense, nn.Module]]:
+    """The layers that have weights, and their modules."""
     for layer, module in zip(layers, network.children(), strict=False):  # a scale may follow
-        if isinstance(layer, spec.Conv | spec.Dense) and (layer.l2 or layer.max_norm is not None):
-            yield layer, module.get_parameter("weight")
+        if isinstance(layer, spec.Conv | spec.Dense):
+            yield layer, module
         if isinstance(layer, spec.Residual):
-            yield from weights_with_rules(layer.layers, module.get_submodule("body"))
-            yield from weights_with_rules(layer.shortcut, module.get_submodule("shortcut"))
+            yield from weighted(layer.layers, module.get_submodule("body"))
+            yield from weighted(layer.shortcut, module.get_submodule("shortcut"))
 
 
 def wants_whitening(model: SequentialModel) -> bool:

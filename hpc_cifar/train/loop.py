@@ -114,7 +114,7 @@ def _train(run: Run, world: World, attempt: Callable[[], dict[str, Any]]) -> dic
 def _trained(trainer: Trainer, segment: str, on_hang: OnHang | None) -> dict[str, Any]:
     """From the newest checkpoint as far as it goes."""
     run, world = trainer.run, trainer.world
-    rehearsal.begin(run.path, world.rank, lambda: trainer.session.position.step)
+    rehearsal.begin(run.path, world.rank, trainer.session.stepper, lambda: trainer.session.position.step)
     patience = trainer.experiment.resources.hang_timeout_s
     with Watchdog(run.path, segment, world, patience, on_hang, trainer.records.progress.say) as trainer.watchdog:
         try:

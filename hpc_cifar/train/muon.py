@@ -53,8 +53,7 @@ class Together(torch.optim.Optimizer):
         first = 0
         for part in self._parts:
             end = first + len(part.param_groups)
-            part.param_groups = self.param_groups[first:end]
-            part.state = self.state
+            part.__setstate__({"state": self.state, "param_groups": self.param_groups[first:end]})
             first = end
 
     @torch.no_grad()
@@ -77,6 +76,7 @@ def build(config: Muon, groups: Groups, capturable: bool, plain: Plain) -> torch
         "momentum": config.momentum,
         "nesterov": config.nesterov,
         "ns_steps": config.newton_schulz_steps,
+        "ns_coefficients": config.newton_schulz_coefficients,
         "adjust_lr_fn": "original",
         "capturable": capturable,
     }

@@ -92,6 +92,19 @@ def _build(config: Optimizer, groups: list[dict[str, Any]], capturable: bool) ->
             )
 
 
+def restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load a state that may have been saved where steps were recorded and now are not, or the other way round.
+
+    Args:
+        state: is changed: its groups become capturable where those of ``optimizer`` are. torch puts counts of steps on the
+            device or the host by that.
+    """
+    for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
+        if "capturable" in group:
+            saved["capturable"] = group["capturable"]
+    optimizer.load_state_dict(state)
+
+
 def halves(optimizer: torch.optim.Optimizer, graph: bool) -> tuple[Callable[[], object], Callable[[], object] | None]:
     """What a step does on the device alone, and what of it the host decides: with lookahead and a graph, when to go back."""
     wrapper: Any = optimizer  # timm's Lookahead, if it is one

@@ -20,29 +20,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch.optim.optimizer import register_optimizer_step_post_hook
-
 from .. import files
+from .step import Stepper
 
 VARIABLE, NAME = "HPC_CIFAR_DRILL", "drill"
 LOOK_S = 0.05
 
 
-def begin(run: Path, rank: int, step: Callable[[], int]) -> None:
-    """Listen from now on, if this is a drill; ``step`` says how many updates were made."""
-    if VARIABLE not in os.environ or any(thread.name == NAME for thread in threading.enumerate()):
+def begin(run: Path, rank: int, stepper: Stepper, step: Callable[[], int]) -> None:
+    """Listen from now on, if this is a drill, and rest after every step; ``step`` says how many updates were made."""
+    if VARIABLE not in os.environ:
         return
     folder = run / "drill"
     folder.mkdir(exist_ok=True)
     known = files.read_json(folder / "order.json")
     last = int(known["number"]) if isinstance(known, dict) else 0
-    threading.Thread(target=_listen, args=(folder, rank, step, last), name=NAME, daemon=True).start()
 
-    def rest(*_: Any) -> None:
+    def rest() -> None:
         pace_s = files.read_json(folder / "pace")
         time.sleep(float(os.environ[VARIABLE] if pace_s is None else pace_s))
 
-    register_optimizer_step_post_hook(rest)
+    stepper.rest = rest
+    if not any(thread.name == NAME for thread in threading.enumerate()):
+        threading.Thread(target=_listen, args=(folder, rank, step, last), name=NAME, daemon=True).start()
 
 
 def _listen(folder: Path, rank: int, step: Callable[[], int], last: int) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from . import optim
 from .distributed import World
 from .optim import EMA
 from .saver import copy_of
@@ -81,11 +82,7 @@ class Session:
             )
         try:
             self.network.load_state_dict(state["model"])
-            capturable = [group.get("capturable") for group in self.optimizer.param_groups]
-            self.optimizer.load_state_dict(state["optimizer"])
-            for group, flag in zip(self.optimizer.param_groups, capturable, strict=True):
-                if flag is not None:  # how this segment computes, not how the last one did
-                    group["capturable"] = flag
+            optim.restore(self.optimizer, state["optimizer"])
         except (RuntimeError, ValueError, KeyError) as error:
             first = str(error).strip().splitlines()[0]
             raise CheckpointError(f"the checkpoint does not fit this experiment's network or optimizer: {first}") from None

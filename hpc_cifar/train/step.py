@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -93,6 +93,7 @@ class Stepper:
         self._plan = plan
         self._chooses = False  # in this step
         self.rate = 0.0  # learning rate of the last step
+        self.rest: Callable[[], None] | None = None  # called after every step of a rehearsal
         self._parameters = [p for p in sync.module.parameters() if p.requires_grad]
         window = experiment.training.log_every_steps
         # per step of the window: this rank's part of the batch loss; then correct and seen images of the window
@@ -124,6 +125,8 @@ class Stepper:
             self._slow()
             self._settle()
         self._seen += 1
+        if self.rest is not None:
+            self.rest()
         return self.rate
 
     def trained_images(self, global_size: int, step: int) -> int:

@@ -20,6 +20,8 @@ from hpc_cifar.errors import ConfigError
             "training.graph: lars keeps its rates on the host",
         ),
         ("quickstart", ["optimizer={name: muon, other_momentum: 0.5}"], "other_momentum is of other: sgd"),
+        ("three-conv-maxnorm", ["optimizer={name: muon, normalize_weights: true}"], "leave the layers' max_norm out"),
+        ("quickstart", ["model.layers.0.conv={filters: 8, bias: false, bias_lr_factor: 2}"], "bias_lr_factor needs a bias"),
         ("quickstart", ["optimizer={name: muon, other: sgd, other_momentum: 0}"], "nesterov needs an other_momentum above 0"),
         ("quickstart", ["training.graph=true", "training.gradient_sync=ddp"], "training.graph: gradient_sync: ddp"),
         (

@@ -6,12 +6,14 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from hpc_cifar.config.experiment import Experiment
 from hpc_cifar.config.load import load_experiment
 from hpc_cifar.config.model import SequentialModel
 from hpc_cifar.config.packaged import job_files
 from hpc_cifar.config.shapes import LayerShape, layer_shapes, parameter_count
+from hpc_cifar.runs import experiment_text
 
 # no source claims anything for these
 OURS = {
@@ -53,6 +55,12 @@ def test_every_published_system_is_a_job_with_its_claim(name: str) -> None:
     assert made.name == name and made.claim is not None and made.claim.inferred
     (source,) = (source for source, names in SOURCES.items() if name in names)
     assert made.claim.source.startswith(f"{source}: ")
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_what_a_run_keeps_of_a_job_reads_back_to_it(name: str) -> None:
+    made = experiment(name)
+    assert Experiment.model_validate(yaml.safe_load(experiment_text(made))) == made
 
 
 def test_no_job_is_forgotten_here() -> None:

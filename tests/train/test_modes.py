@@ -58,7 +58,11 @@ SGD = {"name": "sgd", "lr": 0.02, "momentum": 0.9}
 LOOKAHEAD = SGD | {"lookahead": {"steps": 5, "alpha": 0.5}}
 
 
-@pytest.mark.parametrize("optimizer", [SGD, LOOKAHEAD, {"name": "adam", "lr": 0.002}], ids=["sgd", "lookahead", "adam"])
+MUON = {"name": "muon", "lr": 0.02, "other": "sgd", "other_lr": 0.02, "last_layer_lr": 0.05, "normalize_weights": True}
+OPTIMIZERS = {"sgd": SGD, "lookahead": LOOKAHEAD, "adam": {"name": "adam", "lr": 0.002}, "muon": MUON}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_a_graph_is_resumed_bit_for_bit(tmp_path: Path, digits_data: Path, optimizer: dict[str, Any]) -> None:
     values = ranks.experiment(training={"graph": True}, checkpoint={"every_steps": 3}, epochs=3).model_dump()
     values["optimizer"] = optimizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from typing import Any
 
@@ -10,7 +11,6 @@ import ranks
 import torch
 import torch.nn.functional as F
 from steps import ALONE, batches, stepper_of
-from timm.optim.muon import _COEFFICIENTS as MUON_COEFFICIENTS
 from torch import nn
 
 from hpc_cifar.data.pipeline import Batch
@@ -108,7 +108,7 @@ def test_l2_is_a_part_of_the_loss(name: str) -> None:
 
 
 def test_biases_of_normalisations_move_faster_and_shrink_no_faster() -> None:
-    layers = [{"conv": {"filters": 4}}, "batch_norm", "relu", "flatten", {"dense": {"units": 10}}]
+    layers = [{"conv": {"filters": 4, "bias_lr_factor": 4}}, "batch_norm", "relu", "flatten", {"dense": {"units": 10}}]
     config = configured(
         {"name": "sgd", "lr": 0.01, "weight_decay": 0.5, "norm_bias_lr_factor": 8.0},
         model={"family": "sequential", "layers": layers},
@@ -131,7 +131,7 @@ def test_biases_of_normalisations_move_faster_and_shrink_no_faster() -> None:
         gradients[name] = parameter.grad
     stepper(batch, 0)
     torch.testing.assert_close(bias.detach(), 1 - 0.01 * (8 * gradients["1.bias"] + 0.5), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(other.detach(), 1 - 0.01 * (gradients["0.bias"] + 0.5), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(other.detach(), 1 - 0.01 * (4 * gradients["0.bias"] + 0.5), rtol=1e-5, atol=1e-6)
     expected = before - 0.01 * (gradients["4.weight"] + 0.5 * before)
     torch.testing.assert_close(ours.get_parameter("4.weight").detach(), expected, rtol=1e-5, atol=1e-6)
 
@@ -231,11 +231,11 @@ def test_optimizers_of_timm_learn_and_restore(name: str) -> None:
 
 
 def orthogonal(matrix: torch.Tensor, steps: int) -> torch.Tensor:
-    """The odd polynomials of degree 5 that timm's Muon begins with, by eigenvectors of the smaller side."""
+    """Jordan's polynomial of degree 5 on the singular values."""
     x = matrix / matrix.norm()
     left, values, right = torch.linalg.svd(x, full_matrices=False)
-    for a, b, c in MUON_COEFFICIENTS["quintic"][:steps]:
-        values = a * values + b * values**3 + c * values**5
+    for _ in range(steps):
+        values = 3.4445 * values - 4.775 * values**3 + 2.0315 * values**5
     return left @ torch.diag(values) @ right
 
 
@@ -246,6 +246,7 @@ def test_muon_with_sgd_beside_it_as_it_is_written_out() -> None:
         "lr": 0.2,
         "momentum": 0.6,
         "newton_schulz_steps": 3,
+        "newton_schulz_coefficients": "original",
         "normalize_weights": True,
         "other": "sgd",
         "other_lr": 0.05,
@@ -290,6 +291,38 @@ def test_muon_beside_a_graph_ends_where_the_eager_mode_does(other: str) -> None:
     for a, b, start in zip(*(one.parameters() for one in (*networks, network())), strict=True):
         moved = (a - start).abs().max().item()
         torch.testing.assert_close(a, b, rtol=0.0, atol=0.03 * moved)  # a rate on the device is multiplied in bf16
+
+
+@pytest.mark.parametrize("options", [{"name": "adam"}, {"name": "muon"}, {"name": "muon", "other": "sgd", "other_lr": 0.1}])
+def test_a_state_goes_on_in_another_mode(options: dict[str, Any]) -> None:
+    """Saved without recording and continued with it, and back; a device without memory stands for a GPU."""
+    config = configured(options)
+    ours = network()
+    eager = optim.build(config.optimizer, ours.parameters())
+    for batch in batches(2):
+        F.cross_entropy(ours(batch.images), batch.labels).backward()
+        eager.step()
+    recorded = optim.build(config.optimizer, network().to("meta").parameters(), capturable=True)
+    optim.restore(recorded, copy.deepcopy(eager.state_dict()))
+    assert all(group.get("capturable", True) for group in recorded.param_groups)
+    counts = [state["step"] for state in recorded.state.values() if "step" in state]
+    assert all(count.is_meta for count in counts) and bool(counts) == (options.get("other") != "sgd")
+    saved = copy.deepcopy(eager.state_dict())
+    for group in saved["param_groups"]:
+        group |= {"capturable": True} if "capturable" in group else {}
+    optim.restore(eager, saved)
+    assert not any(group.get("capturable", False) for group in eager.param_groups)
+    eager.step()
+
+
+def test_a_rehearsal_rests_once_a_step() -> None:
+    options = {"name": "muon", "other": "sgd", "lookahead": {"steps": 2}}  # optimizers in an optimizer in another
+    stepper = stepper_of(configured(options), network(), [])
+    rests: list[int] = []
+    stepper.rest = lambda: rests.append(stepper.seen)
+    for batch in batches(3):
+        stepper(batch, batch.number)
+    assert rests == [1, 2, 3]
 
 
 def test_lars_steps_are_relative_to_the_weights() -> None:
