@@ -177,7 +177,7 @@ def mean(runs: list[Json], figure: str) -> str:
 
 
 def recipe_lines(name: str, result: Json) -> list[str]:
-    lines = ["| job | n | test accuracy | with flips | time | training alone | data | hardware |", "|---" * 8 + "|"]
+    lines = ["| job | n | test accuracy | with augmentation | time | training alone | data | hardware |", "|---" * 8 + "|"]
     for job, entry in result["systems"].items():
         runs = entry["measured"]
         time = f"{statistics.mean(run['seconds'] for run in runs):,.0f} s"
@@ -201,6 +201,8 @@ def recipe_lines(name: str, result: Json) -> list[str]:
         lines.append(f"| {' | '.join(row)} |")
     about = "Mean and standard deviation over n seeds; time of training, validation and test, without start-up; training alone"
     about += ": the median epoch times the number of epochs"
+    if any(run.get("tta_accuracy") is not None for entry in result["systems"].values() for run in entry["measured"]):
+        about += "; with augmentation: averaged over ten mirrored and shifted views of each test image"
     return [*lines, "", f"{about}; `docs/results/{name}`."]
 
 
