@@ -20,11 +20,11 @@ from typing import Any
 
 import data
 import plots
+import published
 import restart
 import step
 import systems
 
-import published
 from hpc_cifar import files
 from hpc_cifar.train import stall
 
