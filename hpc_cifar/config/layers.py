@@ -20,8 +20,8 @@ Penalty = Annotated[Real, Field(ge=0)]
 
 
 def _needs_a_bias(layer: Any) -> Any:
-    if layer.bias_lr_factor != 1 and not layer.bias:
-        raise ValueError("bias_lr_factor needs a bias")
+    if not layer.bias and (layer.bias_lr_factor != 1 or layer.bias_epochs is not None):
+        raise ValueError("bias_lr_factor and bias_epochs need a bias")
     return layer
 
 
@@ -41,12 +41,16 @@ class Conv(Model):
     """Whether there is a bias."""
     bias_lr_factor: Positive = 1.0
     """On the rate of the bias; its weight decay is divided by it."""
+    bias_epochs: Positive | None = None
+    """The rate of the bias falls linearly to 0 over so many epochs, instead of by the schedule; then the bias stays."""
     l2: Penalty = 0.0
     """Times the sum of the squared weights, added to the loss as Keras' ``l2(...)`` does; reported losses are without it."""
     max_norm: Positive | None = None
     """Largest length of a filter's weights, kept after every update (Srivastava et al. 2014)."""
     init: Literal["model", "whiten"] = "model"
     """``whiten`` (first layer only) begins with the main directions of the training images' patches, both signs of each."""
+    whiten_eps: Positive = 1e-3
+    """Added to the variance along each direction, by whose root ``whiten`` divides."""
     fixed_weights: Flag = False
     """The weights stay as they begin, and only the bias is trained."""
 
@@ -54,6 +58,12 @@ class Conv(Model):
     def _nothing_changes_fixed_weights(self) -> Conv:
         if self.fixed_weights and (self.l2 or self.max_norm is not None):
             raise ValueError("fixed_weights: l2 and max_norm are for weights that are trained")
+        return self
+
+    @model_validator(mode="after")
+    def _eps_is_where_it_is_used(self) -> Conv:
+        if self.init != "whiten" and self.whiten_eps != type(self).model_fields["whiten_eps"].default:
+            raise ValueError("whiten_eps is of init: whiten")
         return self
 
     _bias = model_validator(mode="after")(_needs_a_bias)
@@ -68,6 +78,8 @@ class Dense(Model):
     bias: Flag = True
     """Whether there is a bias."""
     bias_lr_factor: Positive = 1.0
+    """As for ``conv``."""
+    bias_epochs: Positive | None = None
     """As for ``conv``."""
     l2: Penalty = 0.0
     """As for ``conv``."""

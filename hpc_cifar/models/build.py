@@ -23,6 +23,7 @@ class Rule:
         max_norm: the largest length of its rows, which are a filter's or a unit's weights.
         lr_factor: on the rate of its updates.
         decay_factor: on its weight decay.
+        epochs: over which its rate falls linearly to 0, where that is not by the schedule.
     """
 
     parameter: nn.Parameter
@@ -30,6 +31,7 @@ class Rule:
     max_norm: float | None = None
     lr_factor: float = 1.0
     decay_factor: float = 1.0
+    epochs: float | None = None
 
 
 def build(
@@ -96,8 +98,8 @@ def _rules_of_layers(layers: Sequence[AnyLayer], network: nn.Module) -> Iterator
     for layer, module in sequential.weighted(layers, network):
         if layer.l2 or layer.max_norm is not None:
             yield Rule(module.get_parameter("weight"), layer.l2, layer.max_norm)
-        if (factor := layer.bias_lr_factor) != 1:
-            yield Rule(module.get_parameter("bias"), lr_factor=factor, decay_factor=1 / factor)
+        if (factor := layer.bias_lr_factor) != 1 or layer.bias_epochs is not None:
+            yield Rule(module.get_parameter("bias"), lr_factor=factor, decay_factor=1 / factor, epochs=layer.bias_epochs)
 
 
 def initialise_from_images(model: ModelConfig, network: nn.Module, images: Callable[[], Tensor]) -> None:
@@ -108,7 +110,7 @@ def initialise_from_images(model: ModelConfig, network: nn.Module, images: Calla
     """
     match model:
         case SequentialModel():
-            if sequential.wants_whitening(model):
-                sequential.whiten(network, images())
+            if (first := sequential.whitening(model)) is not None:
+                sequential.whiten(network, images(), first.whiten_eps)
         case PretrainedModel():
             pass

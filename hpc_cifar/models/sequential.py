@@ -150,14 +150,14 @@ def weighted(layers: Sequence[spec.AnyLayer], network: nn.Module) -> Iterator[tu
             yield from weighted(layer.shortcut, module.get_submodule("shortcut"))
 
 
-def wants_whitening(model: SequentialModel) -> bool:
-    """Whether the first layer begins with directions of the training images."""
+def whitening(model: SequentialModel) -> spec.Conv | None:
+    """The first layer, if it begins with directions of the training images."""
     first = model.layers[0]
-    return isinstance(first, spec.Conv) and first.init == "whiten"
+    return first if isinstance(first, spec.Conv) and first.init == "whiten" else None
 
 
 @torch.no_grad()
-def whiten(network: nn.Module, images: Tensor, eps: float = 1e-3) -> None:
+def whiten(network: nn.Module, images: Tensor, eps: float) -> None:
     """Give the first convolution the main directions of its input patches, each divided by its standard deviation.
 
     The first half of its filters are eigenvectors of the covariance of all patches of ``images``, largest eigenvalue first; the

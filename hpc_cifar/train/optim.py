@@ -14,6 +14,8 @@ from ..models.build import Rule
 
 LR_FACTOR = "lr_factor"
 """Name of the factor on the rate in a group of parameters."""
+LR_EPOCHS = "lr_epochs"
+"""Name of the epochs over which a group's rate falls to 0; in few groups."""
 
 
 def build(
@@ -46,7 +48,12 @@ def _groups(config: Optimizer, parameters: list[nn.Parameter], rules: Sequence[R
     for parameter in parameters:
         rule = of.get(id(parameter), Rule(parameter))
         # the gradient of l2 x the sum of squares is 2 x l2 x weight
-        group = {"weight_decay": config.weight_decay * rule.decay_factor + 2 * rule.l2, LR_FACTOR: rule.lr_factor}
+        group: dict[str, Any] = {
+            "weight_decay": config.weight_decay * rule.decay_factor + 2 * rule.l2,
+            LR_FACTOR: rule.lr_factor,
+        }
+        if rule.epochs is not None:
+            group[LR_EPOCHS] = rule.epochs
         if isinstance(config, Muon):
             group |= _of_muon(config, rule, is_last_layer=parameter is last_layer)
         if isinstance(config, LARS):  # biases and normalisations are neither adapted nor decayed, as in the paper's followers

@@ -21,7 +21,7 @@ from ..models.build import Rule
 from ..plan import Plan, shard
 from .distributed import GradientSync, World
 from .graph import Graphs
-from .optim import EMA, LR_FACTOR, halves, keep_norms
+from .optim import EMA, LR_EPOCHS, LR_FACTOR, halves, keep_norms
 from .schedule import History, factor
 
 DROPOUT = 101  # stream of draws, apart from those in data/draws.py
@@ -114,7 +114,7 @@ class Stepper:
         self.rate = experiment.lr * factor(
             experiment.schedule, step, plan.steps_per_epoch, plan.total_steps, lr=experiment.optimizer.lr, history=history
         )
-        self._set_rate()
+        self._set_rate(step)
         if self._ema is not None:
             self._ema.prepare()
         trained = self.trained_images(batch.global_size, step)
@@ -136,9 +136,12 @@ class Stepper:
             return global_size
         return kept_images(selection, global_size, plan.placement.world_size)
 
-    def _set_rate(self) -> None:
+    def _set_rate(self, step: int) -> None:
         for group in self._optimizer.param_groups:
-            rate = self.rate * group.get(LR_FACTOR, 1.0)  # a checkpoint of before has none
+            rate = self.rate
+            if (epochs := group.get(LR_EPOCHS)) is not None:
+                rate = self._experiment.lr * max(0.0, 1 - step / (epochs * self._plan.steps_per_epoch))
+            rate *= group.get(LR_FACTOR, 1.0)  # a checkpoint of before has none
             if not self._rate_on_device:
                 group["lr"] = rate
             elif isinstance(group["lr"], Tensor):

@@ -131,6 +131,21 @@ def test_whitening_makes_the_first_layer_s_outputs_uncorrelated() -> None:
     assert variances[0] == variances.max(), "main direction first"
 
 
+def test_whitening_adds_to_the_variances_what_the_job_says() -> None:
+    """Each direction's variance v becomes v / (v + eps), from which v follows."""
+    images = torch.randn(50, 3, 12, 12, generator=torch.Generator().manual_seed(1)).cumsum(3)
+    found = []
+    for eps in (0.1, 1.0):
+        conv = {"filters": 24, "kernel": 2, "padding": "valid", "init": "whiten", "whiten_eps": eps}
+        config = model([{"conv": conv}, "flatten", {"dense": {"units": 10}}])
+        network = build(config, (3, 12, 12))
+        initialise_from_images(config, network, lambda: images)
+        values = network[0](images).detach()[:, :12].double().transpose(0, 1).flatten(1)  # type: ignore[index]
+        variances = values.square().mean(1)
+        found.append(eps * variances / (1 - variances))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=0.0)
+
+
 def test_images_are_read_only_where_they_are_needed() -> None:
     config = model(["flatten", {"dense": {"units": 10}}])
     initialise_from_images(config, build(config, (3, 32, 32)), lambda: pytest.fail("nobody asked for images"))

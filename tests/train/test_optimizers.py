@@ -136,6 +136,24 @@ def test_biases_of_normalisations_move_faster_and_shrink_no_faster() -> None:
     torch.testing.assert_close(ours.get_parameter("4.weight").detach(), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_bias_whose_rate_falls_to_nothing_by_itself() -> None:
+    layers = [{"conv": {"filters": 4, "bias_lr_factor": 3, "bias_epochs": 2}}, "relu", "flatten", {"dense": {"units": 10}}]
+    changes = {"schedule": {"name": "linear", "warmup_epochs": 0}, "model": {"family": "sequential", "layers": layers}}
+    config = configured({"name": "sgd", "lr": 0.1, "weight_decay": 0.3}, **changes)
+    network = build(config.model, (3, 8, 8))
+    stepper = stepper_of(config, network, build_rules(config.model, network), stored=24)  # two steps an epoch
+    per_epoch = stepper._plan.steps_per_epoch
+    bias, rates, still = network.get_parameter("0.bias"), [], []
+    for batch in batches(3 * per_epoch):
+        before = bias.detach().clone()
+        stepper(batch, batch.number)
+        rates.append([group["lr"] for group in stepper._optimizer.param_groups if "lr_epochs" in group])
+        still.append(torch.equal(bias, before))
+    falling = [[0.3 * max(0.0, 1 - step / (2 * per_epoch))] for step in range(3 * per_epoch)]
+    assert rates == [pytest.approx(rate) for rate in falling]
+    assert still == [False] * 2 * per_epoch + [True] * per_epoch
+
+
 def test_norms_and_rates_of_single_parameters() -> None:
     ours = network()
     first, last = ours.get_parameter("1.weight"), ours.get_parameter("3.weight")
