@@ -124,10 +124,13 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def new_run_id(name: str) -> str:
-    """``<name>-<UTC time>-<four hex digits>``: sorts by time, unique among concurrent submits."""
-    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
-    return f"{name}-{stamp}-{secrets.token_hex(2)}"
+def new_run_id(name: str, root: Path) -> str:
+    """``<name>-<UTC time>-<four hex digits>``: sorts by time; no run in ``root`` has it."""
+    while True:
+        stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
+        run_id = f"{name}-{stamp}-{secrets.token_hex(2)}"
+        if not (root / run_id).exists():  # four hex digits are few for hundreds of runs of one second
+            return run_id
 
 
 def experiment_text(experiment: Experiment) -> str:

@@ -36,7 +36,9 @@ GIT = {"commit": "c0ffee", "dirty": False}
 def a_run(folder: Path) -> Run:
     tracking = {"wandb": "online", "group": "a group", "tags": ["one", "two"], "alerts": True}
     values = EXPERIMENT | {"name": "curves", "tracking": tracking}
-    return runs.create(folder, runs.new_run_id("curves"), Experiment.model_validate(values), {"batch_size": 64}, {"git": GIT})
+    return runs.create(
+        folder, runs.new_run_id("curves", folder), Experiment.model_validate(values), {"batch_size": 64}, {"git": GIT}
+    )
 
 
 def train(run: Run, begin: int, end: int, *, ended: str = "") -> None:

@@ -33,7 +33,7 @@ def left_behind(
     values = {**FIELDS, "epochs": max(epochs, 1), **fields}
     experiment = Experiment.model_validate(values)
     where = {"command": ["/opt/here/bin/hpc-cifar", "submit", "net.yaml"], "git": {"commit": "c0ffee", "dirty": False}}
-    run = runs.create(root, runs.new_run_id(experiment.name), experiment, {"batch_size": 144}, where)
+    run = runs.create(root, runs.new_run_id(experiment.name, root), experiment, {"batch_size": 144}, where)
     log = MetricsLog(run.metrics_file)
     for segment in range(restarts):
         log.write("event", epoch=0, step=segment, event="started")

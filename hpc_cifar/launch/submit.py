@@ -124,7 +124,7 @@ def preview(
     if cluster.executor == "local":
         return Preview(plan, None, length=length)
     check_time(experiment, cluster, plan, length)
-    run = root / runs.new_run_id(title or experiment.name)
+    run = root / runs.new_run_id(title or experiment.name, root)
     text = script.executor(experiment, cluster, plan, run, data_root=data_root, after=job_ids(after)).script()
     if not have_sbatch():
         return Preview(plan, text, length=length)
@@ -215,7 +215,7 @@ def submit(
     plan = plan_for(experiment, cluster, checked_train_images(experiment, data_root))
     check_budget(plan, cluster, max_gpu_hours)
     waits = dependency.resolve(after, root, cluster.executor)
-    run_id = runs.new_run_id(title or experiment.name)
+    run_id = runs.new_run_id(title or experiment.name, root)
     expected = tested(experiment, cluster, plan, root / run_id, data_root, waits)
     length = estimate.length_of(experiment, cluster, plan, root)
     if cluster.executor == "slurm":

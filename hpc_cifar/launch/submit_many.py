@@ -123,7 +123,7 @@ def _script(
     """What sbatch would get."""
     if len(group) > 1:
         return array.executor(group, cluster, array.new_links(root), data_root, limit, waits).script()
-    run = root / runs.new_run_id(group[0].element.title)
+    run = root / runs.new_run_id(group[0].element.title, root)
     one = group[0]
     return script.executor(one.experiment, cluster, one.plan, run, data_root=data_root, after=submit.job_ids(waits)).script()
 
@@ -204,9 +204,7 @@ def _create(planned: Sequence[Planned], root: Path, command: list[str] | None) -
     where = provenance.collect(command)
     made: dict[int, Run] = {}
     for one in planned:
-        run_id = runs.new_run_id(one.element.title)
-        while (root / run_id).exists():  # four hex digits are few for hundreds of runs of one second
-            run_id = runs.new_run_id(one.element.title)
+        run_id = runs.new_run_id(one.element.title, root)
         made[id(one)] = runs.create(root, run_id, one.experiment, one.plan.as_dict(), where, durable=False)
     return made
 

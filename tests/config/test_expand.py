@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -61,12 +63,10 @@ def test_what_is_expanded_is_valid() -> None:
 
 
 def test_the_longest_name_still_names_a_run() -> None:
-    from pathlib import Path
-
     from hpc_cifar.runs import named
 
     [*_, last] = expand([experiment("n" * 64, seed=LARGEST_SEED - 1)], seeds=2, folds=1000)
-    assert named(Path("/runs"), new_run_id(last.title)).id.startswith(f"{'n' * 64}-s{LARGEST_SEED}-f999-")
+    assert named(Path("/runs"), new_run_id(last.title, Path("/runs"))).id.startswith(f"{'n' * 64}-s{LARGEST_SEED}-f999-")
 
 
 def test_what_cannot_be_expanded_is_refused_in_one_line() -> None:
@@ -76,3 +76,11 @@ def test_what_cannot_be_expanded_is_refused_in_one_line() -> None:
         expand([experiment(validation="test")], folds=5)
     with pytest.raises(UsageError, match=r"^--kfold 1: x: should be at least 2, not 1$"):
         expand([experiment()], folds=1)
+
+
+def test_no_run_gets_the_name_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In whatever second: four hex digits are soon drawn twice."""
+    drawn = iter(["aaaa", "aaaa", "bbbb"])
+    monkeypatch.setattr(secrets, "token_hex", lambda _: next(drawn))
+    monkeypatch.setattr(Path, "exists", lambda path: path.name.endswith("aaaa"))
+    assert new_run_id("net", tmp_path).endswith("-bbbb")

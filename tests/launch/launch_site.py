@@ -138,7 +138,7 @@ def command(folder: Path, name: str, body: str) -> None:
 
 
 def run_with(root: Path, job_id: str = "7", state: dict[str, Any] | None = None) -> runs.Run:
-    run = runs.create(root, runs.new_run_id("deep"), EXPERIMENT, {"batch_size": 64}, {})
+    run = runs.create(root, runs.new_run_id("deep", root), EXPERIMENT, {"batch_size": 64}, {})
     run.add_job(executor="slurm", job_id=job_id)
     if state is not None:
         run.write_state(**state)

@@ -189,7 +189,7 @@ def test_hours_left_are_those_of_the_present_job(tmp_path: Path, slurm_says: Any
     import time
 
     plan = {"batch_size": 64, "gpu_hours": 8.0, "placement": {"nodes": 2, "gpus_per_node": 4}}
-    run = runs.create(tmp_path / "runs", runs.new_run_id("deep"), EXPERIMENT, plan, {})
+    run = runs.create(tmp_path / "runs", runs.new_run_id("deep", tmp_path / "runs"), EXPERIMENT, plan, {})
     run.add_job(executor="slurm", job_id="7")
     run.write_state(state="running", step=5, gpu_hours=20.0)  # of the jobs before it too
     begun = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() - 1800))
@@ -202,7 +202,7 @@ def test_hours_left_are_those_of_the_present_job(tmp_path: Path, slurm_says: Any
 def test_a_slurm_that_does_not_answer_is_not_a_job_that_is_queued(site: Site) -> None:
     command(site.folder / "bin", "squeue", "echo 'squeue: error: Unable to contact slurm controller' >&2; exit 1")
     site.environment["PATH"] = f"{site.folder / 'bin'}:/usr/bin:/bin"
-    run = runs.create(site.runs, runs.new_run_id("tiny"), EXPERIMENT, {}, {})
+    run = runs.create(site.runs, runs.new_run_id("tiny", site.runs), EXPERIMENT, {}, {})
     run.add_job(executor="slurm", job_id="7")
     run.write_state(state="failed", reason="why")
     refused = site.cli("resume", run.id, code=1).stderr

@@ -61,7 +61,7 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def new_run(folder: Path, config: Experiment) -> Run:
-    return runs.create(folder, runs.new_run_id(config.name), config, {}, {})
+    return runs.create(folder, runs.new_run_id(config.name, folder), config, {}, {})
 
 
 def free_port() -> int:
