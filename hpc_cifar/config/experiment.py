@@ -8,12 +8,13 @@ Nothing here knows where a run happens; that is :mod:`hpc_cifar.config.cluster`.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from .fields import Count, Duration, Flag, Model, Positive, Real, Whole, matching, shown
-from .layers import all_layers
+from .layers import AnyLayer, all_layers
 from .model import ModelConfig, PretrainedModel
 from .optimization import LARS, AdamW, Constant, Fraction, Muon, Optimizer, Plateau, ScheduleConfig, Staged, Step
 from .training import Checkpoint, Loss, Training
@@ -315,10 +316,14 @@ class Experiment(Model):
             raise ValueError(f"schedule.stages: epoch {late} lies after the run's last epoch, {self.epochs}")
         return self
 
+    def _written_layers(self) -> tuple[str, Sequence[AnyLayer]]:
+        """The field of ``model`` that holds the file's own layers, and these."""
+        model = self.model
+        return ("head", model.head or ()) if isinstance(model, PretrainedModel) else ("layers", model.layers)
+
     @model_validator(mode="after")
     def _l2_is_a_part_of_the_gradient(self) -> Experiment:
-        model = self.model
-        field, layers = ("head", model.head or ()) if isinstance(model, PretrainedModel) else ("layers", model.layers)
+        field, layers = self._written_layers()
         if isinstance(self.optimizer, AdamW | Muon) and any(getattr(layer, "l2", 0.0) for layer in all_layers(layers)):
             raise ValueError(
                 f"model.{field}: l2 is a part of the gradient, which {self.optimizer.name} keeps apart from its decay; "
@@ -328,8 +333,7 @@ class Experiment(Model):
 
     @model_validator(mode="after")
     def _a_weight_has_one_length(self) -> Experiment:
-        model = self.model
-        layers = (model.head or ()) if isinstance(model, PretrainedModel) else model.layers
+        _, layers = self._written_layers()
         shortened = any(getattr(layer, "max_norm", None) is not None for layer in all_layers(layers))
         if shortened and isinstance(self.optimizer, Muon) and self.optimizer.normalize_weights:
             raise ValueError("optimizer.normalize_weights gives weights their length; leave the layers' max_norm out")

@@ -63,7 +63,7 @@ class Conv(Model):
     @model_validator(mode="after")
     def _eps_is_where_it_is_used(self) -> Conv:
         if self.init != "whiten" and self.whiten_eps != type(self).model_fields["whiten_eps"].default:
-            raise ValueError("whiten_eps is of init: whiten")
+            raise ValueError("whiten_eps counts only with init: whiten")
         return self
 
     _bias = model_validator(mode="after")(_needs_a_bias)

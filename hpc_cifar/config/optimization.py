@@ -90,7 +90,7 @@ class AdamW(AnyAdam):
 
 
 class Muon(AnyOptimizer):
-    """Orthogonalised momentum for the weights of convolutions and dense layers (Jordan 2024); another for all others."""
+    """Orthogonalised momentum for the weights of convolutions and dense layers (Jordan 2024); ``other`` for the rest."""
 
     name: Literal["muon"]
     lr: Positive = 0.02
@@ -116,12 +116,12 @@ class Muon(AnyOptimizer):
     other_weight_decay: NotNegative | None = None
     """Its weight decay, decoupled with ``adamw``, added to the gradient with ``sgd``; ``null``: ``weight_decay``."""
     last_layer_lr: Positive | None = None
-    """Rate of ``other`` for the last layer's weights, whose rate times decay is that of the others. ``null``: Muon's."""
+    """Rate at which ``other`` updates the last layer's weights, its decay in inverse proportion; ``null``: Muon does."""
 
     @model_validator(mode="after")
     def _momentum_is_where_it_is_used(self) -> Muon:
         if self.other != "sgd" and self.other_momentum != type(self).model_fields["other_momentum"].default:
-            raise ValueError("other_momentum is of other: sgd")
+            raise ValueError("other_momentum counts only with other: sgd")
         if self.other == "sgd" and self.nesterov and self.other_momentum == 0:
             raise ValueError("nesterov needs an other_momentum above 0")
         return self

@@ -53,14 +53,13 @@ def factor(
     if step < warmup:
         return (step + 1) / warmup
     epoch = step // steps_per_epoch + 1
+    done = (step - warmup) / max(1, total_steps - warmup)
     match schedule:
         case Constant():
             return 1.0
         case Linear():
-            done = (step - warmup) / max(1, total_steps - warmup)
             return schedule.final_factor + (1 - schedule.final_factor) * (1 - done)
         case Cosine():
-            done = (step - warmup) / max(1, total_steps - warmup)
             return schedule.final_factor + (1 - schedule.final_factor) * (1 + math.cos(math.pi * done)) / 2
         case Step():
             return float(schedule.factor ** sum(epoch >= start for start in schedule.epochs))

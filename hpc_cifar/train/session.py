@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from . import optim
 from .distributed import World
-from .optim import EMA
 from .saver import copy_of
 from .setup import AveragedStatistics
 from .step import Stepper
@@ -32,7 +31,7 @@ class Session:
 
     network: nn.Module
     optimizer: torch.optim.Optimizer
-    ema: EMA | None
+    ema: optim.EMA | None
     stepper: Stepper
     world: World
     local_statistics: bool

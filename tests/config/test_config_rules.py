@@ -19,10 +19,10 @@ from hpc_cifar.errors import ConfigError
             ["training.graph=true", "optimizer={name: lars, lr: 1}"],
             "training.graph: lars keeps its rates on the host",
         ),
-        ("quickstart", ["optimizer={name: muon, other_momentum: 0.5}"], "other_momentum is of other: sgd"),
+        ("quickstart", ["optimizer={name: muon, other_momentum: 0.5}"], "other_momentum counts only with other: sgd"),
         ("three-conv-maxnorm", ["optimizer={name: muon, normalize_weights: true}"], "leave the layers' max_norm out"),
         ("quickstart", ["model.layers.0.conv={filters: 8, bias: false, bias_lr_factor: 2}"], "bias_epochs need a bias"),
-        ("quickstart", ["model.layers.0.conv={filters: 8, whiten_eps: 0.1}"], "whiten_eps is of init: whiten"),
+        ("quickstart", ["model.layers.0.conv={filters: 8, whiten_eps: 0.1}"], "whiten_eps counts only with init: whiten"),
         ("quickstart", ["optimizer={name: muon, other: sgd, other_momentum: 0}"], "nesterov needs an other_momentum above 0"),
         ("quickstart", ["training.graph=true", "training.gradient_sync=ddp"], "training.graph: gradient_sync: ddp"),
         (
