@@ -322,6 +322,21 @@ class Experiment(Model):
         return ("head", model.head or ()) if isinstance(model, PretrainedModel) else ("layers", model.layers)
 
     @model_validator(mode="after")
+    def _watched_figures_are_there(self) -> Experiment:
+        field, layers = self._written_layers()
+        if any(getattr(layer, "l2", 0.0) for layer in all_layers(layers)):
+            return self
+        watching = {
+            "checkpoint": self.checkpoint,
+            "training.early_stopping": self.training.early_stopping,
+            "schedule": self.schedule if isinstance(self.schedule, Plateau) else None,
+        }
+        for name, one in watching.items():
+            if one is not None and one.monitor == "val_loss_with_l2":
+                raise ValueError(f"{name}.monitor: val_loss_with_l2 needs a layer in model.{field} with l2; use val_loss")
+        return self
+
+    @model_validator(mode="after")
     def _l2_is_a_part_of_the_gradient(self) -> Experiment:
         field, layers = self._written_layers()
         if isinstance(self.optimizer, AdamW | Muon) and any(getattr(layer, "l2", 0.0) for layer in all_layers(layers)):

@@ -44,7 +44,7 @@ class Conv(Model):
     bias_epochs: Positive | None = None
     """The rate of the bias falls linearly to 0 over so many epochs, instead of by the schedule; then the bias stays."""
     l2: Penalty = 0.0
-    """Times the sum of the squared weights, added to the loss as Keras' ``l2(...)`` does; reported losses are without it."""
+    """Times the sum of the squared weights, added to the loss as Keras' ``l2`` does; reported in ``val_loss_with_l2`` only."""
     max_norm: Positive | None = None
     """Largest length of a filter's weights, kept after every update (Srivastava et al. 2014)."""
     init: Literal["model", "whiten"] = "model"
@@ -94,7 +94,7 @@ class BatchNorm(Model):
 
     type: Literal["batch_norm"]
     momentum: Small = 0.9
-    """Share of the old running statistics that is kept (Keras)."""
+    """Share of the old running statistics that is kept (Keras). The running variance is the unbiased one of each batch."""
     eps: Small = 1e-5
     """Added to the variance."""
     scale: Flag = True

@@ -14,7 +14,13 @@ from .fields import Count, Flag, Model, Positive, Real, Share, Whole
 
 NotNegative = Annotated[Real, Field(ge=0)]
 Fraction = Annotated[Real, Field(ge=0, le=1)]
-Monitor = Literal["val_loss", "val_accuracy"]
+Monitor = Literal["val_loss", "val_accuracy", "val_loss_with_l2"]
+"""Figures of a validation that can be watched; ``val_loss_with_l2`` adds the ``l2`` of layers, as Keras' ``val_loss`` does."""
+
+
+def lower_is_better(monitor: Monitor) -> bool:
+    """Whether smaller values of a figure are better."""
+    return monitor != "val_accuracy"
 
 
 # ---- optimizers ----------------------------------------------------------------------------------------------------
@@ -108,9 +114,15 @@ class Muon(AnyOptimizer):
     normalize_weights: Flag = False
     """Before each of its updates, bring the rows of a weight (a filter or unit each) to a mean square length of 1."""
     other: Literal["adamw", "sgd"] = "adamw"
-    """What updates biases, normalisations and, with ``last_layer_lr``, the last layer."""
+    """Optimizer of biases, normalisations and, with ``last_layer_lr``, of the last layer."""
     other_lr: Positive = 1e-3
     """Its rate, which follows the same schedule."""
+    other_beta1: Share = 0.9
+    """Decay of the first moment of ``other: adamw``."""
+    other_beta2: Share = 0.999
+    """Decay of the second moment of ``other: adamw``."""
+    other_eps: Positive = 1e-8
+    """Added to the denominator of ``other: adamw``."""
     other_momentum: Share = 0.9
     """Momentum of ``other: sgd``; Nesterov's where ``nesterov`` is true."""
     other_weight_decay: NotNegative | None = None
@@ -119,9 +131,12 @@ class Muon(AnyOptimizer):
     """Rate at which ``other`` updates the last layer's weights, its decay in inverse proportion; ``null``: Muon does."""
 
     @model_validator(mode="after")
-    def _momentum_is_where_it_is_used(self) -> Muon:
-        if self.other != "sgd" and self.other_momentum != type(self).model_fields["other_momentum"].default:
-            raise ValueError("other_momentum counts only with other: sgd")
+    def _fields_of_the_other_optimizer(self) -> Muon:
+        for name, other in (
+            *((field, "adamw") for field in ("other_beta1", "other_beta2", "other_eps")), ("other_momentum", "sgd"),
+        ):  # fmt: skip
+            if self.other != other and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} counts only with other: {other}")
         if self.other == "sgd" and self.nesterov and self.other_momentum == 0:
             raise ValueError("nesterov needs an other_momentum above 0")
         return self
@@ -270,9 +285,9 @@ class Plateau(Schedule):
 
     name: Literal["plateau"]
     monitor: Monitor = "val_loss"
-    """What is watched."""
+    """Figure that is watched; ``val_loss_with_l2`` adds the ``l2`` of layers, as Keras' ``val_loss`` does."""
     factor: Annotated[Real, Field(gt=0, lt=1)] = 0.1
-    """The factor."""
+    """Factor by which the rate is multiplied."""
     patience: Count = 10
     """Evaluated epochs without getting better."""
     min_delta: NotNegative = 1e-4
@@ -280,7 +295,7 @@ class Plateau(Schedule):
     cooldown: Annotated[Whole, Field(ge=0)] = 0
     """Evaluated epochs after a change until the count begins anew."""
     min_lr: NotNegative = 0.0
-    """The rate never falls below it."""
+    """The rate is not lowered below it; one that begins below it stays."""
 
 
 ScheduleConfig = Annotated[
@@ -293,8 +308,8 @@ class EarlyStopping(Model):
     """The run is finished when validation has not got better for some epochs."""
 
     monitor: Monitor = "val_loss"
-    """What is watched; ``checkpoint.monitor`` should be the same, and ``checkpoint.select: best`` tests the best epoch."""
+    """Figure that is watched; with the same ``checkpoint.monitor``, ``checkpoint.select: best`` tests the best epoch."""
     patience: Count
     """Evaluated epochs without getting better."""
     min_delta: NotNegative = 0.0
-    """What has to be exceeded to count as better."""
+    """Difference that has to be exceeded to count as better, for ``best`` too where ``checkpoint.monitor`` is the same."""

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from .fields import Count, Flag, Model, Positive, Real, Share, Whole
-from .optimization import EarlyStopping, NotNegative
+from .optimization import EarlyStopping, Monitor, NotNegative
 
 
 class Loss(Model):
@@ -64,7 +64,7 @@ class Training(Model):
     graph: Literal["auto"] | Flag = "auto"
     """Replay the step as one CUDA graph, with flat gradients; on a CPU its eager twin. ``auto`` is false."""
     clip_grad_norm: Positive | None = None
-    """Largest norm of the gradient."""
+    """Largest norm of the gradient, which the ``l2`` of layers is part of."""
     ema_decay: Annotated[Real, Field(gt=0, lt=1)] | None = None
     """Keep an exponential moving average of the weights with this decay; it is what is validated and tested."""
     selection: Selection | None = None
@@ -94,5 +94,5 @@ class Checkpoint(Model):
     """Also keep that of every so many epochs."""
     select: Literal["last", "best"] = "last"
     """Weights that are tested and exported: of the last step, or of the best validation."""
-    monitor: Literal["val_accuracy", "val_loss"] = "val_accuracy"
-    """What ``best`` is judged by."""
+    monitor: Monitor = "val_accuracy"
+    """Figure that decides which epoch is ``best``; one that is not finite never is."""

@@ -20,7 +20,7 @@ from nvidia.dali.pipeline import Pipeline as DaliPipeline
 
 from ..errors import DataError, UsageError, first_line
 from .draws import Draws
-from .fused import threads_for
+from .fused import lookup_table, threads_for
 from .pipeline import Batch, Epochs, Output
 from .store import Arrays
 
@@ -36,6 +36,7 @@ class Dali:
     def __init__(self, epochs: Epochs, arrays: Arrays, output: Output) -> None:
         self._epochs, self._output, self._arrays = epochs, output, arrays
         self._augment = epochs.config.augment
+        self._table = lookup_table(output).reshape(-1).to(output.device) if output.dtype == torch.float64 else None
         self._border = self._augment.crop_padding if self._augment.padding_mode == "reflect" else 0
         self._images: npt.NDArray[np.uint8] = np.asarray(arrays.images)
         self._labels = np.asarray(arrays.labels)
@@ -73,9 +74,12 @@ class Dali:
                 side = [float(augment.cutout)] * 2
                 pixels = fn.erase(pixels, anchor=corner, shape=side, axes=[0, 1], fill_value=0.0)
             mirror = fn.external_source(name="mirror", dtype=types.INT32, ndim=0) if augment.flip != "none" else 0
+            # DALI computes in float32: for float64 batches it gives raw values, which a table normalises
+            mean, std = ([0.0], [1.0]) if self._table is not None else (self._output.mean, self._output.std)
+            unit = 1.0 if self._table is not None else 255.0
             finished = fn.crop_mirror_normalize(
                 pixels, mirror=mirror, dtype=_TYPES.get(self._output.dtype, types.FLOAT),
-                mean=[255 * value for value in self._output.mean], std=[255 * value for value in self._output.std],
+                mean=[unit * value for value in mean], std=[unit * value for value in std],
                 output_layout="HWC" if self._output.channels_last else "CHW",
             )  # fmt: skip
             pipeline.set_outputs(finished)
@@ -148,7 +152,13 @@ class Dali:
         height, width, channels = self._arrays.images.shape[1:]
         if not count:
             return torch.empty(0, channels, height, width, dtype=output.dtype, device=output.device)
-        images = torch.utils.dlpack.from_dlpack(self._outputs().as_tensor()).to(output.dtype)
+        images = torch.utils.dlpack.from_dlpack(self._outputs().as_tensor())
+        if self._table is None:
+            images = images.to(output.dtype)
+        else:
+            offsets = 256 * torch.arange(channels, dtype=torch.int32, device=images.device)
+            offsets = offsets if output.channels_last else offsets[:, None, None]
+            images = self._table[images.int() + offsets]
         return images.permute(0, 3, 1, 2) if output.channels_last else images
 
     def close(self) -> None:

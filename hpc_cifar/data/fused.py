@@ -17,9 +17,13 @@ _LEAST_PER_THREAD = 128  # images of 32 x 32; fewer are done sooner than a threa
 
 
 def lookup_table(output: Output) -> torch.Tensor:
-    """float32 (C,256): the normalised value of each raw value, in the steps of torchvision, so equal to the last bit."""
-    raw = torch.arange(256, dtype=torch.float32) * (1 / 255)
-    mean, std = (torch.tensor(values, dtype=torch.float32)[:, None] for values in (output.mean, output.std))
+    """(C,256): the normalised value of each raw value, in the steps of torchvision, so equal to the last bit.
+
+    In float32, for float64 batches in float64.
+    """
+    kind = torch.promote_types(output.dtype, torch.float32)
+    raw = torch.arange(256, dtype=kind) * (1 / 255)
+    mean, std = (torch.tensor(values, dtype=kind)[:, None] for values in (output.mean, output.std))
     return (raw - mean) / std
 
 
@@ -47,19 +51,16 @@ class Fused:
         self._dtype, self._channels_last = output.dtype, output.channels_last
         self._border = np.array(augment.padding_values(shape[2]), np.uint8)
         table = lookup_table(output)
-        # 16-bit floats are looked up as they are; float64 is float32 made wider, so that pipelines agree in every type
-        self._made = torch.float32 if output.dtype == torch.float64 else output.dtype
-        self._item = "float32" if self._made == torch.float32 else "uint16"
-        self._table = _bits(table.to(self._made)).reshape(-1)
-        self._fill = fill_of(self._item)
+        self._table = _bits(table.to(output.dtype)).reshape(-1)
+        self._fill = fill_of(self._table.dtype.name)
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads - 1, "augment") if threads > 1 else None
         self._pinned = output.device.type == "cuda"
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the batches as they are made; float64 is made as float32."""
-        return self._made
+        """Data type of the batches."""
+        return self._dtype
 
     @property
     def batch_shape(self) -> tuple[int, int, int]:
@@ -81,7 +82,7 @@ class Fused:
         """
         height, width, channels = self._shape
         count, augment = len(chosen), self._augment
-        batch = torch.empty((count, *self.batch_shape), dtype=self._made, pin_memory=self._pinned)
+        batch = torch.empty((count, *self.batch_shape), dtype=self._dtype, pin_memory=self._pinned)
         flat = _bits(batch).reshape(-1)
 
         def work(first: int, last: int) -> None:
@@ -98,7 +99,6 @@ class Fused:
         work(0, edges[1])
         for other in others:
             other.result()
-        batch = batch.to(self._dtype)
         return batch.permute(0, 3, 1, 2) if self._channels_last else batch
 
     def close(self) -> None:
@@ -108,6 +108,6 @@ class Fused:
             self._pool, self._threads = None, 1
 
 
-def _bits(tensor: torch.Tensor) -> npt.NDArray[np.float32] | npt.NDArray[np.uint16]:
-    """float32 as it is, 16-bit floats as whole numbers, since numpy and numba have no bf16; the same memory."""
-    return tensor.numpy() if tensor.dtype == torch.float32 else tensor.view(torch.int16).numpy().view(np.uint16)
+def _bits(tensor: torch.Tensor) -> npt.NDArray[np.float32] | npt.NDArray[np.float64] | npt.NDArray[np.uint16]:
+    """The same memory: 16-bit floats as whole numbers, since numpy and numba have no bf16, the others as they are."""
+    return tensor.view(torch.int16).numpy().view(np.uint16) if tensor.dtype.itemsize == 2 else tensor.numpy()

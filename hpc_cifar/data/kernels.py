@@ -146,7 +146,7 @@ def _without_scipy() -> Iterator[None]:
 
 @functools.cache
 def fill_of(item: str) -> Kernel:
-    """The loop for tables and batches of ``item``, "float32" or "uint16"; compiled, or loaded from the cache.
+    """The loop for tables and batches of ``item``, "float32", "float64" or "uint16"; compiled, or loaded from the cache.
 
     It takes read-only images, and releases the interpreter lock while it runs.
     """
@@ -155,7 +155,7 @@ def fill_of(item: str) -> Kernel:
         return numba.types.Array(kind, 1, "C", readonly=True)
 
     integer, boolean = numba.types.int64, numba.types.boolean
-    number: Any = {"float32": numba.types.float32, "uint16": numba.types.uint16}[item]
+    number: Any = getattr(numba.types, item)
     whole, raw = array(integer), array(numba.types.uint8)
     signature = numba.types.void(
         raw, integer, integer, integer, whole, whole, whole, array(boolean), whole, whole, integer, boolean, raw,

@@ -185,7 +185,8 @@ def build(
             failed[choice.name] = first_line(error)
     warp = None
     if config.augment.warps:
-        black = (0 - torch.tensor(output.mean)) / torch.tensor(output.std)
+        kind = torch.promote_types(output.dtype, torch.float32)
+        black = -torch.tensor(output.mean, dtype=kind) / torch.tensor(output.std, dtype=kind)
         warp = Warp(config.augment, black, output.device)
     return Pipeline(source, choice, plan, warp)
 

@@ -31,13 +31,14 @@ Key = tuple[int, int, int, bool, int, int]  # sample, dy, dx, flip, cut_y, cut_x
 
 
 class _Augmented(Dataset[tuple[torch.Tensor, int]]):
-    """Maps a sample and its draws to a normalised float32 image (C,H,W) and its label."""
+    """Maps a sample and its draws to a normalised image (C,H,W), float32 or for float64 batches float64, and its label."""
 
     def __init__(self, arrays: Arrays, augment: Augment, output: Output) -> None:
         self._images: npt.NDArray[np.uint8] = arrays.images
         self._labels = arrays.labels
         self._augment = augment
         self._mean, self._std = list(output.mean), list(output.std)
+        self._dtype = torch.promote_types(output.dtype, torch.float32)
 
     def __getstate__(self) -> dict[str, Any]:
         """What a worker process gets: where a memory-mapped file lies instead of what is in it."""
@@ -71,7 +72,7 @@ class _Augmented(Dataset[tuple[torch.Tensor, int]]):
             bottom, right = min(top + augment.cutout, height), min(left + augment.cutout, width)
             top, left = max(top, 0), max(left, 0)
             image = transforms.erase(image, top, left, bottom - top, right - left, torch.zeros(1, 1, 1, dtype=torch.uint8))
-        image = transforms.to_dtype(image, torch.float32, scale=True)
+        image = transforms.to_dtype(image, self._dtype, scale=True)
         return transforms.normalize(image, self._mean, self._std), int(self._labels[sample])
 
 

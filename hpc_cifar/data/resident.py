@@ -170,7 +170,7 @@ def augment_batch(
     Args:
         images: uint8 (N,H,W,C) on the device.
         rows: int64 (6,n), see :meth:`Normaliser.to_device`; row 0 are positions in ``images``.
-        table: float32 (C,256).
+        table: (C,256), see :func:`hpc_cifar.data.fused.lookup_table`.
         border: uint8 (C,), the raw value outside of the image, unless it is reflected.
 
     Returns:

@@ -53,8 +53,8 @@ def _fill(  # type: ignore[no-untyped-def]
     """One program writes ``BLOCK`` values of one image.
 
     images: uint8 (N,H,W,C). labels: int64 (N,). order: int64, samples of an epoch. position: int64 (1,), where in the order
-    the first image of this launch lies. keys: int64 (4,), of crop, flip and cut-out, and the epoch's parity. scale: float32
-    (3,C), mean and 1 / std of raw values, and the raw value of a border.
+    the first image of this launch lies. keys: int64 (4,), of crop, flip and cut-out, and the epoch's parity. scale: (3,C), mean
+    and 1 / std of raw values, and the raw value of a border, float32 or for float64 images float64.
     """
     row = tl.program_id(0).to(tl.int64)
     sample = tl.load(order + tl.load(position) + row)
@@ -119,7 +119,7 @@ class Kernel:
             [255 * mean for mean in output.mean], [1 / (255 * std) for std in output.std],
             list(augment.padding_values(self._channels)),
         ]  # fmt: skip
-        self._scale = torch.tensor(rows, dtype=torch.float32).to(device)
+        self._scale = torch.tensor(rows, dtype=torch.promote_types(output.dtype, torch.float32)).to(device)
         self.order = torch.zeros(len(self._labels), dtype=torch.int64, device=device)
         self.keys = torch.zeros(4, dtype=torch.int64, device=device)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)

@@ -32,14 +32,16 @@ class Warp:
         if not len(images):
             return images
         height, width = images.shape[2:]
+        wide = images.to(torch.promote_types(images.dtype, torch.float32))
         rows = torch.stack([torch.from_numpy(values) for values in (warps.angle, warps.down, warps.across)])
-        angle, down, across = rows.to(images.device, non_blocking=True)
+        angle, down, across = rows.to(images.device, wide.dtype, non_blocking=True)
         # where each finished pixel lies in the given image, in units of half its size: undo the shift, then the rotation
         cos, sin, ratio = angle.cos(), angle.sin(), height / width
         x, y = -2 * across, -2 * down
         # element by element: torch's affine_grid is a matrix product, which TF32 or autocast would round to parts of a pixel
-        column = (2 * torch.arange(width, device=images.device) + 1) / width - 1 + x[:, None]  # (n,W)
-        row = (2 * torch.arange(height, device=images.device) + 1) / height - 1 + y[:, None]  # (n,H)
+        column, row = (2 * torch.arange(side, device=wide.device, dtype=wide.dtype) + 1 for side in (width, height))
+        column = column / width - 1 + x[:, None]  # (n,W)
+        row = row / height - 1 + y[:, None]  # (n,H)
         cos, sin = cos[:, None, None], sin[:, None, None]
         grid = torch.stack(
             [
@@ -48,10 +50,9 @@ class Warp:
             ],
             dim=3,
         )
-        wide = images.to(torch.promote_types(images.dtype, torch.float32))
         if self._black is not None:
             wide = wide - self._black
-        wide = F.grid_sample(wide, grid.to(wide.dtype), mode="bilinear", padding_mode=self._mode, align_corners=False)
+        wide = F.grid_sample(wide, grid, mode="bilinear", padding_mode=self._mode, align_corners=False)
         if self._black is not None:
             wide = wide + self._black
         channels_last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()

@@ -7,12 +7,14 @@ has taken the rows up to some number goes on with those above it, whatever happe
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..config.experiment import Experiment
+from ..config.optimization import Monitor, lower_is_better
 
 CURVES = ("step", "epoch")  # kinds of rows that have a number; events have none
 A_STEP = 1000  # numbers of one step: its row, pictures, from the middle on the row of an epoch that ends there, pictures
@@ -23,13 +25,38 @@ def number_of(row: dict[str, Any]) -> int:
     return A_STEP * int(row["step"]) + (A_STEP // 2 if row["kind"] == "epoch" else 0)
 
 
+def is_better(value: float, best: float | None, monitor: Monitor, min_delta: float = 0.0) -> bool:
+    """Whether a figure is better than the best before by more than ``min_delta``; one that is not finite never is."""
+    if best is None or not math.isfinite(best):
+        return math.isfinite(value)
+    sign = 1.0 if lower_is_better(monitor) else -1.0
+    return math.isfinite(value) and sign * value < sign * best - min_delta
+
+
+def improvements(rows: Iterable[Mapping[str, Any]], monitor: Monitor, min_delta: float = 0.0) -> Iterator[bool]:
+    """For each row that has the figure, in order, whether it is better than all before, as :func:`is_better` says."""
+    best: float | None = None
+    for row in rows:
+        if (value := row.get(monitor)) is not None:
+            better = is_better(value, best, monitor, min_delta)
+            if better:
+                best = value
+            yield better
+
+
+def least_improvement(experiment: Experiment) -> float:
+    """Difference that makes an epoch the best one: the ``min_delta`` of early stopping where it watches the same figure."""
+    stopping = experiment.training.early_stopping
+    return stopping.min_delta if stopping is not None and stopping.monitor == experiment.checkpoint.monitor else 0.0
+
+
 def selected(experiment: Experiment, epochs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The row of the epoch whose weights a run reports, of its rows of epochs; ``{}`` without any."""
     monitor = experiment.checkpoint.monitor
     monitored = [row for row in epochs if row.get(monitor) is not None]
-    if experiment.checkpoint.select == "best" and monitored:  # the first of equal ones, as the run chose
-        sign = -1.0 if monitor == "val_loss" else 1.0
-        return max(monitored, key=lambda row: sign * row[monitor])
+    better = list(improvements(monitored, monitor, least_improvement(experiment)))
+    if experiment.checkpoint.select == "best" and True in better:
+        return next(row for row, best in zip(reversed(monitored), reversed(better), strict=True) if best)
     return epochs[-1] if epochs else {}
 
 

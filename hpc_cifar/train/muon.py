@@ -1,6 +1,7 @@
 """Muon for the weights of layers, and what updates everything else beside it (Jordan 2024).
 
-timm has Muon with AdamW beside it; here are weights that are brought to a length before each update, and SGD beside it.
+timm has Muon; here are weights that are brought to a length before each update, and torch's AdamW or SGD beside it. (timm's own
+fallback is a NAdamW with a second moment of 0.95.)
 """
 
 from __future__ import annotations
@@ -80,11 +81,12 @@ def build(config: Muon, groups: Groups, capturable: bool, plain: Plain) -> torch
         "adjust_lr_fn": "original",
         "capturable": capturable,
     }
-    if config.other == "adamw":  # timm's Muon has it
-        return muon(groups, **options)
     mine, others = ([group for group in groups if group["use_muon"] is by_muon] for by_muon in (True, False))
     parts = [muon(mine, **options)] if mine else []
-    if others:
+    if others and config.other == "sgd":
         sgd = plain(torch.optim.SGD)
         parts.append(sgd(others, lr=config.lr, momentum=config.other_momentum, nesterov=config.nesterov, fused=True))
+    elif others:
+        adamw, betas = plain(torch.optim.AdamW), (config.other_beta1, config.other_beta2)
+        parts.append(adamw(others, lr=config.lr, betas=betas, eps=config.other_eps, fused=True, capturable=capturable))
     return plain(Together)(parts)

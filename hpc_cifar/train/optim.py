@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..config.optimization import LARS, SGD, Adam, AdamW, Muon, Optimizer
+from ..errors import RunError
 from ..models.build import Rule
 
 LR_FACTOR = "lr_factor"
@@ -26,7 +27,7 @@ def build(
     Its rate is set before every step from the schedule: in each group the rate times the group's ``lr_factor``.
 
     Args:
-        rules: what holds for single parameters: L2 and a factor on the rate.
+        rules: what holds for single parameters: factors on the rate and on the decay. Their L2 is added by :func:`add_l2`.
         capturable: its step will be recorded in a CUDA graph.
     """
     groups = _groups(config, [p for p in parameters if p.requires_grad], rules)
@@ -34,7 +35,7 @@ def build(
     if capturable:
         made._warned_capturable_if_run_uncaptured = True  # its first steps are not recorded, as train/graph.py wants it
     if config.lookahead is not None:
-        from timm.optim.lookahead import Lookahead
+        from .lookahead import Lookahead  # timm takes a while to import
 
         return Lookahead(made, config.lookahead.alpha, config.lookahead.steps)  # type: ignore[no-untyped-call]
     return made
@@ -47,11 +48,7 @@ def _groups(config: Optimizer, parameters: list[nn.Parameter], rules: Sequence[R
     last_layer = next((p for p in reversed(parameters) if p.dim() > 1), None)  # a network's order is that of its layers
     for parameter in parameters:
         rule = of.get(id(parameter), Rule(parameter))
-        # the gradient of l2 x the sum of squares is 2 x l2 x weight
-        group: dict[str, Any] = {
-            "weight_decay": config.weight_decay * rule.decay_factor + 2 * rule.l2,
-            LR_FACTOR: rule.lr_factor,
-        }
+        group: dict[str, Any] = {"weight_decay": config.weight_decay * rule.decay_factor, LR_FACTOR: rule.lr_factor}
         if rule.epochs is not None:
             group[LR_EPOCHS] = rule.epochs
         if isinstance(config, Muon):
@@ -75,7 +72,7 @@ def _of_muon(config: Muon, rule: Rule, is_last_layer: bool) -> dict[str, Any]:
         "use_muon": False,
         LR_FACTOR: rule.lr_factor * rate / config.lr,
         # rate times decay stays
-        "weight_decay": decay * rule.decay_factor * config.other_lr / rate + 2 * rule.l2,
+        "weight_decay": decay * rule.decay_factor * config.other_lr / rate,
     }
 
 
@@ -106,7 +103,14 @@ def restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         state: is changed: its groups become capturable where those of ``optimizer`` are. torch puts counts of steps on the
             device or the host by that.
     """
-    for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
+    groups, saved_groups = optimizer.param_groups, state["param_groups"]
+    kinds = [[(len(one["params"]), one.get("use_muon"), "ns_steps" in one) for one in some] for some in (groups, saved_groups)]
+    if kinds[0] != kinds[1]:
+        raise RunError(
+            "the checkpoint is of an earlier version of hpc-cifar, whose optimizer treated these parameters otherwise: "
+            "go on with that version, or train the job anew under another name"
+        )
+    for group, saved in zip(groups, saved_groups, strict=True):
         if "capturable" in group:
             saved["capturable"] = group["capturable"]
     optimizer.load_state_dict(state)
@@ -114,18 +118,30 @@ def restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
 
 def halves(optimizer: torch.optim.Optimizer, graph: bool) -> tuple[Callable[[], object], Callable[[], object] | None]:
     """What a step does on the device alone, and what of it the host decides: with lookahead and a graph, when to go back."""
-    wrapper: Any = optimizer  # timm's Lookahead, if it is one
-    if not graph or not hasattr(wrapper, "update_slow"):
+    wrapper: Any = optimizer
+    if not graph or not hasattr(wrapper, "step_slow"):
         return optimizer.step, None
-    fast: torch.optim.Optimizer = wrapper._base_optimizer
+    return wrapper.step_fast, wrapper.step_slow
 
-    def slow() -> None:  # as timm's step does it
-        for group in fast.param_groups:
-            group["lookahead_step"] += 1
-            if group["lookahead_step"] % group["lookahead_k"] == 0:
-                wrapper.update_slow(group)
 
-    return fast.step, slow
+def penalty(rules: Sequence[Rule]) -> float:
+    """The ``l2`` of layers: each times the sum of its squared weights, summed; the same on every rank.
+
+    A part of the loss that is minimised, whose gradient :func:`add_l2` adds.
+    """
+    parts = [rule.l2 * rule.parameter.detach().double().square().sum() for rule in rules if rule.l2]
+    return float(torch.stack(parts).sum()) if parts else 0.0
+
+
+@torch.no_grad()
+def add_l2(rules: Sequence[Rule]) -> None:
+    """Add the gradient of the ``l2`` of layers, 2 x l2 x weight, to gradients that are summed over the ranks.
+
+    As in Keras it is part of what clipping and the optimizer see, so AdamW and Muon do not decouple it.
+    """
+    for rule in rules:
+        if rule.l2 and rule.parameter.grad is not None:
+            rule.parameter.grad.add_(rule.parameter, alpha=2 * rule.l2)
 
 
 def keep_norms(rules: Sequence[Rule]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..config.optimization import (
@@ -20,6 +20,7 @@ from ..config.optimization import (
     Step,
     Triangular,
 )
+from ..track.rows import improvements
 
 History = Sequence[Mapping[str, Any]]
 """Rows of the finished epochs, in order; those that were evaluated have ``val_loss`` and ``val_accuracy``."""
@@ -73,23 +74,10 @@ def factor(
             return _plateau(schedule, lr, history)
 
 
-def _improvements(history: History, monitor: str, min_delta: float) -> Iterator[bool]:
-    """For each evaluated epoch, whether its figure is better than the best before by more than ``min_delta``."""
-    sign = 1.0 if monitor == "val_loss" else -1.0
-    best = math.inf
-    for row in history:
-        if monitor in row:
-            value = sign * row[monitor]
-            better = value < best - min_delta
-            if better:
-                best = value
-            yield better
-
-
 def _plateau(schedule: Plateau, lr: float, history: History) -> float:
     """As Keras' ReduceLROnPlateau counts."""
     result, waited, cooling = 1.0, 0, 0
-    for better in _improvements(history, schedule.monitor, schedule.min_delta):
+    for better in improvements(history, schedule.monitor, schedule.min_delta):
         if cooling:
             cooling -= 1
             waited = 0
@@ -98,7 +86,7 @@ def _plateau(schedule: Plateau, lr: float, history: History) -> float:
         elif not cooling:
             waited += 1
             if waited >= schedule.patience:
-                result = max(result * schedule.factor, schedule.min_lr / lr)
+                result = max(result * schedule.factor, min(result, schedule.min_lr / lr))
                 waited, cooling = 0, schedule.cooldown
     return result
 
@@ -108,7 +96,7 @@ def stopped_early(stopping: EarlyStopping | None, history: History) -> bool:
     if stopping is None:
         return False
     waited = 0
-    for better in _improvements(history, stopping.monitor, stopping.min_delta):
+    for better in improvements(history, stopping.monitor, stopping.min_delta):
         waited = 0 if better else waited + 1
         if waited >= stopping.patience:
             return True

@@ -21,7 +21,7 @@ from ..models.build import Rule
 from ..plan import Plan, shard
 from .distributed import GradientSync, World
 from .graph import Graphs
-from .optim import EMA, LR_EPOCHS, LR_FACTOR, halves, keep_norms
+from .optim import EMA, LR_EPOCHS, LR_FACTOR, add_l2, halves, keep_norms
 from .schedule import History, factor
 
 DROPOUT = 101  # stream of draws, apart from those in data/draws.py
@@ -66,7 +66,7 @@ class Stepper:
 
     Args:
         plan: gives the schedule its length, and every rank the same number of forward passes a step.
-        rules: what holds for single parameters; the norms are kept after every update.
+        rules: what holds for single parameters: L2 is added to their gradients, norms are kept after every update.
         graph: replay the device's part; the rate is a tensor then.
     """
 
@@ -82,7 +82,7 @@ class Stepper:
         rules: Sequence[Rule] = (),
         graph: bool = False,
     ) -> None:
-        self._rules = [rule for rule in rules if rule.max_norm is not None]
+        self.rules = rules
         self._experiment = experiment
         self._sync = sync
         self._optimizer = optimizer
@@ -164,6 +164,7 @@ class Stepper:
             loss_sum += part[0]
             correct += part[1]
         self._sync.finish()
+        add_l2(self.rules)
         if experiment.training.clip_grad_norm is not None:
             nn.utils.clip_grad_norm_(self._parameters, experiment.training.clip_grad_norm)
         self._fast()
@@ -172,7 +173,7 @@ class Stepper:
         self._account(loss_sum, correct, len(labels), global_size)
 
     def _settle(self) -> None:
-        keep_norms(self._rules)
+        keep_norms(self.rules)
         if self._ema is not None:
             self._ema.apply()
 

@@ -20,6 +20,7 @@ from ..errors import HpcCifarError, NonFiniteLoss, RunError
 from ..models import build
 from ..plan import Plan
 from ..runs import Run, now
+from ..track.rows import is_better, least_improvement
 from . import checkpoint, features, optim
 from .distributed import World, gradient_sync
 from .graph import WARM_UP
@@ -247,6 +248,8 @@ class Trainer:
         better = False
         if number % self.experiment.training.evaluate_every_epochs == 0 or last:
             row["val_loss"], row["val_accuracy"] = self._validate()
+            if (penalty := self.validation.penalty()) is not None:
+                row["val_loss_with_l2"] = row["val_loss"] + penalty
             better = self._is_better(row)
         position.epoch, position.batch = number, 0
         session.stepper.epoch_sums.zero_()
@@ -301,9 +304,9 @@ class Trainer:
     def _is_better(self, row: dict[str, Any]) -> bool:
         if self.experiment.data.validation == "test":
             return False
-        value, best = row[self.experiment.checkpoint.monitor], self.session.best
-        higher = self.experiment.checkpoint.monitor == "val_accuracy"
-        better = bool(best is None or (value > best if higher else value < best))
+        monitor = self.experiment.checkpoint.monitor
+        value = row[monitor]
+        better = is_better(value, self.session.best, monitor, least_improvement(self.experiment))
         if better:
             self.session.best, self.session.best_step = value, self.session.position.step
         return better

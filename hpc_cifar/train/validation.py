@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..evaluate.accuracy import Sums, evaluate
 from ..evaluate.predict import tta_views
 from .features import Features
 from .graph import Graphs
+from .optim import penalty
 from .session import Session
 from .setup import AveragedStatistics, Prepared
 from .step import autocast
@@ -60,6 +62,28 @@ class Validation:
             return self.test()
         return self._of(self._prepared.store.train, self._prepared.validation_indices)
 
+    def penalty(self) -> float | None:
+        """The ``l2`` of layers, which Keras adds to a validation's loss; None where no layer has one."""
+        session = self._session
+        rules = session.stepper.rules
+        if not any(rule.l2 for rule in rules):
+            return None
+        with self._averaged():
+            return penalty(rules)
+
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Within the block the network has the average of its weights, if there is one."""
+        ema = self._session.ema
+        if ema is None:
+            yield
+            return
+        ema.swap()
+        try:
+            yield
+        finally:
+            ema.swap()
+
     def test(self, augmented: bool = False) -> tuple[float, float]:
         """On the test set, as it is or averaged over shifted and mirrored views."""
         arrays = self._prepared.store.test
@@ -67,15 +91,9 @@ class Validation:
 
     def _of(self, arrays: Arrays, indices: Any, augmented: bool = False) -> tuple[float, float]:
         session = self._session
-        with AveragedStatistics(session.network, session.world, session.local_statistics):
-            if session.ema is not None:
-                session.ema.swap()
-            try:
-                sums, run = (self._views, None) if augmented else (self._sums, self._graphs)
-                loss, accuracy, _ = evaluate(sums, self._batches(arrays, indices), session.world.sum, run)
-            finally:
-                if session.ema is not None:
-                    session.ema.swap()
+        with AveragedStatistics(session.network, session.world, session.local_statistics), self._averaged():
+            sums, run = (self._views, None) if augmented else (self._sums, self._graphs)
+            loss, accuracy, _ = evaluate(sums, self._batches(arrays, indices), session.world.sum, run)
         return loss, accuracy
 
     def close(self) -> None:

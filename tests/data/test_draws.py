@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,6 +13,8 @@ from hypothesis import strategies as st
 
 from hpc_cifar.config.experiment import Augment
 from hpc_cifar.data import draws
+from hpc_cifar.data.split import split
+from hpc_cifar.train.step import seed_of_step
 
 SEEDS = st.integers(0, 2**63 - 1)
 EPOCHS = st.integers(0, 10**6)
@@ -104,3 +110,59 @@ def test_nothing_is_drawn_for_nothing() -> None:
     drawn = draws.augmentation(0, 0, [], Augment(crop_padding=4, flip="random", cutout=8), 32)
     assert len(drawn.dy) == len(drawn.flip) == 0
     assert draws.order(0, 0, []).shape == (0,)
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "pipelines.md"
+
+
+def formulas() -> dict[str, Any]:
+    """The functions of the page, which use nothing of the package."""
+    block = next(text for text in PAGE.read_text().split("```python\n")[1:] if "WEYL" in text).split("```")[0]
+    made: dict[str, Any] = {}
+    exec(block, made)
+    return made
+
+
+@settings(max_examples=40, deadline=None)
+@given(SEEDS, EPOCHS, st.integers(1, 64), st.lists(st.integers(0, 2**40), min_size=1, max_size=30, unique=True))
+def test_the_page_says_how_to_compute_every_draw(seed: int, epoch: int, size: int, samples: list[int]) -> None:
+    """By plain numbers, without the package: order, augmentation, warps, dropout, split."""
+    page = formulas()
+    assert page["order"](seed, epoch, samples) == draws.order(seed, epoch, samples).tolist()
+    augment = Augment(crop_padding=size, flip="random", cutout=8, rotation_degrees=15, shift_fraction=(0.1, 0.2))
+    drawn, turned = draws.augmentation(seed, epoch, samples, augment, 32, 24), draws.warp(seed, epoch, samples, augment)
+    other = draws.augmentation(seed, epoch, samples, Augment(flip="alternating"), 32)
+    for row, sample in enumerate(samples):
+        assert page["crop"](seed, epoch, sample, size) == (drawn.dy[row], drawn.dx[row])
+        assert page["flip"](seed, epoch, sample) == drawn.flip[row]
+        assert page["alternating"](seed, epoch, sample) == other.flip[row]
+        assert page["cutout"](seed, epoch, sample, 32, 24) == (drawn.cut_y[row], drawn.cut_x[row])
+        assert np.isclose(np.deg2rad(page["rotation"](seed, epoch, sample, 15)), turned.angle[row], rtol=1e-6, atol=1e-9)
+        assert np.allclose(page["shift"](seed, epoch, sample, 0.1, 0.2), (turned.down[row], turned.across[row]), 1e-6, 1e-9)
+        assert page["dropout_seed"](seed, sample, row) == seed_of_step(seed, sample, row)
+
+
+def test_the_page_says_which_images_validate() -> None:
+    labels = np.arange(100) % 3
+    page = formulas()
+    _, held_out = split(labels, 0.2, 5)
+    expected = []
+    for name, count in ((0, 7), (1, 7), (2, 6)):  # of 34, 33 and 33 images: 6.8, 6.6 and 6.6
+        ranked = sorted(np.flatnonzero(labels == name).tolist(), key=lambda sample: page["draw"](5, 0, page["SPLIT"], sample))
+        expected += ranked[:count]
+    assert sorted(expected) == held_out.tolist()
+
+
+def test_the_values_on_the_page_are_right() -> None:
+    page = formulas()
+    rows = [
+        line.strip("| ").split(" | ") for line in PAGE.read_text().splitlines() if re.match(r"\| \d+ \| \d+ \| \d+ \| `", line)
+    ]
+    assert len(rows) == 3
+    for seed, epoch, sample, drawn, *others in ([*map(int, row[:3]), *row[3:]] for row in rows):
+        assert drawn == f"`{draws.hashes(seed, epoch, draws.ORDER, [sample])[0]:016x}`"
+        assert others == [
+            str(page["crop"](seed, epoch, sample, 4)), str(page["flip"](seed, epoch, sample)),
+            str(page["cutout"](seed, epoch, sample, 32, 32)), f"{page['rotation'](seed, epoch, sample, 15):.6f}",
+            str(seed_of_step(seed, sample, 0)),
+        ]  # fmt: skip

@@ -213,7 +213,24 @@ def test_worker_processes_change_nothing_and_end(arrays: Arrays) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_float64_pixels_are_computed_in_float64(readable: Readable, name: str) -> None:
+    """As numpy does it from raw values, to the last bits; not float32 values made wider."""
+    arrays, augment = readable(name), Augment(crop_padding=4, flip="random", cutout=6)
+    for rotation, most in ((0.0, 1e-14), (15.0, 1e-12)):
+        turned = augment.model_copy(update={"rotation_degrees": rotation})
+        batch = next(iter(make(arrays, name, turned, dtype=torch.float64, channels_last=True, batch_size=100).batches(2)))
+        expected = next(iter(make(arrays, "reference", turned, dtype=torch.float64, batch_size=100).batches(2)))
+        assert batch.images.dtype == torch.float64
+        assert (batch.images - expected.images).abs().max() <= most
+        if not rotation:
+            pixels = plain(arrays, draws.order(3, 2, np.arange(COUNT))[:100].tolist(), augment, 2)
+            exact = ((pixels / 255 - MEAN) / STD).transpose(0, 3, 1, 2)
+            assert np.abs(batch.images.numpy() - exact).max() <= 1e-14
+        assert not torch.equal(batch.images, batch.images.float().double())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_other_types_are_the_rounded_batch(readable: Readable, name: str, dtype: torch.dtype) -> None:
     arrays = readable(name)
     full = next(iter(make(arrays, "reference").batches(0)))

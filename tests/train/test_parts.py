@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import types
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import ranks
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -18,10 +20,13 @@ from torch import nn
 from hpc_cifar.config.optimization import EarlyStopping, ScheduleConfig
 from hpc_cifar.data.store import Arrays
 from hpc_cifar.track.metrics import MetricsLog
+from hpc_cifar.track.rows import improvements, is_better, selected
 from hpc_cifar.train.optim import EMA
 from hpc_cifar.train.schedule import factor, stopped_early
 from hpc_cifar.train.setup import Prepared, some_images
 from hpc_cifar.train.step import seed_device, seed_of_step
+
+WITH_L2 = {"family": "sequential", "layers": ["flatten", {"dense": {"units": 10, "l2": 1e-3}}]}
 
 
 def schedule(**values: Any) -> Any:
@@ -127,6 +132,35 @@ def test_plateau_is_the_one_of_torch(losses: list[float], patience: int, min_del
         theirs.step(loss)
         rate = 0.1 * factor(ours, number, 1, 100, lr=0.1, history=history(losses[:number]))
         assert rate == pytest.approx(optimizer.param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize("warmup", [0, 1])
+def test_a_plateau_never_raises_the_rate_to_its_least(warmup: int) -> None:
+    ours = schedule(name="plateau", factor=0.5, patience=1, min_lr=0.5, warmup_epochs=warmup)
+    for lr, expected in ((0.1, [1, 1]), (0.8, [0.625, 0.625]), (2.0, [0.5, 0.25])):
+        rates = [factor(ours, number, 1, 100, lr=lr, history=history([1.0] * number)) for number in range(2, 4)]
+        assert rates == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("monitor", ["val_loss", "val_accuracy", "val_loss_with_l2"])
+def test_a_figure_that_is_not_finite_is_never_the_best(monitor: str) -> None:
+    sign = -1.0 if monitor == "val_accuracy" else 1.0
+    figures = [math.nan, math.inf, -math.inf, 2.0, math.nan, 1.0, -sign * math.inf, 1.5]
+    rows = [{monitor: sign * value, "epoch": number} for number, value in enumerate(figures, 1)]
+    assert list(improvements(rows, monitor)) == [number in (4, 6) for number in range(1, 9)]
+    config = ranks.experiment(checkpoint={"select": "best", "monitor": monitor}, model=WITH_L2)
+    assert selected(config, rows)["epoch"] == 6
+    assert is_better(1.0, math.nan, monitor), "a checkpoint of before may hold one"
+    stopping = EarlyStopping(patience=3, monitor=monitor)
+    assert stopped_early(stopping, rows[:3]) and not stopped_early(stopping, rows[3:7])
+
+
+def test_the_best_epoch_is_the_one_that_early_stopping_saw() -> None:
+    rows = [{"val_loss": loss, "epoch": number} for number, loss in enumerate([3.0, 2.0, 1.9, 1.4, 1.3], 1)]
+    for monitor, epoch in (("val_loss", 4), ("val_accuracy", 5)):  # it counts for the figure that stopping watches
+        stopping = {"monitor": monitor, "patience": 3, "min_delta": 0.5}
+        config = ranks.experiment(checkpoint={"select": "best", "monitor": "val_loss"}, training={"early_stopping": stopping})
+        assert selected(config, rows)["epoch"] == epoch
 
 
 def test_a_plateau_cools_down() -> None:
