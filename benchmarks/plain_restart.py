@@ -41,16 +41,19 @@ class Images(Dataset[tuple[torch.Tensor, int]]):
         return self.transform(self.images[index]), int(self.labels[index])
 
 
+KERAS = {"momentum": 0.01, "eps": 1e-3}  # its BatchNorm's defaults, as torch counts them; deep300 has them
+
+
 def network(height: int, width: int, channels: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     before = channels
     for filters, rate in ((32, 0.3), (64, 0.5), (128, 0.5)):
         for _ in range(2):
-            layers += [nn.Conv2d(before, filters, 3, padding=1), nn.BatchNorm2d(filters), nn.ReLU()]
+            layers += [nn.Conv2d(before, filters, 3, padding=1), nn.BatchNorm2d(filters, **KERAS), nn.ReLU()]
             before = filters
         layers += [nn.MaxPool2d(2), nn.Dropout(rate)]
     flat = (height // 8) * (width // 8) * 128
-    layers += [nn.Flatten(), nn.Linear(flat, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, 10)]
+    layers += [nn.Flatten(), nn.Linear(flat, 128), nn.BatchNorm1d(128, **KERAS), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, 10)]
     return nn.Sequential(*layers)
 
 

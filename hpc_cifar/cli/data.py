@@ -54,7 +54,7 @@ def prepare(
     \b
     hpc-cifar prepare cifar10
     hpc-cifar prepare flowers --archive flowers.tar
-    hpc-cifar prepare --weights torchvision/vgg16
+    hpc-cifar prepare --weights torchvision/vgg16 --weights torchvision/resnet50:imagenet-v1
 
     The source is --archive, else HPC_CIFAR_ARCHIVE, else the store that is there, else the download. Class folders are
     train/<class>/*.jpg and test/<class>/*.jpg, or PNG.
@@ -100,7 +100,7 @@ def _fetch(names: list[str], folder: Path, console: Console) -> None:
 
     for model in [weights.named(name) for name in names]:  # a name that is wrong, before anything is downloaded
         path, source = weights.fetch(model, folder)
-        words = f"{model.family}/{model.name}: {path.stat().st_size / 2**20:.1f} MiB in {path} (from {source})"
+        words = f"{weights.name_of(model)}: {path.stat().st_size / 2**20:.1f} MiB in {path} (from {source})"
         console.print(words, markup=False, highlight=False, soft_wrap=True)
 
 

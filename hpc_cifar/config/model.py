@@ -10,6 +10,8 @@ from .fields import Flag, Model, Positive, Whole, matching
 from .layers import Layer
 
 Layers = Annotated[tuple[Layer, ...], Field(min_length=1, max_length=1000)]
+VERSIONS = ("imagenet-v1", "imagenet-v2")
+"""Values of ``weights`` that name one of torchvision's, where ``imagenet`` is its newest."""
 Init = Literal["torch", "glorot_uniform", "he_normal", "dirac"]
 
 _name = matching(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", "a model's name in the library, such as vgg16 or resnet50")
@@ -35,7 +37,7 @@ class PretrainedModel(Model):
     name: Annotated[str, AfterValidator(_name)]
     """The library's name of it, such as ``vgg16``."""
     weights: str | None = "imagenet"
-    """``imagenet`` (the library's, from ``prepare --weights`` or its cache), a file, or null: begin at random."""
+    """``imagenet``: the library's; its older or newer ones: ``imagenet-v1``, ``imagenet-v2``; a file; null: begin at random."""
     train: Annotated[str, AfterValidator(_part)] = "frozen"
     """Layers of the backbone that are trained beside the head: ``frozen`` (none), ``all``, or such as ``last4``."""
     resize: Annotated[Whole, Field(ge=8, le=1024)] | None = None
@@ -52,6 +54,12 @@ class PretrainedModel(Model):
     """``frozen`` keeps the backbone's running statistics; ``auto`` does so in layers that are not trained."""
     cache_features: Literal["auto"] | Flag = "auto"
     """Compute the maps of a frozen backbone once; ``auto``: where nothing is augmented."""
+
+    @model_validator(mode="after")
+    def _versions_are_torchvision_s(self) -> PretrainedModel:
+        if self.weights in VERSIONS and self.family == "timm":
+            raise ValueError(f"weights: {self.weights} is torchvision's; timm has them in the name, such as resnet50.tv_in1k")
+        return self
 
     @model_validator(mode="after")
     def _random_weights_are_trained(self) -> PretrainedModel:

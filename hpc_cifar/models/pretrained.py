@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config.model import PretrainedModel, SequentialModel
+from ..config.model import VERSIONS, PretrainedModel, SequentialModel
 from ..config.shapes import ShapeError, head_layers
 from ..errors import UsageError
 from . import sequential
@@ -156,6 +156,30 @@ def _torchvision(name: str) -> nn.Module:
     return network
 
 
+def torchvision_weights(model: PretrainedModel) -> tuple[Any, bool]:
+    """torchvision's entry of the weights that ``model`` asks for, else of its default ones, and whether these are the default
+    ones; None if it has none.
+
+    Raises:
+        UsageError: there is no such version of them.
+    """
+    from torchvision.models import _api as registry
+
+    try:
+        known: Any = registry.get_model_weights(model.name).__members__
+    except ValueError:
+        known = {}
+    default = known.get("DEFAULT")
+    if model.weights not in VERSIONS:
+        return default, True
+    kinds = {version: f"IMAGENET1K_{version.removeprefix('imagenet-').upper()}" for version in VERSIONS}
+    if kinds[model.weights] not in known:
+        there = " and ".join(version for version, kind in kinds.items() if kind in known) or "none"
+        raise UsageError(f"model.weights: torchvision has no {model.weights} of {model.name}; there is {there}")
+    entry = known[kinds[model.weights]]
+    return entry, entry is default
+
+
 def _timm(name: str) -> nn.Module:
     import timm
 
@@ -219,12 +243,10 @@ def statistics(model: PretrainedModel) -> Statistics:
     if model.family == "torchvision":
         if model.name in _TRANSFORMED:  # what its transform_input makes of the usual statistics
             return Statistics(*HALF)
-        from torchvision.models import _api as registry
-
-        try:
-            usual: Any = registry.get_model_weights(model.name)["DEFAULT"].transforms()
-        except (ValueError, KeyError):
+        library, _ = torchvision_weights(model)
+        if library is None:
             return Statistics(*IMAGENET)
+        usual: Any = library.transforms()
         return Statistics(tuple(usual.mean), tuple(usual.std))
     import timm
 

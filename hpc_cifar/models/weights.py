@@ -2,7 +2,7 @@
 
 A compute node has no internet: nothing here downloads but :func:`fetch`, which ``prepare --weights`` calls on the login node.
 
-<data root>/weights/<family>-<name>.safetensors       what ``prepare --weights`` keeps
+<data root>/weights/<family>-<name>[-<version>].safetensors       what ``prepare --weights`` keeps
 """
 
 from __future__ import annotations
@@ -13,15 +13,14 @@ import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import files
-from ..config.model import PretrainedModel
+from ..config.model import VERSIONS, PretrainedModel
 from ..errors import DataError, UsageError, first_line
-from .pretrained import CLASSIFIERS, Pretrained, backbone_of, build, whole
+from .pretrained import CLASSIFIERS, Pretrained, backbone_of, build, torchvision_weights, whole
 
 FOLDER = "weights"
 # weights that a package from the package index brings; its file, and the backbone that it fits under other names
@@ -30,7 +29,23 @@ _PACKAGES = {("timm", "tf_efficientnet_lite0"): "efficientnet_lite0_pytorch_mode
 
 def kept(model: PretrainedModel, data_root: Path) -> Path:
     """Where ``prepare --weights`` puts the weights of a backbone."""
-    return data_root / FOLDER / f"{model.family}-{model.name}.safetensors"
+    return data_root / FOLDER / f"{model.family}-{'-'.join([model.name, *_version(model)])}.safetensors"
+
+
+def name_of(model: PretrainedModel) -> str:
+    """What ``prepare --weights`` calls the weights of a backbone, such as ``torchvision/resnet50:imagenet-v1``."""
+    return f"{model.family}/{':'.join([model.name, *_version(model)])}"
+
+
+def _of_the_library(model: PretrainedModel) -> bool:
+    return model.weights in ("imagenet", *VERSIONS)
+
+
+def _version(model: PretrainedModel) -> list[str]:
+    """The version of the weights, unless it is the library's default, which needs no name."""
+    if model.weights not in VERSIONS or torchvision_weights(model)[1]:
+        return []
+    return [model.weights]
 
 
 def find(model: PretrainedModel, data_root: Path) -> Path | None:
@@ -41,17 +56,19 @@ def find(model: PretrainedModel, data_root: Path) -> Path | None:
     """
     if model.weights is None:
         return None
-    if model.weights != "imagenet":
+    if not _of_the_library(model):
         path = Path(model.weights).expanduser()
         if not path.is_file():
-            raise UsageError(f"model.weights: there is no file {path}; use imagenet, a file of weights, or null")
+            raise UsageError(
+                f"model.weights: there is no file {path}; use imagenet, imagenet-v1 or imagenet-v2, a file, or null"
+            )
         return path
     for path in (kept(model, data_root), *_cached(model)):
         if path.is_file():
             return path
     raise UsageError(
         f"model.weights: the weights of {model.name} are not here; on a machine with internet run: "
-        f"hpc-cifar prepare --weights {model.family}/{model.name}"
+        f"hpc-cifar prepare --weights {name_of(model)}"
     )
 
 
@@ -59,7 +76,7 @@ def _cached(model: PretrainedModel) -> list[Path]:
     """Where the library itself keeps what it has downloaded, and an installed package that brings the weights."""
     found: list[Path] = []
     if model.family == "torchvision":
-        url = _torchvision_url(model.name)
+        url = _torchvision_url(model)
         if url:
             found.append(Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2])
         return found
@@ -85,14 +102,9 @@ def _packaged(model: PretrainedModel) -> list[Path]:
     return sorted(path for path in Path(place.origin).parent.rglob("*") if path.suffix in (".pt", ".pth"))
 
 
-def _torchvision_url(name: str) -> str | None:
-    from torchvision.models import _api as registry
-
-    try:
-        entry: Any = registry.get_model_weights(name)["DEFAULT"]
-    except (ValueError, KeyError):
-        return None
-    return str(entry.url)
+def _torchvision_url(model: PretrainedModel) -> str | None:
+    entry, _ = torchvision_weights(model)
+    return None if entry is None else str(entry.url)
 
 
 def read(path: Path) -> dict[str, Tensor]:
@@ -184,7 +196,7 @@ def below(model: PretrainedModel, data_root: Path, image: tuple[int, int, int] =
     path = check(model, data_root, image, classes)
     if path is None or path.resolve().is_relative_to(data_root.resolve()):
         return path
-    if model.weights == "imagenet":
+    if _of_the_library(model):
         return fetch(model, data_root)[0]
     data = path.read_bytes()
     copy = data_root / FOLDER / f"{hashlib.sha256(data).hexdigest()[:16]}-{path.name}"
@@ -211,25 +223,32 @@ def load(model: PretrainedModel, network: nn.Module, data_root: Path) -> None:
 
 
 def named(text: str) -> PretrainedModel:
-    """The backbone that ``prepare --weights`` means: ``vgg16``, ``torchvision/vgg16`` or ``timm/resnet18``.
+    """The backbone that ``prepare --weights`` means: ``vgg16``, ``torchvision/vgg16``, ``torchvision/resnet50:imagenet-v1`` or
+    ``timm/resnet18``.
 
     Raises:
         UsageError: neither library has it.
     """
-    family, slash, name = text.rpartition("/")
-    families = [family] if slash else ["torchvision", "timm"]
+    family, slash, rest = text.rpartition("/")
+    name, colon, version = rest.partition(":")
+    families = [family] if slash else ["torchvision"] if colon else ["torchvision", "timm"]
     error: UsageError | None = None
     for choice in families:
         try:
-            model = PretrainedModel.model_validate({"family": choice, "name": name})
+            if colon and version not in VERSIONS:
+                raise ValueError
+            model = PretrainedModel.model_validate({"family": choice, "name": name, "weights": version or "imagenet"})
             with torch.device("meta"):
                 whole(model)
+            name_of(model)  # there is such a version of them
             return model
         except ValueError:
-            raise UsageError(f"--weights {text}: should be such as torchvision/vgg16 or timm/resnet18") from None
+            raise UsageError(
+                f"--weights {text}: should be such as torchvision/vgg16, torchvision/resnet50:imagenet-v1 or timm/resnet18"
+            ) from None
         except UsageError as problem:
             error = error or problem
-    raise UsageError(f"--weights {text}: {str(error).removeprefix('model.name: ')}")
+    raise UsageError(f"--weights {text}: {str(error).removeprefix('model.name: ').removeprefix('model.weights: ')}")
 
 
 def fetch(model: PretrainedModel, data_root: Path) -> tuple[Path, str]:
@@ -266,7 +285,7 @@ def fetch(model: PretrainedModel, data_root: Path) -> tuple[Path, str]:
 
 def _download(model: PretrainedModel) -> Path:
     if model.family == "torchvision":
-        url = _torchvision_url(model.name)
+        url = _torchvision_url(model)
         if url is None:
             raise UsageError(f"torchvision has no weights for {model.name}")
         path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
