@@ -63,11 +63,14 @@ def start_of(text: str, cluster: Cluster, plan: Plan) -> Start:
         if _nodes_are_away(words, cluster):  # the job may wait for them; sbatch itself refuses what is impossible
             return Start(note="some nodes are down or drained now")
         raise LaunchError(f"Slurm would refuse the job: {words}")
-    found = re.search(r"to start at (\S+)(?: using \d+ processors)?(?: on nodes (\S+))?(?: in partition (\S+))?", said)
-    if found is None:
+    answer = re.search(r"to start at (\S+)(.*)", said)
+    if answer is None:
         return Start(note="Slurm gives no estimate")
-    _check_time(found[3] or cluster.partition, cluster, plan)
-    return Start(slurm.utc_of(found[1]), found[2], found[3])
+    # each by itself: versions differ in what stands between ("on cluster x", and a stray "a" since 25.05)
+    nodes, partition = (re.search(pattern, answer[2]) for pattern in (r" on nodes (\S+)", r" in partition (\S+)"))
+    name = partition[1] if partition else None
+    _check_time(name or cluster.partition, cluster, plan)
+    return Start(slurm.utc_of(answer[1]), nodes[1] if nodes else None, name)
 
 
 def _nodes_are_away(words: str, cluster: Cluster) -> bool:

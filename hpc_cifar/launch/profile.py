@@ -175,9 +175,9 @@ def _ends(found: Site, partition: Partition) -> list[str]:
     lines.append(_line("preemptible", preempts, how))
     if preempts:
         grace = partition.settings.get("GraceTime", "0")
-        signals = (
-            "SIGUSR2 and SIGTERM" if "preempt_send_user_signal" in found.config.get("SlurmctldParameters", "") else "SIGTERM"
-        )
+        # under either name, by version: SlurmctldParameters has preempt_send_user_signal, PreemptParameters send_user_signal
+        settings = ",".join(found.config.get(name, "") for name in ("SlurmctldParameters", "PreemptParameters"))
+        signals = "SIGUSR2 and SIGTERM" if "send_user_signal" in settings else "SIGTERM"
         lines.append(_note(f"A preempted job is told by {signals} and has GraceTime={grace} s to end."))
         if grace == "0":
             lines.append(_note("That is no time to save a checkpoint: in job files, set checkpoint.every_steps."))

@@ -10,8 +10,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from .. import files, runs
-from . import chain
-from .job import LOCAL_REQUEUE, has_failed, one_line, segment
+from . import chain, slurm
+from .job import LOCAL_REQUEUE, has_failed, one_line, restart_count, segment
 
 if TYPE_CHECKING:
     from ..errors import LostRank
@@ -137,18 +137,23 @@ def requeue(run: Run, env: Any, usr: signal.Signals, hand_over: Any, result: dic
     if env.global_rank != 0:
         raise SystemExit(0)  # without a result: this rank is not done, and rank 0 speaks for all
     if env.cluster == "slurm":
-        # scancel and preemption both send TERM; only the job's state tells them apart where no marker was left
-        job_state, why = _slurm_job_state(env.job_id)
-        if why == "TimeLimit":  # the signal before it was lost, as when it came before Python could hear it
+        # scancel and preemption both send TERM; only Slurm tells them apart where no marker was left
+        seen = slurm.evidence(env.job_id)
+        job_state = seen.state
+        back = seen.restarts > restart_count()  # Slurm itself has requeued it
+        # TimeLimit: the signal before it was lost, as when it came before Python could hear it
+        if back or seen.by_preemption or seen.reason == "TimeLimit":
             result = {**result, "state": "requeued"}
         if job_state.startswith("CANCELLED") or (job_state == "COMPLETING" and result["state"] == "stopped"):
-            # while its ranks still run, Slurm calls a job that was cancelled COMPLETING; a preempted one that is to come
-            # back is requeued by Slurm itself
+            # while its ranks still run, Slurm calls a job that was cancelled COMPLETING
             run.write_state(**{**run.state(), "state": "cancelled", "reason": "cancelled with scancel"})
             result["state"] = "cancelled"
             return
         if not job_state and chain.term_means_preemption(run):
             result = {**result, "state": "requeued"}
+        if back:
+            run.write_state(**{**run.state(), "state": "requeued"})
+            raise SystemExit(0)
         if chain.hand_over(run, env.job_id, result):
             raise SystemExit(0)
         if result["state"] == "stopped" and not job_state:

@@ -38,7 +38,9 @@ def start(cluster: Cluster, ports: configuration.Ports) -> None:
     password = secrets.token_hex(16)
     script = folder / "grant.sql"
     script.touch(mode=0o600)
+    # the database first: newer clients lose their options when they connect to one that is not there, and slurmdbd gives up
     script.write_text(
+        f"CREATE DATABASE slurm_acct_db;\n"
         f"CREATE USER 'slurm'@'127.0.0.1' IDENTIFIED BY '{password}';\n"
         f"CREATE USER 'slurm'@'localhost' IDENTIFIED BY '{password}';\n"
         "GRANT ALL ON slurm_acct_db.* TO 'slurm'@'127.0.0.1', 'slurm'@'localhost';\n"

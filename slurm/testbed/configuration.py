@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 NODES = ("n1", "n2", "n3")
+FIRST_PORT, PORTS = 30_000, 2_768
 
 
 @dataclass(frozen=True)
@@ -40,16 +41,28 @@ def host() -> str:
 
 
 def free_ports() -> Ports:
-    """Ports nobody listens on now (all held open while they are chosen, so that they differ)."""
-    sockets = [socket.socket() for _ in range(len(NODES) + 3)]
-    try:
-        for each in sockets:
-            each.bind(("0.0.0.0", 0))
-        first, second, third, *nodes = [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
+    """Ports nobody listens on now, next to each other.
+
+    They lie above those where ranks meet and below those that the kernel gives to connections: it could give one of these away
+    before the daemon asks for it. A random place, since another cluster may be looking at the same time.
+    """
+    number = len(NODES) + 3
+    for _ in range(100):
+        start = FIRST_PORT + number * secrets.randbelow(PORTS // number)
+        if all(_is_free(port) for port in range(start, start + number)):
+            break
+    first, second, third, *nodes = range(start, start + number)
     return Ports(controller=first, database_daemon=second, database=third, nodes=tuple(nodes))
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as tried:
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the daemons do: of one that has just ended is free
+        try:
+            tried.bind(("0.0.0.0", port))
+        except OSError:
+            return False
+    return True
 
 
 def hosts() -> str:

@@ -70,6 +70,20 @@ def test_a_partition_of_many_kinds() -> None:
     assert "JobRequeue=0: off by default" in text
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "signals"),
+    [
+        ("SlurmctldParameters", "enable_configless,preempt_send_user_signal", "SIGUSR2 and SIGTERM"),
+        ("PreemptParameters", "send_user_signal", "SIGUSR2 and SIGTERM"),  # since 23.02
+        ("PreemptParameters", "(null)", "SIGTERM"),
+        ("PreemptParameters", "strict_order", "SIGTERM"),
+    ],
+)
+def test_the_signal_of_a_preemption(name: str, value: str, signals: str) -> None:
+    _, text = written(partition("gpu", A100, GraceTime="30", PreemptMode="REQUEUE"), config={name: value})
+    assert f"A preempted job is told by {signals} and has GraceTime=30 s to end." in text
+
+
 def test_a_partition_without_gpus_or_accounts() -> None:
     why = "sacctmgr did not say: down"
     found, text = written(partition("no", CPU), associations=(), accounting=why, config={"PreemptMode": "OFF"})

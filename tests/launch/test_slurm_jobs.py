@@ -89,6 +89,47 @@ def test_a_time_limit_is_no_cancel(tmp_path: Path, slurm_says: Any, monkeypatch:
     assert run.state()["state"] == "cancelled"
 
 
+SHOWN = (
+    " JobState={} Reason=None Dependency=(null) Requeue=1 Restarts={} EndTime=2026-11-28T15:00:00 PreemptTime={} Partition=x"
+)
+
+
+def test_term_alone_is_a_preemption_where_slurm_says_so(
+    tmp_path: Path, slurm_says: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a grace time Slurm calls the job COMPLETING, as one that was cancelled."""
+    handed: list[str] = []
+
+    def submitits_handler(*_: Any) -> None:
+        handed.append("over")
+        raise SystemExit("requeued")
+
+    monkeypatch.setattr(Rank0, "paths", Paths(tmp_path), raising=False)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+
+    def told(restarts: int, preempted: str, state: str = "COMPLETING", chain: bool = False) -> tuple[str, str]:
+        run = run_with(tmp_path / "runs", "9_4", {"state": "stopped", "reason": "terminated"})
+        if chain:
+            run.add_job(executor="slurm", job_id="10", follows="9_4")
+            (run.path / "cluster.json").write_text('{"requeue": false, "preemptible": true}')
+        slurm_says(f"{state} None", None, SHOWN.format(state, restarts, preempted))
+        handed.clear()
+        result = {"state": "stopped", "reason": "terminated"}
+        try:
+            requeue.requeue(run, Rank0(), signal.SIGUSR2, submitits_handler, result)
+        except SystemExit as left:
+            return f"left with {left.code}", str(run.state()["state"])
+        return "returned", str(run.state()["state"])
+
+    assert told(1, "None") == ("returned", "cancelled")
+    assert told(1, "None", chain=True) == ("returned", "cancelled")
+    assert told(1, "2026-11-28T15:00:00", chain=True) == ("left with 0", "requeued")  # the next link goes on
+    assert told(1, "2026-11-28T15:00:00", state="RUNNING", chain=True) == ("left with 0", "requeued")
+    assert told(2, "None") == ("left with 0", "requeued") and not handed, "Slurm has requeued it already"
+    assert told(1, "2026-11-28T15:00:00") == ("left with requeued", "requeued") and handed
+    assert told(1, "2026-11-28T14:59:00") == ("returned", "cancelled"), "cancelled a minute after the preemption began"
+
+
 def test_a_signal_during_the_first_imports_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """submitit listens before we do, and would requeue a job that must not be, or fail it where that is forbidden."""
     import submitit

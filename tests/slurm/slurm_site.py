@@ -87,6 +87,15 @@ class SlurmCluster:
     def testbed(self, *arguments: str) -> str:
         return call_testbed(*arguments, "--dir", str(self.folder))
 
+    def as_testbed(self) -> Any:
+        """slurm/testbed's own view of it."""
+        sys.path.insert(0, str(TESTBED.parent))
+        try:
+            from cluster import Cluster
+        finally:
+            sys.path.pop(0)
+        return Cluster(self.folder)
+
     def batch(self, *options: str, script: str) -> str:
         """Submit a shell script; its job id."""
         path = self.work / f"job-{time.monotonic_ns()}.sh"

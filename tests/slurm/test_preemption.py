@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from slurm_site import EPOCHS, PROFILE, STEP_S, Site, SlurmCluster, assert_same, running_cluster
+from slurm_site import CHAIN, EPOCHS, PROFILE, STEP_S, Site, SlurmCluster, assert_same, running_cluster
+
+from hpc_cifar import files
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400), pytest.mark.component("slurm")]
 
@@ -20,6 +22,13 @@ KINDS = {
     "elements": ("--nodes", "1", "--seeds", "2"),
 }
 EARLY = ("beginning", "prolog", "shell")  # preempted before they trained
+# What a job does that knows nothing of this project: the first time it goes back to the queue when it is told to end.
+PLAIN = """\
+[ ${SLURM_RESTART_COUNT:-0} = 0 ] || exit 0
+trap 'scontrol requeue $SLURM_JOB_ID' USR2 TERM
+sleep 600 & wait
+sleep 600
+"""
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["user_signal", "no_user_signal"])
@@ -85,6 +94,7 @@ class Matrix:
     cells: list[tuple[str, str, str, str]]  # kind, partition, run, job
     seen: dict[str, list[str]]
     job_ids: dict[str, str]
+    restarts: dict[str, str]  # of a plain job, by partition: some versions of Slurm start it once more after its grace time
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +107,10 @@ def matrix(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory, digi
         for partition in ("low0", "low6")  # GraceTime 0 and 6 s
         for run, job in site.submit_many("--partition", partition, *options)
     ]
+    plain = {
+        partition: cluster.batch("--requeue", "--partition", partition, "--nodes=1", "--signal=B:USR2@60", script=PLAIN)
+        for partition in ("low0", "low6")
+    }
     site.until_epoch(1, *(run for _, _, run, _ in cells))  # there is a checkpoint, which those without a grace time need
     # one more, whose processes have just begun: the signals come before Python can listen to them
     run, job = site.submit("--partition", "low6", "--nodes", "1")
@@ -116,7 +130,10 @@ def matrix(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory, digi
     (site.folder / "slow-prolog" / "go").touch()
     seen = watch(site, high, [run for _, _, run, _ in cells])
     assert cluster.wait(high) == "COMPLETED"
-    return Matrix(site, cells, seen, {row["run"]: row["job_id"] for row in site.statuses()})
+    assert {cluster.wait(job) for job in plain.values()} == {"COMPLETED"}
+    restarts = {partition: cluster.job(job)["Restarts"] for partition, job in plain.items()}
+    assert restarts["low0"] == "1" and restarts["low6"] in ("1", "2")
+    return Matrix(site, cells, seen, {row["run"]: row["job_id"] for row in site.statuses()}, restarts)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, *EARLY])
@@ -131,7 +148,8 @@ def test_every_cell_resumes_and_ends_like_the_undisturbed(
         assert {"failed", "cancelled", "stopped"}.isdisjoint(seen), cell
         assert seen.index("finished") == len(seen) - 1, cell  # never reported done before it was
         assert cluster.wait(job) == "COMPLETED", cell  # Slurm says so a moment after the run does
-        assert matrix.job_ids[run] == job and cluster.job(job)["Restarts"] == "1", cell
+        # not once more than Slurm starts any job
+        assert matrix.job_ids[run] == job and cluster.job(job)["Restarts"] == matrix.restarts[partition], cell
         steps = [row["step"] for row in site.rows(run, "step")]
         assert steps == sorted(set(steps)), f"{cell}: a step was logged twice"
         assert site.epochs(run) == epochs, cell
@@ -151,6 +169,55 @@ def test_every_cell_resumes_and_ends_like_the_undisturbed(
             assert stopped == resumed and result["lost_steps"] == 0, f"{cell}: lost steps though there was a grace time"
         else:  # a checkpoint after every epoch
             assert result["lost_steps"] < 1.5 * result["steps"] / len(epochs), cell
+
+
+def test_a_preemption_does_not_end_a_chain(cluster: SlurmCluster, tmp_path: Path, digits_data: Path) -> None:
+    """Where the site forbids requeueing, the next link goes on, though a TERM may be all that the job heard."""
+    site = Site(cluster, tmp_path, digits_data)
+    site.profile("chain", CHAIN.replace("links: 10", "links: 2") + "preemptible: true\n")
+    site.step_takes(STEP_S, after_an_epoch=2.5)
+    pairs = [site.submit_many("--partition", partition, "--nodes", "1", profile="chain")[0] for partition in ("low0", "low6")]
+    site.until_epoch(1, *(run for run, _ in pairs))
+    seen = watch(site, cluster.batch("--partition=high", "--nodes=3", "--exclusive", script="sleep 1"), dict(pairs))
+    for run, first in pairs:
+        assert {"failed", "cancelled", "stopped"}.isdisjoint(seen[run]), seen
+        jobs = [str(row["job_id"]) for row in files.read_json_lines(site.runs / run / "jobs.jsonl")]
+        assert jobs[0] == first and len(jobs) == 3
+        assert [cluster.job(job)["Restarts"] for job in jobs] == ["0"] * 3
+        result = site.result(run)
+        assert result["restarts"] == 1 and site.epochs(run) == list(range(1, EPOCHS + 1))
+
+
+PREEMPTIONS = 5
+
+
+def test_five_preemptions_in_a_row_hold_no_job(
+    cluster: SlurmCluster, tmp_path: Path, digits_data: Path, undisturbed: dict[int, dict[str, Any]]
+) -> None:
+    """Newer versions hold a job that ends in its grace time and leaves the rest to Slurm: after MaxBatchRequeue preemptions."""
+    assert int(slurm_limit(cluster)) <= PREEMPTIONS
+    site = Site(cluster, tmp_path, digits_data)
+    site.step_takes(STEP_S, after_an_epoch=2.5)
+    pairs = [site.submit("--partition", partition, "--nodes", "1") for partition in ("low0", "low6")]
+    site.until_epoch(1, *(run for run, _ in pairs))
+    for number in range(1, PREEMPTIONS + 1):
+        high = cluster.batch("--partition=high", "--nodes=3", "--exclusive", script="true")
+        assert cluster.wait(high) == "COMPLETED"
+        for run, job in pairs:
+            cluster.wait(job, {"RUNNING"}, 60)
+            started = lambda run=run: [row["event"] for row in site.rows(run, "event")].count("started")  # noqa: E731
+            cluster.until(lambda count=started, number=number: count() > number, 60, f"{run} trains again")  # type: ignore[misc]
+    site.hasten()
+    for (run, job), result in zip(pairs, site.finished(*(run for run, _ in pairs)), strict=True):
+        assert_same(result, undisturbed[1])
+        assert result["restarts"] == PREEMPTIONS
+        assert cluster.wait(job) == "COMPLETED" and int(cluster.job(job)["Restarts"]) >= PREEMPTIONS
+
+
+def slurm_limit(cluster: SlurmCluster) -> str:
+    found = re.search(r"^MaxBatchRequeue\s*= (\d+)", cluster.call("scontrol", "show", "config"), re.MULTILINE)
+    assert found is not None
+    return found[1]
 
 
 def test_cancel_during_the_grace_time_of_a_preemption(cluster: SlurmCluster, tmp_path: Path, digits_data: Path) -> None:

@@ -312,19 +312,10 @@ def test_accounting_knows_what_squeue_has_forgotten(accounting_cluster: SlurmClu
 
 def forget(cluster: SlurmCluster) -> None:
     """The controller loses its memory of ended jobs, as it does by itself after MinJobAge; the accounts keep them."""
-    testbed = controller_of(cluster)
+    testbed = cluster.as_testbed()
     testbed.daemons.stop(["slurmctld"])
     for path in (cluster.folder / "state").glob("job_state*"):
         path.unlink()
-    testbed.daemons.start("slurmctld", ["slurmctld", "-D", "-f", str(testbed.conf)], environment=testbed.environment())
+    # -i: newer ones refuse to start without a file that they had before
+    testbed.daemons.start("slurmctld", ["slurmctld", "-i", "-D", "-f", str(testbed.conf)], environment=testbed.environment())
     cluster.until(testbed.ready, 30, "the controller is back")
-
-
-def controller_of(cluster: SlurmCluster) -> Any:
-    """slurm/testbed's own view of a cluster."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "slurm" / "testbed"))
-    try:
-        from cluster import Cluster
-    finally:
-        sys.path.pop(0)
-    return Cluster(cluster.folder)
