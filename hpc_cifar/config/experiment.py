@@ -156,6 +156,8 @@ class Resources(Model):
     """Time limit of one job, in quotes. A run that needs more goes on in another job."""
     hang_timeout_s: Positive | None = 45.0
     """A step that takes longer than this, and ten times the slowest so far, is a hang; the run restarts. null: never."""
+    fault_restarts: Annotated[Whole, Field(ge=0, le=1000)] = 5
+    """Restarts after faults, such as a killed rank, without a checkpoint in between; fewer after hangs and out of memory."""
 
     @model_validator(mode="after")
     def _one_process_a_gpu(self) -> Resources:
