@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import signal
 from dataclasses import dataclass
@@ -97,7 +96,7 @@ def killed_for_memory() -> dict[str, int]:
                 with contextlib.suppress(OSError, ValueError):
                     fields = dict(row.split() for row in (folder / name).read_text(encoding="utf-8").splitlines())
                     counts[str(folder)] = int(fields.get("oom_kill", 0))
-                if os.path.samefile(folder, root):
+                if folder == root:
                     break
                 folder = folder.parent
     return counts

@@ -52,10 +52,18 @@ class Records(Protocol):
 class Scheduler(Protocol):
     """What a job can ask of Slurm, or of the controller on this machine, and have it do."""
 
-    slurm: bool
-    requeue_allowed: bool
-    has_scontrol: bool
-    preemptible: bool
+    @property
+    def slurm(self) -> bool:
+        """See :class:`hpc_cifar.launch.policy.Knowledge`, as for the next three."""
+
+    @property
+    def requeue_allowed(self) -> bool: ...
+
+    @property
+    def has_scontrol(self) -> bool: ...
+
+    @property
+    def preemptible(self) -> bool: ...
 
     def word(self) -> Word:
         """Slurm's word on this job."""
@@ -92,6 +100,8 @@ def settle(
     if not records.claim(segment, row):
         return None
     known = _known(records, scheduler, restarts_allowed)
+    if records.finished():
+        event = Event.FINISHED
     seen = policy.what_it_was(event, known)
     if seen in (Event.RANK_LOST, Event.KILLED) and (death := scheduler.death()):
         seen, detail = death
@@ -138,7 +148,9 @@ def _carry_out(
     exclude: Sequence[str],
 ) -> Action:
     if action.event in _COUNTED:
-        records.note({**row, "event": action.event.value, "step": records.saved_step(), "reason": action.reason})
+        # in this order: the script of a job counts rows by the text of event and step
+        kind, step = action.event.value, records.saved_step()
+        records.note({"segment": row["segment"], "event": kind, "step": step, "rank": row["rank"], "reason": action.reason})
     _say(action, records)  # first: what follows may end this process
     if action.act is Act.REQUEUE and scheduler.slurm:
         if problem := scheduler.requeue(exclude):

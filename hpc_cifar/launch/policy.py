@@ -9,12 +9,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 
 MOST_SHOWN = 300  # characters of a detail in a reason
 
 
-class Event(str, Enum):
+class Event(StrEnum):
     """What happened to a segment of a run; the values are the words of ``interruptions.jsonl``."""
 
     FINISHED = "finished"
@@ -45,7 +45,7 @@ FEWER_RESTARTS: Mapping[Event, int] = {Event.HUNG: 2, Event.NODE_BAD: 1, Event.O
 """Restarts after faults of one kind without a checkpoint in between, where that is fewer than the job file allows."""
 
 
-class Word(str, Enum):
+class Word(StrEnum):
     """What Slurm says about the job while its ranks are still there."""
 
     NONE = "no answer"
@@ -89,7 +89,7 @@ class Knowledge:
         return not self.slurm or (self.requeue_allowed and self.has_scontrol)
 
 
-class Act(str, Enum):
+class Act(StrEnum):
     """What is done."""
 
     REQUEUE = "requeue"

@@ -21,7 +21,7 @@ from ..config.cluster import Cluster
 from ..config.experiment import Experiment
 from ..errors import LaunchError, UsageError
 from ..plan import Plan
-from . import container
+from . import container, policy
 from .job import MAX_TIMEOUTS
 
 PLAIN_PATH = re.compile(r"[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff%\\'\"`$]+")
@@ -30,31 +30,15 @@ DEFAULTS = ("ACCOUNT", "PARTITION", "QOS", "CONSTRAINT", "RESERVATION")
 """Options for which a user may have set SBATCH_... variables as defaults; they count where the script says nothing."""
 NO_CLUSTER = ("fetch_config", "fetch config", "unable to contact slurm controller")
 COMMUNICATION_ERRORS = range(1001, 1005)  # connect, send, receive, shut down; slurm_errno.h
-MOST_AGAIN = 40  # of one job; Slurm misses a node that died after five minutes, where nobody set it
-AGAIN = """
-# A signal ended a task before its program could listen, or a node was not reached: the job begins again, unless it was
-# cancelled or a rank has said why it failed.
-code=$?
-job=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}
-job=${{job:-$SLURM_JOB_ID}}
-run=$hpc_cifar_code/..
-case $code in {codes})
-  if ! grep -qsF "\\"$job.${{SLURM_RESTART_COUNT:-0}}\\"" "$run/failures.jsonl" && [ ! -e "$run/cancelled" ]; then
-    echo x >> "$run/submitit/${{job}}_again"
-    if [ "$(wc -l < "$run/submitit/${{job}}_again")" -le {most} ]; then
-      echo "hpc-cifar: srun ended with $code before the run began; the job begins again" >&2
-      scontrol requeue Incomplete "$job"
-    else
-      echo "hpc-cifar: srun ended with $code before the run began, {most} times already; see the nodes, then resume it" >&2
-    fi
-  fi
-esac
-exit $code
-"""
+MOST_EARLY = 40  # restarts after early exits; Slurm misses a node that died after five minutes, where nobody set it
+KILLS = ("KILL", "SEGV", "BUS", "ABRT")
+AFTER_SRUN = Path(__file__).with_name("after_srun.sh")
 
 
 class SlurmExecutor(submitit.SlurmExecutor):  # type: ignore[misc, unused-ignore]
     """submitit's Slurm executor, which also writes a script where there is no Slurm."""
+
+    restarts_allowed = policy.DEFAULT_RESTARTS
 
     @classmethod
     def affinity(cls) -> int:
@@ -68,8 +52,16 @@ class SlurmExecutor(submitit.SlurmExecutor):  # type: ignore[misc, unused-ignore
 
     def _make_submission_file_text(self, command: str, uid: str) -> str:
         text: str = super()._make_submission_file_text(command, uid)
-        requeues = self.parameters["additional_parameters"].get("requeue")
-        return text + AGAIN.format(codes="|".join(map(str, _begins_again())), most=MOST_AGAIN) if requeues else text
+        if not self.parameters["additional_parameters"].get("requeue"):
+            return text
+        kills = [128 + signal.Signals[f"SIG{name}"] for name in KILLS]
+        memory = min(self.restarts_allowed, policy.FEWER_RESTARTS[policy.Event.OUT_OF_MEMORY])
+        lines = [
+            "code=$?",
+            f"early='|{'|'.join(map(str, _begins_again()))}|' kills='|{'|'.join(map(str, kills))}|'",
+            f"most_early={MOST_EARLY} most_kills={self.restarts_allowed} most_memory={memory}",
+        ]
+        return text + "\n" + "\n".join(lines) + "\n" + AFTER_SRUN.read_text(encoding="utf-8")
 
     def script(self) -> str:
         """Exactly the text that ``submit`` hands to sbatch."""
@@ -193,6 +185,7 @@ def executor(
         python = container.PYTHON if container.active(cluster.container) else sys.executable
     command = container.python_command(cluster.container, python, folders, gpus=plan.placement.gpus_per_node > 0)
     made = SlurmExecutor(run / "submitit", max_num_timeout=MAX_TIMEOUTS, python=command)
+    made.restarts_allowed = experiment.resources.fault_restarts
     made.update_parameters(**parameters(experiment, cluster, plan, run, folders=folders, after=after, follows=follows))
     return made
 

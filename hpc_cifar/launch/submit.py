@@ -19,7 +19,7 @@ from ..config.shapes import check_fits
 from ..errors import DataError, HpcCifarError, LaunchError, NoCluster, UsageError
 from ..plan import Placement, Plan, make_plan, requested_placement, seconds_of
 from ..runs import Run
-from . import dependency, estimate, local, provenance, script, slurm, snapshot
+from . import dependency, estimate, interruptions, local, provenance, script, slurm, snapshot
 from .job import TrainJob
 
 NO_SBATCH = "no sbatch on this machine: use --cluster local to run here, or --dry-run to see the script"
@@ -290,6 +290,7 @@ def make_ready(run: Run, cluster: Cluster, code: Path | None = None) -> None:
     files.write_json(run.path / "cluster.json", cluster.model_dump(mode="json"), durable=code is None)
     snapshot.take(run.code) if code is None else snapshot.share(run.code, code)
     run.submitit.mkdir(exist_ok=True)
+    interruptions.begin_anew(run)
     waiting = {key: value for key, value in run.state().items() if key != "reason"}
     run.write_state(**{**waiting, "state": "pending"})
 
