@@ -128,10 +128,10 @@ class TrainJob:
                 run.write_state(**{**run.state(), **result})
         except Exception as error:
             early.armed = False
-            from ..errors import LostRank
+            from ..errors import LockHeld, LostRank
 
             ignore_signals()
-            if isinstance(error, LostRank) and requeue.restart_after_loss(run, env, error):
+            if isinstance(error, LostRank | LockHeld) and requeue.restart_after_loss(run, env, error):
                 raise SystemExit(0) from None
             record_failure(run, error, rank=env.global_rank, segment=segment())
             trials.ended(run, env.global_rank, {"state": "failed"}, error)
@@ -292,11 +292,13 @@ def record_failure(run: Run, error: BaseException, *, rank: int, segment: str) -
     A run that another process trains keeps that one's records.
     """
     from .. import files, runs
-    from ..errors import HpcCifarError, LostRank, RunBusy
+    from ..errors import HpcCifarError, LockHeld, LostRank, RunBusy
 
     reports = run.path / "failures.jsonl"
     busy = isinstance(error, RunBusy)
-    final = isinstance(error, HpcCifarError) and not isinstance(error, LostRank)  # a restart would fail like this one
+    final = isinstance(error, HpcCifarError) and not isinstance(
+        error, LostRank | LockHeld
+    )  # a restart would fail like this one
     row = {"time": runs.now(), "segment": segment, "rank": rank, "reason": one_line(error), "busy": busy, "final": final}
     try:
         files.append_json_line(reports, row)

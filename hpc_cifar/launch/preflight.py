@@ -116,7 +116,7 @@ def _act(run: Run, env: Any, verdict: Verdict) -> NoReturn:
         raise SystemExit(0)
     from ..train import lock
 
-    if lock.is_held(run.path):  # then the run's records are another job's
+    if lock.is_held_by_another(run, job.segment()):  # then the run's records are another job's
         raise RunBusy(f"{reason}; besides, another job trains this run")
     segment, before = job.segment(), _records(run, env)
     record = {"time": runs.now(), "segment": segment, "rank": env.global_rank, "reason": reason, "nodes": sorted(verdict.bad)}

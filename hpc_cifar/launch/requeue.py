@@ -10,6 +10,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from .. import files, runs
+from ..errors import LockHeld
 from . import chain
 from .job import LOCAL_REQUEUE, has_failed, one_line, segment
 
@@ -88,8 +89,9 @@ def _ask_for_requeue(run: Run, env: Any, reason: str) -> None:
         run.write_state(**{**run.state(), "state": "failed", "reason": reason})
 
 
-def restart_after_loss(run: Run, env: Any, error: LostRank) -> bool:
-    """Have a job go back to the queue that lost a rank which said nothing; whether that was done, by this rank or another.
+def restart_after_loss(run: Run, env: Any, error: LostRank | LockHeld) -> bool:
+    """Have a job go back to the queue that lost a rank which said nothing, or found the lock of its earlier segment held for
+    too long; whether that was done, by this rank or another.
 
     A node that dies takes its ranks with it at once, and Slurm notices after SlurmdTimeout (300 s): by then the ranks that are
     left have failed, and the job with them. A rank that could say why it failed is no loss but a failure.
@@ -115,7 +117,7 @@ def restart_after_loss(run: Run, env: Any, error: LostRank) -> bool:
     before = [files.read_json(path) or {} for path in losses.glob("*.json")]
     if is_ending(run, env) or [row.get("step") for row in before].count(step) > MAX_HANGS:
         return False
-    reason = f"a rank was lost without a word: {one_line(error)}"
+    reason = one_line(error) if isinstance(error, LockHeld) else f"a rank was lost without a word: {one_line(error)}"
     print(f"{reason}; the job goes back to the queue", flush=True)
     run.write_state(**{**run.state(), "state": "requeued", "reason": reason})
     if not chain.hand_over(run, env.job_id, {"state": "requeued"}, reason):
