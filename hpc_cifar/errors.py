@@ -6,6 +6,7 @@
     ├── DataError        (2)    a dataset is missing, damaged or not what it says
     ├── RunError         (1)    a run cannot be started, found or continued
     │   ├── RunBusy             another process trains it
+    │   ├── LockHeld            an earlier segment of the same job still has its lock
     │   ├── LostRank            another process of the job has ended; a restart mends that
     │   ├── PreflightError      the nodes of its job cannot train, twice in a row
     │   ├── CheckpointError     no usable checkpoint, or one that does not fit
@@ -60,6 +61,10 @@ class RunError(HpcCifarError):
 
 class RunBusy(RunError):
     """Another process trains the run; its records must not be touched."""
+
+
+class LockHeld(RunError):
+    """The lock of the run is still that of an earlier segment of this job, which has died; a restart may find it free."""
 
 
 class PreflightError(RunError):

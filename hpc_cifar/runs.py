@@ -8,6 +8,7 @@ runs/<run>/                     0700, since it holds pickles
   jobs.jsonl                    one row a submission: executor, job id, time
   state.json                    written by rank 0: state, epoch, step, ...
   cancelled                     present once a user cancelled the run
+  .lock  .holder.json           which process trains it; see train/lock.py
   checkpoints/  metrics.jsonl  result.json  wandb/
 """
 

@@ -95,7 +95,9 @@ def train(
 
         try:
             options: dict[str, Any] = {"max_steps": max_steps, "data_root": data_root, "console": world.main}
-            result = train_run(found, **options, world=world, begin=begin, segment=segment, on_hang=on_hang)
+            result = train_run(
+                found, **options, world=world, begin=begin, segment=segment, job=launch_job.segment(), on_hang=on_hang
+            )
         except Exception as error:
             launch_job.record_failure(found, error, rank=world.rank, segment=segment)
             raise

@@ -337,11 +337,13 @@ def record_failure(run: Run, error: BaseException, *, rank: int, segment: str) -
     A run that another process trains keeps that one's records.
     """
     from .. import files, runs
-    from ..errors import HpcCifarError, LostRank, RunBusy
+    from ..errors import HpcCifarError, LockHeld, LostRank, RunBusy
 
     reports = run.path / "failures.jsonl"
     busy = isinstance(error, RunBusy)
-    final = isinstance(error, HpcCifarError) and not isinstance(error, LostRank)  # a restart would fail like this one
+    final = isinstance(error, HpcCifarError) and not isinstance(
+        error, LostRank | LockHeld
+    )  # a restart would fail like this one
     row = {"time": runs.now(), "segment": segment, "rank": rank, "reason": one_line(error), "busy": busy, "final": final}
     try:
         files.append_json_line(reports, row)

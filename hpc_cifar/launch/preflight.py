@@ -110,7 +110,7 @@ def _act(own: OwnJob, verdict: Verdict) -> NoReturn:
         raise SystemExit(0)
     from ..train import lock
 
-    if lock.is_held(own.run.path):  # then the run's records are another job's
+    if lock.is_held_by_another(own.run, job.segment()):  # then the run's records are another job's
         raise RunBusy(f"{reason}; besides, another job trains this run")
     job.ignore_signals()
     # where rank 0 is lost, every other rank gets here, and the first one acts

@@ -137,7 +137,15 @@ def _status(run: Run, job: dict[str, Any], answer: slurm.Answer) -> Status:
         word, reason = "running", None  # a rank has said so; its job ends the others now, who may still write
     elif alive is None and word in ("running", "requeued"):
         reason = f"on {job.get('host') or state.get('host') or 'another host'}, last heard of {state.get('updated', 'never')}"
+    if word in ("running", "requeued", "pending") and (alive if known is None else known.active):
+        reason = reason or waits(run, job)
     return _row(run, job, state, result, word, reason, known)
+
+
+def waits(run: Run, job: dict[str, Any]) -> str | None:
+    """What a restarted job waits for before it trains, in its own words; see ``train/lock.py``."""
+    said = files.read_json(run.path / "waits.json")
+    return str(said.get("reason")) if isinstance(said, dict) and said.get("job") == str(job.get("job_id")) else None
 
 
 def _alive(run: Run, job: dict[str, Any], answer: slurm.Answer) -> bool | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import time
 from collections import Counter
 from functools import partial
@@ -41,7 +40,7 @@ from .setup import (
     split_digest,
 )
 from .step import PendingWindow, Stepper, autocast
-from .stop import StopAgreement, StopAsked, StopFlag
+from .stop import StopAgreement, StopAsked, StopFlag, word_for
 from .validation import Validation
 from .watchdog import Watchdog
 
@@ -383,9 +382,7 @@ class Trainer:
             if position.epoch < self.experiment.epochs:
                 result["reason"] = f"early stopping after epoch {position.epoch} of {self.experiment.epochs}"
         elif reason:
-            cancelled = self.world.share(self.run.cancel_marker.exists())
-            requeue = reason == "preempted" and "SUBMITIT_EXECUTOR" in os.environ
-            result["state"] = "cancelled" if cancelled else "requeued" if requeue else "stopped"
+            result["state"] = word_for(reason, self.world.share(self.run.cancel_marker.exists()))
             result["reason"] = reason
             result |= {f"{name}_after_ms": value for name, value in taken.items() if value is not None}
         else:

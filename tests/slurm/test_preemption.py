@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -252,3 +254,45 @@ def test_a_raw_scancel_never_resurrects(slurm_cluster: SlurmCluster, tmp_path: P
     for run, job in pairs:
         assert cluster.state(job) == "CANCELLED" and cluster.job(job)["Restarts"] == str(int(job == requeued))
         assert site.status(run)["state"] == "cancelled"
+
+
+TAKER = """\
+import fcntl, sys
+with open(sys.argv[1], "a") as stream:
+    fcntl.flock(stream, fcntl.LOCK_EX)
+    print("taken", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_the_lock_of_a_crashed_node_is_waited_for(
+    slurm_cluster: SlurmCluster, undisturbed: dict[int, dict[str, Any]], tmp_path: Path, digits_data: Path
+) -> None:
+    """A file server keeps the locks of a dead node for a while: here a process does, which takes it as soon as it is free."""
+    cluster = slurm_cluster
+    site = Site(cluster, tmp_path, digits_data)
+    site.profile("brief", f"{PROFILE}setup: [export HPC_CIFAR_LOCK_WAIT_S=8]\n")
+    [(run, job)] = site.submit_many("--nodes", "1", profile="brief")
+    site.until_epoch(1, run)
+    [node] = cluster.hosts(job)
+    command = [sys.executable, "-c", TAKER, str(site.runs / run / ".lock")]
+    try:
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as taker:
+            assert taker.stdin is not None and taker.stdout is not None
+            cluster.testbed("crash", node)
+            assert taker.stdout.readline() == "taken\n"
+            site.hasten()
+            words = f"waits for the lock of its earlier segment on {node} (process "
+            cluster.until(lambda: str(site.status(run)["reason"]).startswith(words), 200, "a restart that waits")
+            assert site.status(run)["state"] == "running" and site.state(run)["epoch"] < EPOCHS
+            cluster.until(lambda: cluster.job(job)["Restarts"] == "2", 60, "back in the queue")
+            assert "earlier segment" in site.state(run)["reason"] and site.state(run)["state"] == "requeued"
+            taker.stdin.close()
+            [result] = site.finished(run)
+        assert_same(result, undisturbed[1])
+        assert cluster.wait(job) == "COMPLETED" and cluster.job(job)["Restarts"] == "2"
+        log = site.call("logs", run)
+        assert log.count(words) >= 1 and "resuming at step " in log
+    finally:
+        cluster.testbed("boot", node)
+        cluster.until(lambda: f"{node} idle" in cluster.testbed("status"), 60, f"{node} is back")
