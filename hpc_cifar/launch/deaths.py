@@ -30,11 +30,12 @@ class Death:
         return Event.OUT_OF_MEMORY if self.signal is None else Event.KILLED
 
     def __str__(self) -> str:
-        who = f"rank{'s' if set(self.ranks) & set(',-') else ''} {self.ranks} on {self.node}"
+        several = bool(set(self.ranks) & set(",-"))
+        who = f"ranks {self.ranks} on {self.node} were" if several else f"rank {self.ranks} on {self.node} was"
         if self.signal is None:
-            return f"{who} was killed for memory"
+            return f"{who} killed for memory"
         usually = ", usually for memory" if self.signal == signal.SIGKILL else ""
-        return f"{who} was killed by signal {self.signal} ({signal.Signals(self.signal).name}){usually}"
+        return f"{who} killed by signal {self.signal} ({signal.Signals(self.signal).name}){usually}"
 
 
 def signal_of(words: str) -> int | None:

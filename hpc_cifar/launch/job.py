@@ -124,7 +124,7 @@ class TrainJob:
             from ..errors import LockHeld, LostRank
 
             ignore_signals()
-            faults = {LostRank: Event.RANK_LOST, LockHeld: Event.LOCK_HELD}
+            faults: dict[type[Exception], Event] = {LostRank: Event.RANK_LOST, LockHeld: Event.LOCK_HELD}
             fault = faults.get(type(error))  # of the ranks of this machine, the controller sees who was lost
             if fault and (own.slurm or fault is Event.LOCK_HELD) and own.lost(fault, one_line(error)):
                 raise SystemExit(0 if own.slurm else LOCAL_REQUEUE) from None

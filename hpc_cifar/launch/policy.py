@@ -230,7 +230,7 @@ def _last_words(event: Event, known: Knowledge, detail: str) -> str:
     kind = known.faults.get(event, 0) + 1
     times = f"{kind} times" if kind == count else f"{kind} of {count} faults"
     since = "" if count <= 1 else f"; {event.value}: {times} without a checkpoint in between, so it is not restarted"
-    return f"{said(event, detail)}{since}. {REMEDIES[event]}"
+    return f"{said(event, detail)}{since}: {REMEDIES[event]}"
 
 
 # ---- the start of a job --------------------------------------------------------------------------------------------------

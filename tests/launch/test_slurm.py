@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shlex
 import subprocess
 import sys
@@ -16,7 +17,9 @@ from hpc_cifar import runs
 from hpc_cifar.config.cluster import Cluster
 from hpc_cifar.config.experiment import Experiment
 from hpc_cifar.errors import LaunchError, UsageError
-from hpc_cifar.launch import estimate, script, slurm, status, submit
+from hpc_cifar.launch import estimate, interruptions, script, slurm, status, submit
+from hpc_cifar.launch.script import AFTER_SRUN
+from hpc_cifar.runs import Run
 
 SITE = {
     "name": "big",
@@ -83,29 +86,24 @@ srun --unbuffered --output /runs/deep-1/submitit/%j_%t_log.out --error /runs/dee
 --cpus-per-task=3 --export=ALL --kill-on-bad-exit=1 --open-mode=append --mpi=none \
 sh -c 'trap "" USR2 TERM; exec "$@"' sh {python} -u -m submitit.core._submit /runs/deep-1/submitit
 
-# A signal ended a task before its program could listen, or a node was not reached: the job begins again, unless it was
-# cancelled or a rank has said why it failed.
 code=$?
-job=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}
-job=${{job:-$SLURM_JOB_ID}}
-run=$hpc_cifar_code/..
-case $code in 140|143|233|234|235|236)
-  if ! grep -qsF "\\"$job.${{SLURM_RESTART_COUNT:-0}}\\"" "$run/failures.jsonl" && [ ! -e "$run/cancelled" ]; then
-    echo x >> "$run/submitit/${{job}}_again"
-    if [ "$(wc -l < "$run/submitit/${{job}}_again")" -le 40 ]; then
-      echo "hpc-cifar: srun ended with $code before the run began; the job begins again" >&2
-      scontrol requeue Incomplete "$job"
-    else
-      echo "hpc-cifar: srun ended with $code before the run began, 40 times already; see the nodes, then resume it" >&2
-    fi
-  fi
-esac
-exit $code
-"""
+early='|140|143|233|234|235|236|' kills='|137|139|135|134|'
+most_early=40 most_kills=5 most_memory=1
+{AFTER_SRUN.read_text()}"""
     )
 
 
 AGAIN = "requeue Incomplete"
+
+
+def segment_of(element: dict[str, str]) -> str:
+    job = f"{element['SLURM_ARRAY_JOB_ID']}_{element['SLURM_ARRAY_TASK_ID']}" if "SLURM_ARRAY_JOB_ID" in element else "7"
+    return f"{job}.{element.get('SLURM_RESTART_COUNT', 0)}"
+
+
+def row_of(event: str, step: int = 0) -> str:
+    """As a rank writes it."""
+    return json.dumps({"time": "x", "segment": "7.0", "event": event, "step": step, "rank": 0, "reason": "it"}) + "\n"
 
 
 @pytest.mark.parametrize(
@@ -117,11 +115,27 @@ AGAIN = "requeue Incomplete"
         (143, {"cancelled": ""}, {}, ""),
         (143, {"failures.jsonl": '{"segment": "7.0", "reason": "no GPU"}'}, {}, ""),
         (143, {"failures.jsonl": '{"segment": "7.0", "reason": "no GPU"}'}, {"SLURM_RESTART_COUNT": "1"}, f"{AGAIN} 7"),
-        (233, {"submitit/7_again": "x\n" * 39}, {}, f"{AGAIN} 7"),
-        (233, {"submitit/7_again": "x\n" * 40}, {}, ""),
+        (233, {"interruptions.jsonl": row_of("early exit") * 39}, {}, f"{AGAIN} 7"),
+        (233, {"interruptions.jsonl": row_of("early exit") * 40}, {}, ""),
         (0, {}, {}, ""),
         (1, {}, {}, ""),
-        (137, {}, {}, ""),
+        (137, {}, {}, f"{AGAIN} 7"),
+        (139, {"interruptions.jsonl": row_of("killed rank") * 4}, {}, f"{AGAIN} 7"),
+        (139, {"interruptions.jsonl": row_of("killed rank") * 5}, {}, ""),
+        (139, {"interruptions.jsonl": row_of("killed rank", 70) * 5}, {}, f"{AGAIN} 7"),
+        (139, {"interruptions.jsonl": row_of("killed rank", 70) * 5, "checkpoints": "step-00000070"}, {}, ""),
+        (137, {"endings/7.0.json": '{\n  "done": true\n}\n'}, {}, ""),
+        (137, {"endings/7.0.json": '{"event": "lost rank"}\n'}, {}, f"{AGAIN} 7"),
+        (137, {"submitit/7_0_log.err": "srun: error: n1: task 0: Out Of Memory\n"}, {}, f"{AGAIN} 7"),
+        (
+            137,
+            {
+                "submitit/7_0_log.err": "srun: error: n1: task 0: Out Of Memory\n",
+                "interruptions.jsonl": row_of("out of memory"),
+            },
+            {},
+            "",
+        ),
     ],
 )
 def test_a_job_whose_tasks_did_not_begin_begins_again(
@@ -136,13 +150,22 @@ def test_a_job_whose_tasks_did_not_begin_begins_again(
     for folder in ("code", "submitit"):
         (run / folder).mkdir(parents=True)
     for name, text in before.items():
-        (run / name).write_text(text)
+        (run / name).parent.mkdir(exist_ok=True)
+        if name == "checkpoints":
+            (run / name).mkdir()
+            (run / name / "latest").symlink_to(text)
+        else:
+            (run / name).write_text(text)
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", **element}
     script_text = text_of({"name": "x", "setup": ["set -e"]}, run)
     done = subprocess.run(["bash", "-c", script_text], env=environment, check=False)
     assert done.returncode == code
     asked = tmp_path / "asked"
     assert (asked.read_text().strip() if asked.exists() else "") == again
+    if code not in (0, 1) and not {"cancelled", "endings/7.0.json", "failures.jsonl"} & set(before):
+        row = interruptions.rows(Run(run))[-1]
+        assert (row["segment"], row["step"]) == (segment_of(element), 70 if "checkpoints" in before else 0)
+        assert f"srun ended with exit code {code}" in row["reason"]
 
 
 def test_a_job_that_may_not_requeue_ends_with_srun() -> None:
