@@ -88,6 +88,7 @@ def settle(
     rank: int = 0,
     restarts_allowed: int = policy.DEFAULT_RESTARTS,
     exclude: Sequence[str] = (),
+    run: str = "RUN",
 ) -> Action | None:
     """Decide about a segment and carry it out; None for whoever comes second.
 
@@ -95,11 +96,12 @@ def settle(
         segment: ``<job id>.<restart>``.
         detail: what is known about the event.
         exclude: nodes that the job should not get again.
+        run: name of the run, for words.
     """
     row: dict[str, Any] = {"segment": segment, "event": event.value, "rank": rank}
     if not records.claim(segment, row):
         return None
-    known = _known(records, scheduler, restarts_allowed)
+    known = dataclasses.replace(_known(records, scheduler, restarts_allowed), run=run)
     if records.finished():
         event = Event.FINISHED
     seen = policy.what_it_was(event, known)
@@ -150,7 +152,8 @@ def _carry_out(
     if action.event in _COUNTED:
         # in this order: the script of a job counts rows by the text of event and step
         kind, step = action.event.value, records.saved_step()
-        records.note({"segment": row["segment"], "event": kind, "step": step, "rank": row["rank"], "reason": action.reason})
+        noted = {"segment": row["segment"], "event": kind, "step": step, "rank": row["rank"], "reason": action.reason}
+        records.note({**noted, "nodes": list(exclude)} if exclude else noted)
     _say(action, records)  # first: what follows may end this process
     if action.act is Act.REQUEUE and scheduler.slurm:
         if problem := scheduler.requeue(exclude):

@@ -142,6 +142,7 @@ class OwnJob:
         action = ending.settle(
             event, RunRecords(self.run, self.job_id), self, segment=segment(), detail=detail, rank=self.env.global_rank,
             restarts_allowed=self.run.experiment().resources.fault_restarts, exclude=exclude,
+            run=self.run.id,
         )  # fmt: skip
         if action is not None and action.event is not None:
             print(f"hpc-cifar: {action.reason or action.event.value}: {action.act.value}", flush=True)

@@ -72,6 +72,7 @@ class Knowledge:
         preemptible: the profile says that a TERM is a preemption where Slurm cannot be asked.
         faults: of each kind since the last checkpoint, without this event.
         restarts_allowed: after faults without a checkpoint in between; the job file's ``resources.fault_restarts``.
+        run: name of the run, for words.
     """
 
     slurm: bool = True
@@ -83,6 +84,7 @@ class Knowledge:
     preemptible: bool = False
     faults: Mapping[Event, int] = field(default_factory=dict)
     restarts_allowed: int = DEFAULT_RESTARTS
+    run: str = "RUN"
 
     @property
     def can_requeue(self) -> bool:
@@ -136,7 +138,7 @@ def decide(event: Event, known: Knowledge, detail: str = "") -> Action:
 
 def what_it_was(event: Event, known: Knowledge) -> Event:
     """The event, seen with Slurm's word: what ends a job also kills its ranks, and sends them a TERM."""
-    if not known.slurm:
+    if not known.slurm or event in (Event.FINISHED, Event.FAILED, Event.PRUNED, Event.CANCELLED):
         return event
     if known.word in (Word.PREEMPTED, Word.PREEMPTED_ENDING):
         return Event.PREEMPTED
@@ -176,7 +178,8 @@ def _go_on(event: Event, known: Knowledge, detail: str) -> Action:
         return Action(Act.HAND_OVER, "requeued", reason, event)
     if known.word is Word.PREEMPTED and known.requeue_allowed:  # without scontrol, and Slurm requeues what it preempts
         return Action(Act.LEAVE_TO_SLURM, "requeued", reason, event)
-    return cannot_go_on(Action(Act.REQUEUE, "requeued", reason, event), "no job continues it")
+    missing = "no scontrol on this node" if known.requeue_allowed else "the profile says requeue: false"
+    return cannot_go_on(Action(Act.REQUEUE, "requeued", reason, event), known, f"{missing}, and no job waits to continue it")
 
 
 def after_refusal(action: Action, known: Knowledge, word: Word, problem: str) -> Action:
@@ -192,13 +195,14 @@ def after_refusal(action: Action, known: Knowledge, word: Word, problem: str) ->
         return Action(Act.END, "cancelled", "cancelled with scancel", Event.CANCELLED)
     if known.link_waits:
         return dataclasses.replace(action, act=Act.HAND_OVER)
-    return cannot_go_on(action, problem)
+    return cannot_go_on(action, known, problem)
 
 
-def cannot_go_on(action: Action, problem: str) -> Action:
-    """What becomes of an action that would have gone on, but could not."""
+def cannot_go_on(action: Action, known: Knowledge, problem: str) -> Action:
+    """The action in place of one by which the run would have gone on."""
     about = action.reason or "stopped with a checkpoint"
-    return dataclasses.replace(action, act=Act.END, state="failed", reason=f"{about}; it could not be requeued ({problem})")
+    reason = f"{about}; it could not be requeued ({problem}): continue it with hpc-cifar resume {known.run}"
+    return dataclasses.replace(action, act=Act.END, state="failed", reason=reason)
 
 
 def too_many(event: Event, known: Knowledge) -> bool:

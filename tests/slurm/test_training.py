@@ -90,7 +90,7 @@ def test_a_job_that_is_sent_to_a_node_that_died_begins_again(site: Site, undistu
     try:
         [(run, job)] = site.submit_many("--nodes", "2", profile="there")
         site.cluster.until(lambda: site.cluster.job(job)["Restarts"] != "0", 90, "the job is requeued")
-        assert "srun ended with 233 before the run began; the job begins again" in site.logs()
+        assert "early exit: srun ended with exit code 233; the job begins again" in site.logs()
     finally:
         site.cluster.testbed("boot", "n3")
     site.hasten()
