@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from hpc_cifar import files
+from hpc_cifar.config.claim import Claim, cell
 from hpc_cifar.config.experiment import Experiment
 from hpc_cifar.config.load import load_experiment
 from hpc_cifar.data import bench
@@ -74,10 +75,9 @@ def measured(run: Run) -> dict[str, Any]:
     }
 
 
-def text(value: float | None, name: str) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.2%}" if name.endswith("accuracy") else f"{value:.4f}"
+def claim_of(entry: dict[str, Any]) -> Claim | None:
+    """What the source of a system claims, as the figures were kept with."""
+    return Claim.model_validate(entry["claim"]) if entry["claim"] else None
 
 
 def lines(results: dict[str, Any]) -> list[str]:
@@ -85,22 +85,20 @@ def lines(results: dict[str, Any]) -> list[str]:
     table = ["| job | n | " + " | ".join(f"{name.replace('_', ' ')}" for name in FIGURES) + " | epochs | time |"]
     table.append("|---" * (len(FIGURES) + 4) + "|")
     for name, entry in results.items():
-        cells = []
+        cells, claim = [], claim_of(entry)
         for figure in FIGURES:
             values = [one[figure] for one in entry["measured"] if one[figure] is not None]
             mean = statistics.mean(values) if values else None
-            spread = f" ± {text(statistics.stdev(values), figure)}" if len(values) > 1 else ""
-            claim = (entry["claim"] or {}).get(figure)
-            cells.append(f"{text(claim, figure)} / {text(mean, figure)}{spread}")
+            spread = f" ± {cell(statistics.stdev(values), figure)}" if len(values) > 1 else ""
+            cells.append(f"{cell(getattr(claim, figure, None), figure)} / {cell(mean, figure)}{spread}")
         epochs = statistics.mean(one["epochs"] for one in entry["measured"])
         seconds = statistics.mean(one["seconds"] for one in entry["measured"])
-        claim = entry["claim"] or {}
-        when = f"{claim['hours'] * 60:.0f} min" if claim.get("hours") else "-"
+        when = f"{claim.hours * 60:.0f} min" if claim and claim.hours else "-"
         row = [
             name,
             str(len(entry["measured"])),
             *cells,
-            f"{claim.get('epochs') or '-'} / {epochs:g}",
+            f"{(claim and claim.epochs) or '-'} / {epochs:g}",
             f"{when} / {seconds:.0f} s",
         ]
         table.append("| " + " | ".join(row) + " |")
