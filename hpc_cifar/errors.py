@@ -106,5 +106,11 @@ class NoCluster(LaunchError):
 
 
 def first_line(error: BaseException, limit: int = 200) -> str:
-    """The first line of a foreign exception's text, shortened; its type if it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:limit]
+    """The first line of an exception's text that says something, shortened; its type if it has none.
+
+    A line that only announces the next ones, and ends in a colon, has the one after it added.
+    """
+    first, *others = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    while first.endswith(":") and others:
+        first += f" {others.pop(0)}"
+    return first[:limit]

@@ -194,7 +194,7 @@ def _find_or_create(
     from ..plan import make_plan
 
     found = runs.named(root, name)
-    exists = found.experiment_file.is_file()
+    exists, aside = found.experiment_file.is_file(), None
     if exists and is_live(found):
         raise RunError(f"{found.id} is being trained right now; wait for it, cancel it, or give this one a name with --name")
     if exists and fresh:
@@ -215,7 +215,10 @@ def _find_or_create(
     if exists:
         _go_on_as(found, experiment, planned, force=force)
         return found
-    return runs.create(root, name, *planned(), provenance.collect())
+    made = runs.create(root, name, *planned(), provenance.collect())
+    if aside is not None:
+        runs.note_begun_again(made, aside.name)
+    return made
 
 
 def _go_on_as(

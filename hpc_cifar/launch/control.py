@@ -16,7 +16,8 @@ from typing import Any
 from .. import files
 from ..config.cluster import Cluster
 from ..errors import LaunchError, RunError
-from ..runs import Run, now
+from ..runs import Run, begin_again, now
+from ..train import saved
 from . import process, slurm
 from .status import ENDED, chain_of, controller_of, elsewhere, is_live, status
 
@@ -170,14 +171,23 @@ def _alone(run: Run) -> Iterator[None]:
         yield
 
 
-def resume(run: Run, *, data_root: Path, cluster: Cluster | None = None, max_gpu_hours: float | None = None) -> Resumed:
+def resume(
+    run: Run,
+    *,
+    data_root: Path,
+    cluster: Cluster | None = None,
+    max_gpu_hours: float | None = None,
+    fresh: bool = False,
+) -> Resumed:
     """Submit an existing run again, with its own experiment and code; it continues from its last checkpoint.
 
     Args:
         cluster: another place than last time.
+        fresh: begin at step 0; what the run has so far is set aside.
 
     Raises:
         RunError: it is queued or running.
+        CheckpointError: its checkpoints are gone.
         LaunchError: the scheduler refused.
     """
     from . import estimate, submit
@@ -195,6 +205,8 @@ def resume(run: Run, *, data_root: Path, cluster: Cluster | None = None, max_gpu
         elif is_live(run) is not False or not seen.ended:
             where = f" as job {seen.job_id}" if seen.job_id else ""
             raise RunError(f"{run.id} is {seen.state}{where}: wait for it or cancel it before resuming")
+        if not fresh and (problem := saved.missing(run)):
+            raise problem
         chosen = cluster or last_cluster(run)
         if chosen.executor == "slurm" and not submit.have_sbatch():
             raise LaunchError(submit.NO_SBATCH)
@@ -206,6 +218,8 @@ def resume(run: Run, *, data_root: Path, cluster: Cluster | None = None, max_gpu
             submit.check_time(experiment, chosen, plan, estimate.length_of(experiment, chosen, plan, run.path.parent))
         run.cancel_marker.unlink(missing_ok=True)
         files.write_json(run.path / "plan.json", plan.as_dict())
+        if fresh:
+            begin_again(run)
         return Resumed(run, submit.start(run, chosen, plan, data_root=data_root))
 
 

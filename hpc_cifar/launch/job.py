@@ -259,10 +259,10 @@ def set_environment(env: Any) -> None:
 
 def one_line(error: BaseException, limit: int = 500) -> str:
     """The first line of an error that says something."""
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    name = type(error).__name__
-    from ..errors import HpcCifarError
+    from ..errors import HpcCifarError, first_line
 
+    name = type(error).__name__
+    text = first_line(error, limit) if str(error).strip() else ""
     line = text if isinstance(error, HpcCifarError) and text else f"{name}: {text}" if text else name
     return line[:limit]
 

@@ -12,7 +12,7 @@ from .. import stages
 from ..config.experiment import Experiment
 from ..errors import HpcCifarError, LostRank, NonFiniteLoss, RunError, first_line
 from ..runs import Run
-from . import recovery, rehearsal
+from . import recovery, rehearsal, saved
 from .distributed import World, connected, is_lost_peer
 from .lock import RunLock
 from .stop import StopFlag, word_for
@@ -75,6 +75,8 @@ def train(
             world.barrier()
 
             def attempt() -> dict[str, Any]:
+                if (problem := world.share(saved.missing(run) if world.main else None)) is not None:
+                    raise problem
                 made = trainer(run, world, flag, max_steps, data_root, console)
                 if gives_up is not None:
                     made.records.on_epoch = lambda row: flag.prune() if gives_up(row) else None

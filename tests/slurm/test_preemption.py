@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -296,3 +297,25 @@ def test_the_lock_of_a_crashed_node_is_waited_for(
     finally:
         cluster.testbed("boot", node)
         cluster.until(lambda: f"{node} idle" in cluster.testbed("status"), 60, f"{node} is back")
+
+
+def test_a_restart_whose_checkpoints_were_cleared_away_fails_for_good(
+    slurm_cluster: SlurmCluster, undisturbed: dict[int, dict[str, Any]], tmp_path: Path, digits_data: Path
+) -> None:
+    site = Site(slurm_cluster, tmp_path, digits_data)
+    run, job = site.submit("--nodes", "1")
+    site.until_epoch(2, run)
+    slurm_cluster.call("scontrol", "requeuehold", job)
+    slurm_cluster.wait(job, {"PENDING", "REQUEUE_HOLD"})
+    shutil.rmtree(site.runs / run / "checkpoints")
+    (site.runs / run / "checkpoints").mkdir()
+    site.hasten()
+    slurm_cluster.call("scontrol", "release", job)
+    assert slurm_cluster.wait(job, seconds=200) == "FAILED" and slurm_cluster.job(job)["Restarts"] == "1"
+    seen = site.status(run)
+    assert seen["state"] == "failed" and "no checkpoint is there, though that of step " in seen["reason"], seen
+    assert seen["reason"].endswith("with --fresh (of train, or of resume)")
+    assert "no checkpoint is there" in site.run("resume", run, code=1).stderr
+    site.call("resume", run, "--fresh")
+    [result] = site.finished(run)
+    assert_same(result, undisturbed[1])
