@@ -105,9 +105,11 @@ def main(arguments: list[str] | None = None) -> int:
     except HpcCifarError as error:
         _error(str(error))
         return error.exit_code
-    except (KeyboardInterrupt, typer.Abort):
+    except (KeyboardInterrupt, typer.Abort) as error:
         print("hpc-cifar: interrupted", file=sys.stderr)
-        return 130
+        return int(
+            getattr(error.__cause__ or error, "exit_code", 130)
+        )  # TERM and HUP in the middle of a submission have others
     except BrokenPipeError:
         _silence()
         return 1

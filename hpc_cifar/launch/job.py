@@ -72,15 +72,22 @@ class TrainJob:
         run: the run directory.
         data_root: where prepared datasets lie.
         after: run directories of the runs that must have finished before.
+        mark: that of the submission, where the job may have to enter itself in the run's list.
     """
 
     after: tuple[str, ...] = ()
+    mark: str = ""
 
-    def __init__(self, run: Path, data_root: Path, after: Sequence[Path] = ()) -> None:
+    def __init__(self, run: Path, data_root: Path, after: Sequence[Path] = (), mark: str = "") -> None:
         self.run = str(run)
         self.data_root = str(data_root)
         if after:
             self.after = tuple(str(path) for path in after)
+        self.mark = mark
+
+    def of(self, mark: str) -> TrainJob:
+        """The same for another submission."""
+        return TrainJob(Path(self.run), Path(self.data_root), [Path(path) for path in self.after], mark)
 
     def __call__(self) -> dict[str, Any]:
         try:
@@ -146,6 +153,11 @@ class TrainJob:
         return result
 
     def _train(self, run: Run, env: Any, early: EarlySignals) -> dict[str, Any]:
+        from . import submission
+
+        if self.mark and env.global_rank == 0 and (why := submission.enter(run, self.mark, str(env.job_id))):
+            print(f"job {env.job_id} of {run.id} is one too many and ends: {why}", flush=True)
+            raise SystemExit(1)  # srun ends the other ranks
         if run.cancel_marker.exists():
             return {"state": "cancelled"}
         if run.finished():  # Slurm may requeue a job that ended during its grace time, or this is a link that is not needed
