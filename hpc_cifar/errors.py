@@ -105,6 +105,14 @@ class NoAnswer(LaunchError):
     """Slurm did not answer a submission, again and again; it may have the job all the same."""
 
 
+class Interrupted(BaseException):
+    """A stop signal came while something was submitted; ``str(error)`` says what became of the job, if there was one."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.exit_code = 128 + number
+
+
 def first_line(error: BaseException, limit: int = 200) -> str:
     """The first line of a foreign exception's text, shortened; its type if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:limit]

@@ -116,7 +116,7 @@ def cancel(run: Run, grace_s: float = CANCEL_GRACE_S) -> str:
     files.write_text(run.cancel_marker, now() + "\n")  # first: whatever stops now must not requeue
     if job.get("executor") == "slurm":
         slurm.cancel([str(row["job_id"]) for row in chain_of(run)])  # older jobs have ended, and their numbers may be others'
-        if before.state in ("pending", "requeued"):  # no process is there to say so
+        if before.state in ("pending", "requeued", "cancelled"):  # no process is there to say so
             _mark_cancelled(run)
             return f"{run.id}: cancelled while it was waiting (job {job['job_id']})"
         return f"{run.id}: cancelling job {job['job_id']}; it saves a checkpoint first"
@@ -214,7 +214,10 @@ def resume(run: Run, *, data_root: Path, cluster: Cluster | None = None, max_gpu
         was_open = submission.read(run)
         left = handover.adopt([run], anew=True).get(run)
         seen = status(run)
-        if was_open and not was_open.is_link and left is None and not seen.ended:
+        if was_open and not was_open.is_link and left is None and is_live(run):
+            run.cancel_marker.unlink(missing_ok=True)
+            if seen.ended:
+                run.write_state(**{**run.state(), "state": "pending"})
             return Resumed(run, seen.job_id, found=True)
         if left is not None and not left.opened.is_link:
             if left.opened.in_progress:

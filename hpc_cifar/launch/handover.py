@@ -25,7 +25,7 @@ from typing import Any
 from submitit.core.utils import DelayedSubmission
 
 from .. import files
-from ..errors import HpcCifarError, LaunchError, NoAnswer, NoCluster
+from ..errors import HpcCifarError, Interrupted, LaunchError, NoAnswer, NoCluster
 from ..runs import Run, now
 from . import slurm, submission
 from .script import NO_CONFIGURATION, SlurmExecutor, clean_environment, slurm_words
@@ -41,14 +41,6 @@ UNKNOWN = "whether it has the job is not known; hpc-cifar resume looks for it, a
 
 
 # ---- signals -------------------------------------------------------------------------------------------------------------
-
-
-class Interrupted(KeyboardInterrupt):
-    """A stop signal came while something was submitted; ``str(error)`` says what became of the job, if that is worth saying."""
-
-    def __init__(self, number: int, words: str = "") -> None:
-        super().__init__(words)
-        self.exit_code = 128 + number
 
 
 @contextlib.contextmanager
@@ -220,7 +212,7 @@ def submit(
     Raises:
         LaunchError: Slurm refused, or a file cannot be written.
         NoAnswer: whether there is a job is not known.
-        Interrupted: a stop signal came; if that was after sbatch had answered, the jobs are recorded.
+        Interrupted: a stop signal came: the job is withdrawn, or, where it was known already, submitted all the same.
     """
     array = "map_count" in made.parameters
     folders = [made.folder.parent.parent / str(index) / "submitit" for index in range(len(jobs))] if array else [made.folder]
@@ -240,6 +232,8 @@ def submit(
             if noted:
                 raise Interrupted(noted[0])
             number = attempt.number()
+            if noted:
+                raise Interrupted(noted[0])
             attempt.ids = attempt.ids[:1]
             ids = [f"{number}_{index}" for index in range(len(jobs))] if array else [number]
             for folder, job_id in zip(folders, ids, strict=True):
@@ -257,6 +251,7 @@ def submit(
             if waiting and run in waiting:
                 waiting.remove(run)
     if noted:
+        _say(f"job {number} is submitted all the same")
         raise Interrupted(noted[0])
     return number
 
@@ -288,7 +283,7 @@ def _put_in_order(attempt: _Try, members: Sequence[tuple[Run, dict[str, Any]]], 
             else:
                 submission.close(run)
     if isinstance(error, Interrupted):
-        error.args = (said,)
+        error.args = (said,) if said else ()
     if said:
         _say(said)
 

@@ -16,7 +16,7 @@ from .. import files, runs
 from ..config.cluster import Cluster
 from ..config.experiment import Experiment
 from ..config.shapes import check_fits
-from ..errors import DataError, LaunchError, NoCluster, UsageError
+from ..errors import DataError, Interrupted, LaunchError, NoCluster, UsageError
 from ..plan import Placement, Plan, make_plan, requested_placement, seconds_of
 from ..runs import Run
 from . import dependency, estimate, handover, local, provenance, script, slurm, snapshot, submission
@@ -269,6 +269,9 @@ def _add_links(run: Run, cluster: Cluster, plan: Plan, job: TrainJob, first: str
         row = job_row("slurm", plan, cluster=cluster.name, follows=previous)
         try:
             link = handover.submit(made, [job.of(made.mark)], [(run, row)])
+        except Interrupted:
+            print(f"hpc-cifar: {run.id} is queued as job {first}", file=sys.stderr)
+            raise
         except LaunchError as error:  # the run itself is queued
             words = f"{run.id}: job {first} is queued, but only {number} of the {cluster.chain_links} jobs that continue it"
             print(f"hpc-cifar: warning: {words}: {error}", file=sys.stderr)

@@ -8,7 +8,6 @@ import shlex
 import signal
 import subprocess
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,7 +39,7 @@ if [ "$1" = --test-only ]; then echo {shlex.quote(tested)} >&2; exit 0; fi
 echo x >> calls
 number=$((76 + $(wc -l < calls)))
 what=$(sed -n "$(wc -l < calls)p" behaves); what=${{what:-$(tail -n 1 behaves)}}
-take() {{ echo "$1" > "$number"; comment=$(sed -n "s/#SBATCH --comment='\\(.*\\)'/\\1/p" "$1"); echo "$comment" > "$number.k"; }}
+take() {{ echo "$1" > "$number"; sed -n "s/#SBATCH --comment='\\(.*\\)'/\\1/p" "$1" > "$number.k"; }}
 case $what in
   works) take "$1"; echo "Submitted batch job $number" ;;
   takes) take "$1"; echo "{TIMED_OUT}" >&2; exit 1 ;;
@@ -362,19 +361,26 @@ def test_an_interrupted_submission_is_withdrawn(
 
 
 def test_an_answer_that_comes_after_the_signal_is_heard(site: Site, queue: Queue) -> None:
-    handover_file = site.package / "launch" / "handover.py"
-    handover_file.write_text(handover_file.read_text().replace("LAST_WORD_S = 1.0", "LAST_WORD_S = 9.0"))
+    module = site.package / "launch" / "handover.py"
+    patient = module.read_text().replace("LAST_WORD_S = 1.0", "LAST_WORD_S = 20.0")
+    module.write_text(patient.replace("SBATCH_LIMIT_S = 2.0", "SBATCH_LIMIT_S = 30.0"))
     queue.behaves("slow")
-    (queue.folder / "behaves").write_text("slow\n")
-    text = handover_file.read_text().replace("SBATCH_LIMIT_S = 2.0", "SBATCH_LIMIT_S = 20.0")
-    handover_file.write_text(text)
     code, err = interrupted(site, queue, signal.SIGTERM, "--seeds", "3")
-    assert code == 143
+    assert code == 143 and "job 77 was withdrawn" in err
+    assert (queue.cancelled, queue.jobs, queue.calls) == (["77"], [], 1)
+    assert sorted(ids(run)[0] for run in runs.all_runs(site.runs)) == ["77_0", "77_1", "77_2"]
+
+
+def test_a_signal_that_comes_when_the_job_is_known_changes_nothing_of_it(site: Site, queue: Queue) -> None:
+    module = site.package / "launch" / "submission.py"
+    own = "def place(folder: Path, mark: str, job_id: str) -> None:\n"
+    module.write_text(module.read_text().replace(own, own + "    os.kill(os.getpid(), 15)\n"))
+    queue.behaves("works")
+    done = submit(queue, "--seeds", "3", code=143)
+    assert "job 77 is submitted all the same" in done.stderr
     made = runs.all_runs(site.runs)
-    if queue.jobs:  # completed: each is known
-        assert sorted(ids(run)[0] for run in made) == ["77_0", "77_1", "77_2"]
-    else:
-        assert queue.cancelled == ["77"] and "job 77 was withdrawn" in err
+    assert sorted(state(run, site)[1] or "" for run in made) == ["77_0", "77_1", "77_2"]
+    assert {state(run, site)[0] for run in made} == {"pending"} and queue.cancelled == []
 
 
 def test_interrupted_while_nobody_answers_the_job_would_end_at_once(site: Site, queue: Queue) -> None:
@@ -385,15 +391,17 @@ def test_interrupted_while_nobody_answers_the_job_would_end_at_once(site: Site, 
     run = only(site)
     assert run.cancel_marker.exists() and is_open(run) and state(run, site)[0] == "failed"
     queue.silent(False)
-    assert "Slurm had job 77" in site.cli("resume", run.id, code=None).stdout or queue.calls == 2
+    assert "Slurm had job 77" in site.cli("resume", run.id).stdout and queue.calls == 1
     assert not run.cancel_marker.exists(), "resume lets its job train"
+    assert state(run, site) == ("pending", "77", "Priority")
 
 
 def test_interrupted_between_links_the_run_stays_queued(site: Site, queue: Queue) -> None:
     queue.behaves("works", "takes-and-hangs")
-    code, _ = interrupted(site, queue, signal.SIGINT, "--cluster", chained(queue))
+    code, err = interrupted(site, queue, signal.SIGINT, "--cluster", chained(queue))
     run = only(site)
     assert code == 130 and queue.cancelled == ["78"] and queue.jobs == ["77"]
+    assert f"{run.id} is queued as job 77" in err
     assert state(run, site) == ("pending", "77", "Priority")
     assert not run.cancel_marker.exists()
 
