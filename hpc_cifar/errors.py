@@ -15,7 +15,8 @@
     │   ├── OutOfMemory         a rank's memory is full
     │   └── TrackingError       W&B has not got everything of a run
     └── LaunchError      (1)    the scheduler or the local executor refused
-        └── NoCluster           Slurm's programs are there, but no cluster answers
+        ├── NoCluster           Slurm's programs are there, but no cluster answers
+        └── NoAnswer            Slurm did not answer; it may have the job all the same
 
 The number is the process exit code. A message names the file, the field, the value, and what would be right.
 """
@@ -103,6 +104,18 @@ class LaunchError(HpcCifarError):
 
 class NoCluster(LaunchError):
     """Slurm's programs are on this machine, but no cluster answers them."""
+
+
+class NoAnswer(LaunchError):
+    """Slurm did not answer a submission, again and again; it may have the job all the same."""
+
+
+class Interrupted(BaseException):
+    """A stop signal came while something was submitted; ``str(error)`` says what became of the job, if there was one."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.exit_code = 128 + number
 
 
 def first_line(error: BaseException, limit: int = 200) -> str:

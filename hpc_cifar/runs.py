@@ -5,7 +5,7 @@ runs/<run>/                     0700, since it holds pickles
   plan.json  provenance.json    how it was placed; where it came from (git, versions, host)
   code/hpc_cifar/               the package as it was at submit
   submitit/                     pickles, the sbatch script, one log file a rank
-  jobs.jsonl                    one row a submission: executor, job id, time
+  jobs.jsonl                    one row a submission: executor, job id, time; submitting.json: see launch/submission.py
   state.json                    written by rank 0: state, epoch, step, ...
   cancelled                     present once a user cancelled the run
   .lock  .holder.json           which process trains it; see train/lock.py
@@ -98,7 +98,12 @@ class Run:
 
     def jobs(self) -> list[dict[str, Any]]:
         """Submissions so far, oldest first: ``executor``, ``job_id``, ``submitted`` (ISO time), ...."""
-        return files.read_json_lines(self.path / "jobs.jsonl")
+        rows = files.read_json_lines(self.path / "jobs.jsonl")
+        # a job may have entered itself just when whoever submitted it did
+        known = {
+            (row.get("submission") or number, str(row.get("job_id"))): row for number, row in reversed(list(enumerate(rows)))
+        }
+        return list(reversed(known.values()))
 
     def add_job(self, **row: Any) -> None:
         files.append_json_line(self.path / "jobs.jsonl", {"submitted": now(), **row})

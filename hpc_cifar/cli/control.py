@@ -203,7 +203,10 @@ def resume(
         if done.job_id is None:
             typer.echo(f"{found.id} has finished already; nothing to do")
             continue
-        typer.echo(f"{found.id}: resumed as job {done.job_id}")
+        if done.found:
+            typer.echo(f"{found.id}: Slurm had job {done.job_id} of it already; nothing was submitted")
+        else:
+            typer.echo(f"{found.id}: resumed as job {done.job_id}")
         going.append(found)
     if follow and going:
         try:

@@ -73,15 +73,22 @@ class TrainJob:
         run: the run directory.
         data_root: where prepared datasets lie.
         after: run directories of the runs that must have finished before.
+        mark: that of the submission, where the job may have to enter itself in the run's list.
     """
 
     after: tuple[str, ...] = ()
+    mark: str = ""
 
-    def __init__(self, run: Path, data_root: Path, after: Sequence[Path] = ()) -> None:
+    def __init__(self, run: Path, data_root: Path, after: Sequence[Path] = (), mark: str = "") -> None:
         self.run = str(run)
         self.data_root = str(data_root)
         if after:
             self.after = tuple(str(path) for path in after)
+        self.mark = mark
+
+    def of(self, mark: str) -> TrainJob:
+        """The same for another submission."""
+        return TrainJob(Path(self.run), Path(self.data_root), [Path(path) for path in self.after], mark)
 
     def __call__(self) -> dict[str, Any]:
         try:
@@ -141,7 +148,12 @@ class TrainJob:
         return result
 
     def _train(self, run: Run, own: OwnJob, early: EarlySignals) -> dict[str, Any]:
+        from . import submission
+
         env = own.env
+        if self.mark and env.global_rank == 0 and (why := submission.enter(run, self.mark, own.job_id)):
+            print(f"job {own.job_id} of {run.id} is one too many and ends: {why}", flush=True)
+            raise SystemExit(1)  # srun ends the other ranks
         if word := leaves_at_once(run, own.job_id, env.global_rank):
             return run.result() or {"state": word} if word in ("finished", "stopped") else {"state": word}
         from .dependency import check_finished

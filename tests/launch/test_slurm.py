@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launch_site import EXPERIMENT, Site, command, run_with
+from launch_site import EXPERIMENT, Site, command, run_with, unmarked
 
 from hpc_cifar import runs
 from hpc_cifar.config.cluster import Cluster
@@ -46,12 +46,12 @@ def text_of(cluster: dict[str, Any], run: Path = Path("/runs/deep-1"), experimen
 def test_the_script_is_exactly_this() -> None:
     python = shlex.quote(sys.executable)
     assert (
-        text_of(SITE)
+        unmarked(text_of(SITE))
         == f"""#!/bin/bash
 
 # Parameters
 #SBATCH --account=proj-1
-#SBATCH --comment='hpc-cifar run deep-1'
+#SBATCH --comment='hpc-cifar run deep-1, submission MARK'
 #SBATCH --constraint='a100&nvlink'
 #SBATCH --cpus-per-task=3
 #SBATCH --error=/runs/deep-1/submitit/%j_0_log.err
@@ -79,6 +79,9 @@ export PYTHONPATH=/runs/deep-1/code${{PYTHONPATH:+:$PYTHONPATH}}
 export PYTHONSAFEPATH=1
 hpc_cifar_code=/runs/deep-1/code
 set +e
+hpc_cifar_job=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}
+hpc_cifar_pickle=$hpc_cifar_code/../submitit/${{hpc_cifar_job:-$SLURM_JOB_ID}}_submitted.pkl
+[ -e "$hpc_cifar_pickle" ] || cp "$hpc_cifar_code/../submitit/.MARK.pkl" "$hpc_cifar_pickle" 2> /dev/null
 
 # command
 export SUBMITIT_EXECUTOR=slurm
@@ -269,8 +272,9 @@ def test_what_sbatch_gets_is_what_the_dry_run_shows(site: Site) -> None:
     shown = site.cli(*arguments, "--dry-run").stdout
     run_id, job_id = site.cli(*arguments, "--parsable").stdout.split()
     assert job_id == "77"
-    shown_id = shown.partition("hpc-cifar run ")[2].partition("'")[0]
-    assert shown[shown.index("#!/bin/bash") :].strip().replace(shown_id, run_id) == (site.folder / "got.sh").read_text().strip()
+    shown_id = shown.partition("hpc-cifar run ")[2].partition(",")[0]
+    text = shown[shown.index("#!/bin/bash") :].strip().replace(shown_id, run_id)
+    assert unmarked(text) == unmarked((site.folder / "got.sh").read_text()).strip()
     environment = (site.folder / "env").read_text().splitlines()
     assert "SLURM_CONF=/etc/s.conf" in environment
     assert not [line for line in environment if line.startswith("SLURM_JOB_ID=")]
