@@ -118,18 +118,19 @@ class Root:
         return self.folder.with_name(f"{self.version}.lock").open("w")
 
     def _make_from(self, suite: str) -> None:
+        source = mirror()
         new = self.folder.with_name(f"{self.version}.new")
         shutil.rmtree(new, ignore_errors=True)  # of one that was interrupted; nothing is mounted there any more
         print(f"roots: making one with Slurm {self.version} from Debian {suite} in {self.folder}", file=sys.stderr, flush=True)
         options = ["--quiet", "--mode=root", "--variant=minbase", '--aptopt=Acquire::Check-Valid-Until "false"']
         options += [f"--dpkgopt=path-exclude={pattern}" for pattern in LEFT_OUT]
-        command = ["mmdebstrap", *options, f"--include={','.join(PACKAGES)}", suite, str(new), mirror()]
+        command = ["mmdebstrap", *options, f"--include={','.join(PACKAGES)}", suite, str(new), source]
         try:
             made = subprocess.run(command, capture_output=True, text=True, check=False, cwd="/")
             if made.returncode != 0:
                 raise CannotBeHad(" | ".join(made.stderr.strip().splitlines()[-2:]) or "mmdebstrap failed without a word")
             listing = ["dpkg-query", f"--admindir={new}/var/lib/dpkg", "--show", "--showformat=${Version}", "slurmctld"]
-            package = subprocess.run(listing, capture_output=True, text=True, check=False).stdout
+            package = subprocess.run(listing, capture_output=True, text=True, check=False).stdout.strip()
             if not package.startswith(f"{self.version}."):
                 raise CannotBeHad(f"it has Slurm {package or 'not at all'} now")
             name = socket.gethostname().split(".")[0]
