@@ -8,14 +8,12 @@ export HPC_CIFAR_DATA ?= $(CURDIR)/data
 export HPC_CIFAR_RUNS ?= $(CURDIR)/runs
 export PYTHON
 CLUSTER := slurm/testbed/cluster.py
-comma := ,
-REQUIRED := $(subst $(comma), ,$(HPC_CIFAR_REQUIRE))
 # two test clusters: their jobs wait for much else than a processor
 CLUSTERS := -n 2 --dist loadfile --no-loadscope-reorder
 # one worker a processor, eight at most: each imports torch
 PARALLEL := -n $(shell n=$$(nproc); echo $$((n < 8 ? n : 8))) --dist worksteal
 
-.PHONY: help run test unit unit-all coverage lint format lock ffcv-wheel container-base container container-test \
+.PHONY: help run test test-full test-slurm unit unit-all coverage lint format lock ffcv-wheel container-base container container-test \
   container-apptainer slurm-up slurm-down soak faults figures clean env env-dev
 
 help: ## this list
@@ -30,18 +28,25 @@ run: env ## prepare data, train jobs/quickstart.yaml with two processes, print t
 	esac; \
 	exec .venv/bin/hpc-cifar submit "$$job" --cluster local --follow
 
-test: ## every test; ARGS="-k name" passes options to pytest
+test: ## every test, those of Slurm on several versions of it; ARGS="-k name" passes options to pytest
 	@scripts/system_packages.sh
 	@scripts/environment.sh dev
 ifneq ($(strip $(ARGS)),)
 	.venv/bin/python -m pytest $(ARGS)
-else # test clusters, the other tests spread over the processors, and what measures times, each with the machine for itself
-	failed=; \
-	HPC_CIFAR_REQUIRE="$(filter slurm accounting,$(REQUIRED))" .venv/bin/python -m pytest tests/slurm -m "not alone" $(CLUSTERS) || failed=yes; \
-	HPC_CIFAR_REQUIRE="$(filter-out slurm accounting,$(REQUIRED))" .venv/bin/python -m pytest --ignore tests/slurm -m "not alone" $(PARALLEL) || failed=yes; \
-	HPC_CIFAR_REQUIRE="$(filter slurm browser,$(REQUIRED))" .venv/bin/python -m pytest -m alone || failed=yes; \
-	[ -z "$$failed" ]
+else
+	@.venv/bin/python scripts/run_tests.py
 endif
+
+test-full: ## every test, all those of Slurm on every version; writes docs/results/test-full.json
+	@scripts/system_packages.sh
+	@scripts/environment.sh dev
+	@.venv/bin/python scripts/run_tests.py --full
+
+test-slurm: ## the tests of Slurm on VERSION=24.11 (or 22.05, 26.05), in a Debian root that holds it (root); ARGS="-k name"
+	@scripts/system_packages.sh
+	@scripts/environment.sh dev
+	.venv/bin/python slurm/testbed/roots.py within $(or $(VERSION),24.11) \
+	  .venv/bin/python -m pytest tests/slurm $(or $(ARGS),-m "not alone" $(CLUSTERS))
 
 unit: env-dev ## the fast tests: CPU, no root, no network, under two minutes
 	.venv/bin/python -m pytest -m "not slow and not component" $(ARGS)

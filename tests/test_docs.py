@@ -204,7 +204,12 @@ def test_targets_and_files_in_text_exist() -> None:
 
 
 def variables() -> set[str]:
-    sources = [*(ROOT / "hpc_cifar").rglob("*.py"), ROOT / "Makefile", ROOT / "tests/conftest.py"]
+    sources = [
+        *(ROOT / "hpc_cifar").rglob("*.py"),
+        *(ROOT / "slurm").rglob("*.py"),
+        ROOT / "Makefile",
+        ROOT / "tests/conftest.py",
+    ]
     return {name for path in sources for name in re.findall(r"HPC_CIFAR_[A-Z]+", path.read_text())}
 
 

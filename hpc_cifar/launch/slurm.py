@@ -180,8 +180,8 @@ class Evidence:
     """What a job sees of its own end: ``state`` and ``reason`` in Slurm's words, "" where nobody could be asked.
 
     Slurm calls a job COMPLETING while its processes are told to end, whatever ended it. What tells the cases apart was the same
-    on 22.05, 24.11 and 26.05: a cancelled job has ``PreemptTime=None``; a preempted one that is not requeued has the time there;
-    one that Slurm has put back into the queue has no such field, but one restart more. In its next start, no time is left.
+    on 22.05, 24.11 and 26.05: a cancelled job has ``PreemptTime=None``; a preempted one that is not requeued has the time
+    there; one that Slurm has put back into the queue has no such field, but one restart more. The next start knows no time.
 
     ``preempted`` and ``ended`` are these times (UTC, ISO 8601); ``restarts`` is how often the job was requeued.
     """
