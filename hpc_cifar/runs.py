@@ -34,8 +34,8 @@ from .config.messages import closest, did_you_mean
 from .errors import RunError, UsageError
 
 OUTCOME = (
-    *("checkpoints", "metrics.jsonl", "state.json", "result.json", "saved.json", "left-out.json", "failures.jsonl", "losses"),
-    *("hangs", "heartbeat", "evaluation", "wandb-id", "wandb-pictures.json"),
+    *("checkpoints", "metrics.jsonl", "state.json", "result.json", "saved.json", "left-out.json", "failures.jsonl"),
+    *("interruptions.jsonl", "endings", "losses", "hangs", "heartbeat", "evaluation", "wandb-id", "wandb-pictures.json"),
 )
 """What training leaves in a run directory."""
 

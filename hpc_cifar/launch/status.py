@@ -12,7 +12,7 @@ from typing import Any
 
 from .. import files
 from ..runs import Run
-from . import handover, local, process, slurm
+from . import handover, interruptions, local, process, slurm
 
 ENDED = frozenset(("finished", "failed", "cancelled", "stopped"))
 VANISHED = "processes ended without a result"
@@ -220,10 +220,11 @@ def _with_slurm(
         if run.cancel_marker.exists():
             return "cancelled", reason
         # a job that failed, or stopped, and waits again was requeued by Slurm
-        return ("requeued" if state.get("step") is not None else "pending"), job.reason or None
+        waits = "; ".join(filter(None, (job.reason, interruptions.without_progress(run))))
+        return ("requeued" if state.get("step") is not None else "pending"), waits or None
     if job.active:
         # also when the last word was "failed": Slurm may have requeued the job since, and this one has not ended yet
-        return "running", "being cancelled" if run.cancel_marker.exists() else None
+        return "running", "being cancelled" if run.cancel_marker.exists() else interruptions.without_progress(run)
     if word in ENDED:
         return word, reason
     if job.state == "CANCELLED" and job.reason == "DependencyNeverSatisfied":
