@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .policy import Event
 
-CGROUPS = Path("/sys/fs/cgroup")
+CGROUPS, OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 MOST_READ = 1 << 20  # of a log, from its end
 # srun: error: n1: task 1: Killed / tasks 0-1: Segmentation fault (core dumped) / task 1: Out Of Memory
 _TASK = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): ([^\n]+)")
@@ -83,7 +83,7 @@ def killed_for_memory() -> dict[str, int]:
     """
     counts: dict[str, int] = {}
     with contextlib.suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+        for line in OWN.read_text(encoding="utf-8").splitlines():
             number, controllers, inner = line.split(":", 2)
             if number == "0":
                 root, name = CGROUPS, "memory.events"
