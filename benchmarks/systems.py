@@ -22,7 +22,7 @@ import quiet
 import systems_background as background
 import torch
 from systems_record import Results
-from systems_table import lines
+from systems_table import failures, lines
 
 from hpc_cifar import files
 from hpc_cifar.config.difference import digest
@@ -247,7 +247,7 @@ def _in_order(systems: Systems, plan: Plan, *, again: bool) -> int:
             continue
         name = systems.entry(job)
         print("\n".join(lines({name: systems.results.systems[name]})), flush=True)
-    print("\n".join(["", *lines(systems.results.systems)]))
+    print("\n".join(["", *lines(systems.results.systems), *failures(systems.results.systems)]))
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return len(failed)
