@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from systems import claim_of
+from systems_table import claim_of
 
 from hpc_cifar.config.claim import bounds
 
