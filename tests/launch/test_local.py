@@ -292,9 +292,8 @@ def test_more_processes_than_images_in_a_batch(site: Site, setting: str) -> None
 def test_resume_asks_for_checkpoints_that_are_gone_or_begins_again(site: Site) -> None:
     run = site.submit("held", epochs=3)
     eventually(lambda: site.seen(run) and site.seen(run, 1))
+    site.cli("cancel", run.id)  # where it is held, so that it cannot finish before
     (site.runs / "go").touch()
-    site.running(run)
-    site.cli("cancel", run.id)
     files.write_json(run.path / "saved.json", {"step": 7, "time": "2026-11-01T00:00:00+00:00"})
     for path in run.checkpoints.glob("step-*"):
         path.unlink()

@@ -31,7 +31,7 @@ ALONE = World(0, 1, 0, 1, torch.device("cpu"), None)
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Its times are short: a heartbeat every 0.1 s."""
-    for name, seconds in (("BEAT_S", 0.1), ("WATCH_S", 0.8), ("POLL_S", 0.02)):
+    for name, seconds in (("BEAT_S", 0.1), ("WATCH_S", 2.0), ("POLL_S", 0.02)):
         monkeypatch.setattr(lock, name, seconds)
     return Run(tmp_path)
 
@@ -111,7 +111,7 @@ def test_a_restart_waits_for_its_earlier_segment(run: Run, capsys: pytest.Captur
             while (said := files.read_json(run.path / "waits.json")) is None:
                 time.sleep(0.01)
             seen.append(said)
-            time.sleep(2 * lock.WATCH_S)
+            time.sleep(1.5 * lock.WATCH_S)
             held.close()
 
         thread = threading.Thread(target=free)
@@ -126,9 +126,9 @@ def test_a_restart_waits_for_its_earlier_segment(run: Run, capsys: pytest.Captur
 
 
 def test_after_the_limit_it_goes_back_to_the_queue_and_passes_nobody(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(lock.VARIABLE, "2")
+    monkeypatch.setenv(lock.VARIABLE, "3")
     with taken(run):
-        with pytest.raises(LockHeld, match="earlier segment, process 26378 on n1, after 2 s"):
+        with pytest.raises(LockHeld, match="earlier segment, process 26378 on n1, after 3 s"):
             locked(run, "7.1").__enter__()
         assert not (run.path / "waits.json").exists()
         with beating(run), pytest.raises(RunBusy, match=r"process 26378 on n1; wait for it or cancel it$"):
@@ -154,7 +154,7 @@ def test_without_locks_the_heartbeat_tells(run: Run, monkeypatch: pytest.MonkeyP
     with locked(run, "1.0"):
         pass
     monkeypatch.setattr(fcntl, "flock", refuse)
-    monkeypatch.setenv(lock.VARIABLE, "2")
+    monkeypatch.setenv(lock.VARIABLE, "3")
     began = time.monotonic()
     with locked(run, "7.0"):
         assert time.monotonic() - began < lock.WATCH_S, "nobody was there"
