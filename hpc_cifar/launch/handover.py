@@ -32,6 +32,7 @@ from .script import NO_CONFIGURATION, SlurmExecutor, clean_environment, slurm_wo
 from .submission import Open
 
 PAUSES_S = (2.0, 5.0, 10.0)  # before a look for the job, one after each try
+SECOND_LOOK_S = 2.0  # after one without a find: a controller that answers again may not have read all yet
 SBATCH_LIMIT_S = 60.0  # Slurm's own limit is 10 s where the site left it; while its queue is full, sbatch waits longer
 LAST_WORD_S = 12.0  # for an sbatch under way, once the command has been interrupted
 FORGETS_S = 200.0  # age from which Slurm may have forgotten an ended job (MinJobAge is 300 s), so that accounting is asked
@@ -133,13 +134,16 @@ class _Try:
             if not told:
                 _say(f"Slurm did not answer ({words}); looking for the job")
                 told = True
-            self._rest(pause)
-            seen = look([self.made.mark])
-            may_ask = seen is not None  # while nobody can say what is queued, another sbatch might be one too many
-            if seen and (ids := seen[self.made.mark]):
-                _say(f"Slurm has the job: {ids[0]}")
-                return self._keep(ids)
-            self._end_if_interrupted()
+            for seconds in (pause, SECOND_LOOK_S):
+                self._rest(seconds)
+                seen = look([self.made.mark])
+                if seen and (ids := seen[self.made.mark]):
+                    _say(f"Slurm has the job: {ids[0]}")
+                    return self._keep(ids)
+                self._end_if_interrupted()
+                may_ask = seen is not None  # while nobody can say what is queued, another sbatch might be one too many
+                if not may_ask:
+                    break
         raise NoAnswer(f"Slurm did not answer ({words}): {UNKNOWN}")
 
     def _keep(self, ids: list[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -75,12 +76,15 @@ echo "$@" >> cancelled; for job; do rm -f "${{job%_*}}"; done""",
         )
         command(site.folder / "bin", "scontrol", "exit 1")
         site.environment["PATH"] = f"{site.folder / 'bin'}:/usr/bin:/bin"
-        # the pauses are those of a patient person
-        handover_file = site.package / "launch" / "handover.py"
-        quick = handover_file.read_text().replace("PAUSES_S = (2.0, 5.0, 10.0)", "PAUSES_S = (0.1, 0.1, 0.2)")
-        quick = quick.replace("SBATCH_LIMIT_S = 60.0", "SBATCH_LIMIT_S = 2.0")
-        quick = quick.replace("LAST_WORD_S = 12.0", "LAST_WORD_S = 1.0")
-        handover_file.write_text(quick)
+        self.set(PAUSES_S="(0.1, 0.1, 0.2)", SECOND_LOOK_S="0.1", SBATCH_LIMIT_S="2.0", LAST_WORD_S="1.0")
+
+    def set(self, **values: str) -> None:
+        """Constants of the module under test."""
+        module = self.site.package / "launch" / "handover.py"
+        text = module.read_text()
+        for name, value in values.items():
+            text = re.sub(rf"^{name} = [^#\n]+", f"{name} = {value}  ", text, flags=re.MULTILINE)
+        module.write_text(text)
 
     def behaves(self, *how: str) -> None:
         (self.folder / "behaves").write_text("\n".join(how) + "\n")
@@ -361,9 +365,7 @@ def test_an_interrupted_submission_is_withdrawn(
 
 
 def test_an_answer_that_comes_after_the_signal_is_heard(site: Site, queue: Queue) -> None:
-    module = site.package / "launch" / "handover.py"
-    patient = module.read_text().replace("LAST_WORD_S = 1.0", "LAST_WORD_S = 20.0")
-    module.write_text(patient.replace("SBATCH_LIMIT_S = 2.0", "SBATCH_LIMIT_S = 30.0"))
+    queue.set(SBATCH_LIMIT_S="30.0", LAST_WORD_S="20.0")
     queue.behaves("slow")
     code, err = interrupted(site, queue, signal.SIGTERM, "--seeds", "3")
     assert code == 143 and "job 77 was withdrawn" in err
