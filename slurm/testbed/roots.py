@@ -31,7 +31,7 @@ from processes import ClusterError
 SUITES = {"22.05": ("bookworm",), "24.11": ("trixie",), "26.05": ("forky", "sid")}
 PACKAGES = (
     *("slurm-wlm", "munge", "slurmdbd", "mariadb-server", "mount", "procps", "hostname"),
-    *("libsqlite3-0", "libffi8"),  # to which modules of a Python from outside link; OpenSSL comes with the others
+    *("libsqlite3-0", "libffi8", "libexpat1"),  # to which a Python from outside links; OpenSSL comes with the others
 )
 LEFT_OUT = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*")
 STAMP = "hpc-cifar-root.json"
@@ -168,7 +168,10 @@ def outside() -> list[str]:
     """What is the same inside a root: devices, temporary files, this checkout and the Python of its environment."""
     python = [sys.base_prefix]
     if sys.base_prefix == "/usr":  # of the system, beside much that the root has in its own version
-        python = [os.path.realpath(sys.executable), sysconfig.get_path("stdlib")]
+        python, link = [sysconfig.get_path("stdlib")], Path(sys.executable)
+        while link.is_symlink():
+            link = Path(os.path.normpath(link.parent / link.readlink()))
+            python.append(str(link))
     return ["/dev", "/sys", "/tmp", str(CHECKOUT), *python]
 
 
