@@ -133,8 +133,6 @@ class Root:
             package = subprocess.run(listing, capture_output=True, text=True, check=False).stdout.strip()
             if not package.startswith(f"{self.version}."):
                 raise CannotBeHad(f"it has Slurm {package or 'not at all'} now")
-            name = socket.gethostname().split(".")[0]
-            (new / "etc" / "hosts").write_text(f"127.0.0.1 localhost {name}\n")
             stamp = {"recipe": recipe(self.version), "suite": suite, "slurmctld": package}
             (new / STAMP).write_text(json.dumps(stamp) + "\n")
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -190,8 +188,11 @@ def within(root: Root, command: list[str]) -> int:
     paths = outside()
     apart = ["unshare", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child"]
     shell = ["sh", "-c", ENTER, "within", str(root.folder), str(len(paths)), *paths]
+    hosts, names = root.folder / "etc" / "hosts", f"127.0.0.1 localhost {socket.gethostname().split('.')[0]}\n"
     with root.lock() as lock:  # nobody makes it anew meanwhile
         fcntl.flock(lock, fcntl.LOCK_SH)
+        if not hosts.exists() or hosts.read_text() != names:
+            hosts.write_text(names)
         return subprocess.run([*apart, *shell, *command], cwd=CHECKOUT, check=False).returncode
 
 
