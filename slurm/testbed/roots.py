@@ -31,7 +31,7 @@ from processes import ClusterError
 SUITES = {"22.05": ("bookworm",), "24.11": ("trixie",), "26.05": ("forky", "sid")}
 PACKAGES = (
     *("slurm-wlm", "munge", "slurmdbd", "mariadb-server", "mount", "procps", "hostname"),
-    *("libsqlite3-0", "libffi8"),  # to which modules of a Python from outside link; OpenSSL comes with the others
+    *("libsqlite3-0", "libffi8", "libexpat1"),  # to which a Python from outside links; OpenSSL comes with the others
 )
 LEFT_OUT = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*")
 STAMP = "hpc-cifar-root.json"
@@ -133,8 +133,6 @@ class Root:
             package = subprocess.run(listing, capture_output=True, text=True, check=False).stdout.strip()
             if not package.startswith(f"{self.version}."):
                 raise CannotBeHad(f"it has Slurm {package or 'not at all'} now")
-            name = socket.gethostname().split(".")[0]
-            (new / "etc" / "hosts").write_text(f"127.0.0.1 localhost {name}\n")
             stamp = {"recipe": recipe(self.version), "suite": suite, "slurmctld": package}
             (new / STAMP).write_text(json.dumps(stamp) + "\n")
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -168,7 +166,10 @@ def outside() -> list[str]:
     """What is the same inside a root: devices, temporary files, this checkout and the Python of its environment."""
     python = [sys.base_prefix]
     if sys.base_prefix == "/usr":  # of the system, beside much that the root has in its own version
-        python = [os.path.realpath(sys.executable), sysconfig.get_path("stdlib")]
+        python, link = [sysconfig.get_path("stdlib")], Path(sys.executable)
+        while link.is_symlink():
+            link = Path(os.path.normpath(link.parent / link.readlink()))
+            python.append(str(link))
     return ["/dev", "/sys", "/tmp", str(CHECKOUT), *python]
 
 
@@ -187,8 +188,11 @@ def within(root: Root, command: list[str]) -> int:
     paths = outside()
     apart = ["unshare", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child"]
     shell = ["sh", "-c", ENTER, "within", str(root.folder), str(len(paths)), *paths]
+    hosts, names = root.folder / "etc" / "hosts", f"127.0.0.1 localhost {socket.gethostname().split('.')[0]}\n"
     with root.lock() as lock:  # nobody makes it anew meanwhile
         fcntl.flock(lock, fcntl.LOCK_SH)
+        if not hosts.exists() or hosts.read_text() != names:
+            hosts.write_text(names)
         return subprocess.run([*apart, *shell, *command], cwd=CHECKOUT, check=False).returncode
 
 

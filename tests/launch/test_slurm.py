@@ -289,6 +289,7 @@ RUNNING = {"state": "running", "step": 5}
         ("7|PENDING|Resources", None, {"state": "pending"}, ("pending", "Resources")),
         ("7|RUNNING|None", None, {"state": "pending"}, ("running", None)),
         ("7|PENDING|BeginTime", None, {"state": "requeued", "step": 5}, ("requeued", "BeginTime")),
+        ("7|EXPEDITING|None", None, {"state": "requeued", "step": 5}, ("requeued", None)),  # of 25.11 and later
         ("7|PENDING|None", None, {"state": "failed", "step": 5, "reason": "peer"}, ("requeued", None)),
         ("7|RUNNING|None", None, {"state": "failed", "step": 5, "reason": "peer"}, ("running", None)),
         ("7|NODE_FAIL|None", None, RUNNING, ("failed", "Slurm: NODE_FAIL")),
