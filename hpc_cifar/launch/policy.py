@@ -264,12 +264,12 @@ def leaves_at_once(found: Begin) -> str:
         return "finished"
     if found.cancel_mark:
         return "cancelled"
-    if found.state == "stopped" and found.reason == "pruned" and (found.is_link or found.restarts):
-        return "stopped"
-    if not found.is_link or found.restarts:  # a link that Slurm itself restarts had taken the run up already
+    if not found.is_link and not found.restarts:
         return ""
-    if found.state == "stopped":  # by a TERM that nothing explained
-        return "cancelled"
-    if found.state == "cancelled" or (found.state == "failed" and found.failed_for_good):
+    if (found.state == "stopped" and found.reason == "pruned") or (found.state == "failed" and found.failed_for_good):
         return found.state
+    if found.is_link and found.state == "cancelled":  # also one that Slurm restarts: it may have been preempted as it left
+        return "cancelled"
+    if found.is_link and not found.restarts and found.state == "stopped":  # by a TERM that nothing explained
+        return "cancelled"  # a link that Slurm itself restarts had taken the run up already
     return ""
