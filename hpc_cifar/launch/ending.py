@@ -71,8 +71,13 @@ class Scheduler(Protocol):
     def death(self) -> tuple[Event, str] | None:
         """What killed a rank of this segment, and its words; None if nothing is known."""
 
-    def requeue(self, exclude: Sequence[str]) -> str:
-        """Send the job back to the queue, without some nodes from now on; "", or the problem."""
+    def requeue(self, exclude: Sequence[str], at_limit: bool) -> str:
+        """Send the job back to the queue, without some nodes from now on; "", or the problem.
+
+        Args:
+            at_limit: Slurm ends the job at its time limit. ``scontrol requeue Incomplete`` says nothing and does nothing then;
+                without that word the job goes back, as one that was cancelled would.
+        """
 
     def cancel(self) -> None:
         """Cancel the job once more."""
@@ -156,7 +161,11 @@ def _carry_out(
         records.note({**noted, "nodes": list(exclude)} if exclude else noted)
     _say(action, records)  # first: what follows may end this process
     if action.act is Act.REQUEUE and scheduler.slurm:
-        if problem := scheduler.requeue(exclude):
+        at_limit = known.word is Word.TIME_LIMIT
+        problem = scheduler.requeue(exclude, at_limit)
+        if not problem and not at_limit and scheduler.word() is Word.TIME_LIMIT:  # which came in between
+            problem = scheduler.requeue(exclude, True)
+        if problem:
             action = policy.after_refusal(action, known, scheduler.word(), problem)
             _say(action, records)
         elif records.cancelled():  # in the same moment; Slurm may have heard of the cancel first

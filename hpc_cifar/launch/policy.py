@@ -53,7 +53,8 @@ class Word(StrEnum):
     PREEMPTED = "preempted"  # it runs within its grace time
     PREEMPTED_ENDING = "preempted, ending"  # Slurm ends its processes
     TIME_LIMIT = "at its time limit"
-    ENDING = "ending"  # and no preemption or time limit explains it
+    NODE_LOST = "ending, a node was lost"  # and the job does not go back to the queue
+    ENDING = "ending"  # for another reason, or after a grace time: used up, or cancelled in it
     QUEUED = "queued again"  # Slurm has requeued it already
     CANCELLED = "cancelled"
 
@@ -146,7 +147,7 @@ def what_it_was(event: Event, known: Knowledge) -> Event:
         return Event.TIME_LIMIT
     if event is Event.TERMINATED and known.word is Word.ENDING:
         return Event.CANCELLED
-    if event is Event.TERMINATED and known.word is Word.RUNNING:
+    if event is Event.TERMINATED and known.word in (Word.RUNNING, Word.NODE_LOST):
         return Event.RANK_LOST  # srun ends the ranks that are left when one has been killed
     if event is Event.TERMINATED and known.preemptible:
         return Event.PREEMPTED
@@ -170,9 +171,11 @@ def _interrupted(event: Event, known: Knowledge, detail: str) -> Action:
 
 def _go_on(event: Event, known: Knowledge, detail: str) -> Action:
     reason = said(event, detail) if event in FAULTS else ""
+    if known.slurm and known.word is Word.NODE_LOST and not known.link_waits:
+        return cannot_go_on(Action(Act.REQUEUE, "requeued", reason, event), "Slurm ends it, since a node was lost")
     if known.word is Word.PREEMPTED_ENDING and known.slurm and known.requeue_allowed:
         return Action(Act.LEAVE_TO_SLURM, "requeued", reason, event)
-    if known.can_requeue:
+    if known.can_requeue and not (known.slurm and known.word is Word.NODE_LOST):
         return Action(Act.REQUEUE, "requeued", reason, event)
     if known.link_waits:
         return Action(Act.HAND_OVER, "requeued", reason, event)
@@ -268,12 +271,12 @@ def leaves_at_once(found: Begin) -> str:
         return "finished"
     if found.cancel_mark:
         return "cancelled"
-    if found.state == "stopped" and found.reason == "pruned" and (found.is_link or found.restarts):
-        return "stopped"
-    if not found.is_link or found.restarts:  # a link that Slurm itself restarts had taken the run up already
+    if not found.is_link and not found.restarts:
         return ""
-    if found.state == "stopped":  # by a TERM that nothing explained
-        return "cancelled"
-    if found.state == "cancelled" or (found.state == "failed" and found.failed_for_good):
+    if (found.state == "stopped" and found.reason == "pruned") or (found.state == "failed" and found.failed_for_good):
         return found.state
+    if found.is_link and found.state == "cancelled":  # also one that Slurm restarts: it may have been preempted as it left
+        return "cancelled"
+    if found.is_link and not found.restarts and found.state == "stopped":  # by a TERM that nothing explained
+        return "cancelled"  # a link that Slurm itself restarts had taken the run up already
     return ""

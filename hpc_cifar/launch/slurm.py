@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from ..errors import LaunchError
+from .policy import Word
 
 WAITING = frozenset("PENDING CONFIGURING EXPEDITING REQUEUED REQUEUE_FED REQUEUE_HOLD SPECIAL_EXIT RESV_DEL_HOLD".split())  # noqa: SIM905
 ACTIVE = frozenset("RUNNING COMPLETING SUSPENDED STOPPED SIGNALING STAGE_OUT RESIZING".split())  # noqa: SIM905
@@ -224,6 +225,32 @@ def evidence(job_id: str) -> Evidence:
     told = ask(["squeue", "--noheader", "--states=all", "--format=%T %r", "--jobs", job_id])
     state, _, reason = (told.out.strip().splitlines() or [""])[0].strip().partition(" ")
     return Evidence(state, _plain(reason)) if told.code == 0 else Evidence()
+
+
+def word_of(seen: Evidence, restarts: int) -> Word:
+    """The word on a job that asks about itself.
+
+    COMPLETING without any reason is a cancel; after the loss of a node of a job that may not be requeued it has the reason
+    NodeDown, at the time limit TimeLimit (seen on 22.05).
+
+    Args:
+        restarts: how often the job had been requeued when it began.
+    """
+    if not seen.state:
+        return Word.NONE
+    if seen.restarts > restarts or seen.state in WAITING:
+        return Word.QUEUED
+    if seen.state.startswith("CANCELLED"):
+        return Word.CANCELLED
+    if seen.reason == "TimeLimit":
+        return Word.TIME_LIMIT
+    if seen.by_preemption:
+        return Word.PREEMPTED if seen.state == "RUNNING" else Word.PREEMPTED_ENDING
+    if seen.state != "COMPLETING":
+        return Word.RUNNING
+    if seen.reason == "NodeDown":
+        return Word.NODE_LOST
+    return Word.ENDING if seen.reason or seen.preempted else Word.CANCELLED
 
 
 def _hosts(text: str) -> str | None:
