@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 SCONTROL_S = 30.0
 LAST_WORD_S = 3.0  # for a rank that failed to say why, after its peers have lost it, and for srun to say what killed it
 OUTCOME_S = 60.0  # for the rank that ends the segment
-REQUEUED = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")  # what Slurm calls a job that it will start again
 # a TERM that follows the first signal must not kill the program that sends the job back to the queue
 UNDISTURBED = ("sh", "-c", 'trap "" TERM INT HUP USR1 USR2; exec "$@"', "sh")
 
@@ -58,18 +57,7 @@ class OwnJob:
         return bool(self._profile.get("preemptible"))
 
     def word(self) -> Word:
-        seen = slurm.evidence(self.job_id)
-        if not seen.state:
-            return Word.NONE
-        if seen.restarts > restart_count() or seen.state in REQUEUED:
-            return Word.QUEUED
-        if seen.state.startswith("CANCELLED"):
-            return Word.CANCELLED
-        if seen.reason == "TimeLimit":
-            return Word.TIME_LIMIT
-        if seen.by_preemption:
-            return Word.PREEMPTED if seen.state == "RUNNING" else Word.PREEMPTED_ENDING
-        return Word.ENDING if seen.state == "COMPLETING" else Word.RUNNING
+        return slurm.word_of(slurm.evidence(self.job_id), restart_count())
 
     def death(self) -> tuple[Event, str] | None:
         deadline = time.monotonic() + LAST_WORD_S
@@ -88,10 +76,11 @@ class OwnJob:
 
     # ---- what is done ----------------------------------------------------------------------------------------------------
 
-    def requeue(self, exclude: Sequence[str]) -> str:
+    def requeue(self, exclude: Sequence[str], at_limit: bool) -> str:
         excluded = self._exclusion(list(exclude)) if exclude else ""
         # by the id of the element: the plain number of an array's elements may mean the whole array; Incomplete: if it runs
-        code, said = _command(*UNDISTURBED, "scontrol", "requeue", "Incomplete", self.job_id)
+        only = () if at_limit else ("Incomplete",)
+        code, said = _command(*UNDISTURBED, "scontrol", "requeue", *only, self.job_id)
         if code != 0:
             return said
         # Slurm 22.05 changes this of pending jobs only, and knows no "+=". The job's processes have KillWait seconds left.

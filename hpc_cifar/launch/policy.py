@@ -172,7 +172,7 @@ def _interrupted(event: Event, known: Knowledge, detail: str) -> Action:
 def _go_on(event: Event, known: Knowledge, detail: str) -> Action:
     reason = said(event, detail) if event in FAULTS else ""
     if known.slurm and known.word is Word.NODE_LOST and not known.link_waits:
-        return cannot_go_on(Action(Act.REQUEUE, "requeued", reason, event), "Slurm ends it, since a node was lost")
+        return cannot_go_on(Action(Act.REQUEUE, "requeued", reason, event), known, "Slurm ends it, since a node was lost")
     if known.word is Word.PREEMPTED_ENDING and known.slurm and known.requeue_allowed:
         return Action(Act.LEAVE_TO_SLURM, "requeued", reason, event)
     if known.can_requeue and not (known.slurm and known.word is Word.NODE_LOST):
