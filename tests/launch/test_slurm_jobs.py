@@ -210,7 +210,7 @@ def test_a_hung_element_requeues_itself_and_a_cancelled_one_nothing(element: Any
         return str(own.run.state()["state"]), asked().replace("scancel --signal=CONT 9_4\n", "")
 
     assert hang("RUNNING") == ("requeued", AGAIN)
-    assert hang("COMPLETING") == ("running", "")
+    assert hang("COMPLETING") == ("cancelled", ""), "without any reason that is what Slurm calls a cancelled job"
     assert hang("CANCELLED") == ("cancelled", "")
 
 
