@@ -100,8 +100,8 @@ def main(command: list[str]) -> int:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, hand_on)
         child = subprocess.Popen(command)
-        for number in early:
-            child.send_signal(number)
+        for one in early:
+            child.send_signal(one)
         status = child.wait()
     return status if status >= 0 else 128 - status
 
