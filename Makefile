@@ -9,7 +9,7 @@ export HPC_CIFAR_RUNS ?= $(CURDIR)/runs
 export PYTHON
 # where `make systems` trains: beside the checkout, so that no other checkout and no clean has to do with it
 SYSTEMS_RUNS ?= $(abspath $(CURDIR)/../systems-runs)
-# trainings in the background wait meanwhile
+# trainings in the background wait meanwhile, by the lock HPC_CIFAR_BUSY_FILE
 QUIET := .venv/bin/python benchmarks/quiet.py
 CLUSTER := slurm/testbed/cluster.py
 comma := ,

@@ -5,8 +5,8 @@
     python benchmarks/gpu_suite.py --out OUT --parts tests,kernel
     python benchmarks/gpu_suite.py --out OUT --miniature            on any machine: shows that every slice runs
 
-Copy OUT/*.json to docs/results and type ``make figures``: trainings have been added to the figures that were there. OUT and
-HPC_CIFAR_RUNS should lie where they stay between two calls, since trainings go on from their checkpoints.
+Copy OUT/*.json and OUT/curves to docs/results and type ``make figures``: trainings have been added to the figures that were
+there. OUT and HPC_CIFAR_RUNS should lie where they stay between two calls, since trainings go on from their checkpoints.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import matplotlib
+import systems_table
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -133,6 +134,11 @@ def ladder(results: list[tuple[str, Json]]) -> Figure:
     return figure
 
 
+def limits(figure: Any) -> list[float]:
+    """The ends of a claimed figure, or its one value."""
+    return [limit for limit in dict.fromkeys(systems_table.claimed(figure) or ()) if limit is not None]
+
+
 def claims(results: list[tuple[str, Json]]) -> Figure:
     """Accuracy and cost, claimed and measured, of each system."""
     rows = [(job, entry) for _, result in results for job, entry in result["systems"].items()][::-1]
@@ -140,14 +146,13 @@ def claims(results: list[tuple[str, Json]]) -> Figure:
     left, right = figure.subplots(1, 2, sharey=True)
     for number, (_, entry) in enumerate(rows):
         claim = entry["claim"] or {}
-        claimed = claim.get("test_accuracy") or claim.get("val_accuracy")
         found = accuracy(entry)
-        if claimed:
-            left.plot([100 * claimed, 100 * found], [number, number], color="lightgrey", zorder=1)
-            left.plot(100 * claimed, number, "D", color="#c06030", label="claimed")
+        for limit in limits(claim.get("test_accuracy") or claim.get("val_accuracy")):
+            left.plot([100 * limit, 100 * found], [number, number], color="lightgrey", zorder=1)
+            left.plot(100 * limit, number, "D", color="#c06030", label="claimed")
         left.plot(100 * found, number, "o", color="#4878a8", label="measured")
-        if claim.get("hours"):
-            right.plot(3600 * claim["hours"], number, "D", color="#c06030")
+        for hours in limits(claim.get("hours")):
+            right.plot(3600 * hours, number, "D", color="#c06030")
         right.plot(seconds(entry), number, "o", color="#4878a8")
     left.set_yticks(range(len(rows)), [f"{job} ({hardware(entry)})" for job, entry in rows])
     left.set_xlabel("test accuracy, % (claims: test, else validation)")

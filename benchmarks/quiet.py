@@ -17,6 +17,7 @@ import stat
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -87,10 +88,20 @@ def main(command: list[str]) -> int:
         print(__doc__)
         return 0 if command else 2
     with quiet():
+        child: subprocess.Popen[bytes] | None = None
+        early: list[int] = []
+
+        def hand_on(number: int, _: types.FrameType | None) -> None:
+            if child is None:
+                early.append(number)
+            elif number != signal.SIGINT:  # which a terminal sends to the command as well
+                child.send_signal(number)
+
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, hand_on)
         child = subprocess.Popen(command)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the command as well
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, lambda which, _: child.send_signal(which))
+        for one in early:
+            child.send_signal(one)
         status = child.wait()
     return status if status >= 0 else 128 - status
 

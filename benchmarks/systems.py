@@ -22,7 +22,7 @@ import quiet
 import systems_background as background
 import torch
 from systems_record import Results
-from systems_table import lines
+from systems_table import failures, lines
 
 from hpc_cifar import files
 from hpc_cifar.config.difference import digest
@@ -42,6 +42,8 @@ HOURS = {
     "deep300": 4.0, "mfm-10": 3.0, "mfm-03": 2.0, "mfm-04": 2.0, "mfm-05": 2.0,
     "mfm-06": 2.0, "mfm-07": 2.0, "mfm-08": 2.0, "mfm-09": 2.0, "mfm-11": 2.0,
 }  # fmt: skip
+# nobody's account is told, and a step for which there is no processor for minutes does not hang
+IN_THE_BACKGROUND = ("tracking.wandb=disabled", "resources.hang_timeout_s=3600")
 RECIPES = {"speed-cpu": 0.1, "deep300-tuned": 4.0}  # our own, measured beside them
 
 Plan = list[tuple[str, int]]  # (job, which of its seeds, from 0)
@@ -162,8 +164,8 @@ class Systems:
 
     def _train(self, job: str, run: Run, experiment: Experiment) -> None:
         changes = [*placed(run, experiment), *self.sets, f"seed={experiment.seed}"]
-        if self.attendant is not None:  # of nobody's account: what is told of it stands in its folder
-            changes = ["tracking.wandb=disabled", *changes]
+        if self.attendant is not None:
+            changes = [*IN_THE_BACKGROUND, *changes]
         words = command(job_file(job), run.id, changes)
         if self.attendant is None:
             self.results.begin(run)
@@ -204,6 +206,7 @@ def main() -> int:
     parser.add_argument("--again", action="store_true", help="also seeds that are in the JSON without a run here")
     parser.add_argument("--show", action="store_true", help="train nothing; print the table")
     parser.add_argument("--background", action="store_true", help="lowest priority, with pauses; all of the plan by default")
+    parser.add_argument("--nice", type=int, default=19, help="of the background: how much lower its priority is")
     parser.add_argument("--list", action="store_true", help="train nothing; print what would be trained, in order")
     options = parser.parse_args()
     if options.background and options.json is None:
@@ -226,7 +229,7 @@ def main() -> int:
     except BlockingIOError as error:
         print(f"systems: trained already by {error.strerror}, in the same folder of runs", file=sys.stderr)
         return 1
-    with lock, background.Attendant(quiet.lock_file(), quiet.trained_file()) as systems.attendant:
+    with lock, background.Attendant(quiet.lock_file(), quiet.trained_file(), options.nice) as systems.attendant:
         try:
             return _in_order(systems, plan, again=options.again)
         except background.Stopped as stopped:
@@ -247,7 +250,7 @@ def _in_order(systems: Systems, plan: Plan, *, again: bool) -> int:
             continue
         name = systems.entry(job)
         print("\n".join(lines({name: systems.results.systems[name]})), flush=True)
-    print("\n".join(["", *lines(systems.results.systems)]))
+    print("\n".join(["", *lines(systems.results.systems), *failures(systems.results.systems)]))
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return len(failed)

@@ -41,10 +41,11 @@ class Attendant:
     Args:
         wanted: lock that others hold while trainings are to wait.
         trained: lock that is held here while a training runs.
+        niceness: how much lower the priority becomes; 0 leaves it, and that of the disk, as it is.
     """
 
-    def __init__(self, wanted: Path, trained: Path) -> None:
-        self._wanted, self._trained = wanted, trained
+    def __init__(self, wanted: Path, trained: Path, niceness: int) -> None:
+        self._wanted, self._trained, self._niceness = wanted, trained, niceness
         self._signals = 0
         self._number = 0
         self._previous: dict[int, Any] = {}
@@ -52,7 +53,7 @@ class Attendant:
         self.asked = False  # the training that runs now, to stop
 
     def __enter__(self) -> Attendant:
-        lowest_priority()
+        lower_priority(self._niceness)
         for number in SIGNALS:
             before = signal.getsignal(number)
             if number == signal.SIGHUP and before is signal.SIG_IGN:  # under nohup
@@ -121,10 +122,10 @@ class Attendant:
                 raise SystemExit(f"systems: {dataset} cannot be prepared; hpc-cifar prepare {dataset} says why")
 
 
-def lowest_priority() -> None:
+def lower_priority(niceness: int) -> None:
     """Of this process and what it starts: processors, and the disk where that can be had."""
-    os.nice(19)
-    if program := shutil.which("ionice"):
+    os.nice(niceness)
+    if niceness and (program := shutil.which("ionice")):
         subprocess.run([program, "-c", "3", "-p", str(os.getpid())], check=False, capture_output=True)
 
 

@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
+from hpc_cifar.config.experiment import Experiment
+from hpc_cifar.config.model import PretrainedModel
 from hpc_cifar.report.groups import MEASURES, margin_of, spread
 
 Json = dict[str, Any]
@@ -78,6 +80,11 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
+def time_text(hours: tuple[float | None, float | None] | None) -> str:
+    known = [duration(3600 * limit) for limit in dict.fromkeys(hours or ()) if limit is not None]
+    return " to ".join(known) or "-"
+
+
 def heads() -> list[str]:
     return ["job", "n", *(name.replace("_", " ") for name in FIGURES), *HEADS]
 
@@ -92,14 +99,14 @@ def cells(name: str, entry: Json, link: str) -> list[str]:
         deviation = f" ± {text(statistics.stdev(values), figure)}" if len(values) > 1 else ""
         found.append(f"{claim_text(claim.get(figure), figure)} / {text(mean, figure)}{deviation}")
     hours = claimed(claim.get("hours"))
-    when = duration(3600 * (hours[0] or hours[1] or 0.0)) if hours else "-"
     taken = duration(statistics.mean(row["seconds"] for row in rows))
     if restarts := sum(row.get("restarts") or 0 for row in rows):
         taken += f" ({restarts} restart{'s' * (restarts > 1)})"
     stops = ", ".join(str(row["epochs"]) for row in rows)
     return [
         name, str(len(rows)), *found, verdict(entry) or "-",
-        f"{claim.get('epochs') or '-'} / {stops}", f"{when} / {taken}", "; ".join(origin(row, link) for row in rows),
+        f"{claim.get('epochs') or '-'} / {stops}", f"{time_text(hours)} / {taken}",
+        "; ".join(origin(row, link) for row in rows),
     ]  # fmt: skip
 
 
@@ -115,14 +122,33 @@ def origin(row: Json, link: str) -> str:
 
 
 def lines(systems: Mapping[str, Json], link: str = "") -> list[str]:
-    """A Markdown table: claimed / measured, mean and spread over the seeds; then what has not been trained to its end."""
+    """A Markdown table: claimed / measured, mean and spread over the seeds."""
     table = [f"| {' | '.join(heads())} |", "|---" * len(heads()) + "|"]
-    table += [f"| {' | '.join(cells(name, entry, link))} |" for name, entry in systems.items() if entry["measured"]]
+    return [*table, *(f"| {' | '.join(cells(name, entry, link))} |" for name, entry in systems.items() if entry["measured"])]
+
+
+def failures(systems: Mapping[str, Json]) -> list[str]:
+    """How those ended that have no figures."""
+    found = []
     for name, entry in systems.items():
         for row in entry.get("unfinished", []):
             reason = f" ({row['reason']})" if row.get("reason") else ""
-            table += ["", f"{name}, seed {row['seed']}: {row['state']}{reason}."]
-    return table
+            found += ["", f"Without figures: {name}, seed {row['seed']}: {row['state']}{reason}."]
+    return found
+
+
+def waits(name: str, experiment: Experiment, file: str) -> str:
+    """The row of a system that cannot be trained without its pretrained weights."""
+    assert isinstance(experiment.model, PretrainedModel)
+    weights = f"hpc-cifar prepare --weights {experiment.model.family}/{experiment.model.name}"
+    command = f"python benchmarks/systems.py {name} --json docs/results/{file}"
+    claims = [f"{claim_text(getattr(experiment.claim, figure), figure)} / -" for figure in FIGURES]
+    epochs, hours = getattr(experiment.claim, "epochs", None), claimed(getattr(experiment.claim, "hours", None))
+    row = [
+        name, "-", *claims, "-", f"{epochs or '-'} / -", f"{time_text(hours)} / -",
+        f"waits for ImageNet weights: `{weights}`, then `{command}`",
+    ]  # fmt: skip
+    return f"| {' | '.join(row)} |"
 
 
 def summary(systems: Mapping[str, Json]) -> str:
