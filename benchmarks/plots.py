@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import matplotlib
-import systems_table
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from systems_table import claim_of
@@ -135,11 +134,6 @@ def ladder(results: list[tuple[str, Json]]) -> Figure:
     axes.margins(x=0.15)
     axes.legend(loc="lower right")
     return figure
-
-
-def limits(figure: Any) -> list[float]:
-    """The ends of a claimed figure, or its one value."""
-    return [limit for limit in dict.fromkeys(systems_table.claimed(figure) or ()) if limit is not None]
 
 
 def claims(results: list[tuple[str, Json]]) -> Figure:

@@ -65,11 +65,6 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def time_text(hours: tuple[float | None, float | None] | None) -> str:
-    known = [duration(3600 * limit) for limit in dict.fromkeys(hours or ()) if limit is not None]
-    return " to ".join(known) or "-"
-
-
 def heads() -> list[str]:
     return ["job", "n", *(name.replace("_", " ") for name in FIGURES), *HEADS]
 
