@@ -17,6 +17,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400), pytest.mark.component(
 
 TWO = ("--nodes", "2")
 ALLOWED = 2  # restarts without a checkpoint in between
+# nor is there one of a best epoch
+WITHOUT_CHECKPOINTS = (
+    *("--set", f"resources.fault_restarts={ALLOWED}", "--set", "epochs=3000", "--set", "checkpoint.every_epochs=3000"),
+    *("--set", "data.validation=test"),
+)
 MEMORY = Path("/sys/fs/cgroup/memory")
 
 
@@ -45,8 +50,7 @@ def interruptions(site: Site, run: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
 def test_a_killed_rank_is_counted_named_and_bounded(site: Site, number: signal.Signals) -> None:
     """srun ends the other ranks with a TERM, which is no preemption. With no checkpoint in between, the run ends in the end."""
-    options = ("--set", f"resources.fault_restarts={ALLOWED}", "--set", "checkpoint.every_epochs=3000", "--set", "epochs=3000")
-    run, job = site.submit(*TWO, *options)
+    run, job = site.submit(*TWO, *WITHOUT_CHECKPOINTS)
     for restart in range(ALLOWED + 1):
         os.kill(rank(site, run, 1, restart), number)
         site.cluster.until(lambda count=restart: len(interruptions(site, run)) > count, 60, f"{restart}\n{site.logs()}")  # type: ignore[misc]
@@ -100,8 +104,7 @@ def small_memory() -> Iterator[Path]:
 
 def test_a_rank_that_the_kernel_kills_for_memory_is_named(site: Site, small_memory: Path) -> None:
     """One rank of two, by a real cgroup, again and again."""
-    options = ("--set", f"resources.fault_restarts={ALLOWED}", "--set", "checkpoint.every_epochs=3000", "--set", "epochs=3000")
-    run, _ = site.submit(*TWO, *options)
+    run, _ = site.submit(*TWO, *WITHOUT_CHECKPOINTS)
     for restart in range(ALLOWED + 1):
         pid = rank(site, run, 1, restart)
         before = oom_kills(small_memory)
