@@ -55,7 +55,7 @@ def part(work: tuple[str, int, int]) -> tuple[int, float, Counter[str], Counter[
             else:
                 world = stories.play(story) if kind == "now" else before(story)
             met.update(world.met)
-            wrong.update(world.wrong)
+            wrong.update(set(world.wrong))
             for rule in world.wrong:
                 seeds.setdefault(rule, []).append(seed)
     return last - first, time.process_time() - began, met, wrong, seeds
