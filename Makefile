@@ -7,16 +7,18 @@ MAKEFLAGS += --no-print-directory
 export HPC_CIFAR_DATA ?= $(CURDIR)/data
 export HPC_CIFAR_RUNS ?= $(CURDIR)/runs
 export PYTHON
+# where `make systems` trains: beside the checkout, so that no other checkout and no clean has to do with it
+SYSTEMS_RUNS ?= $(abspath $(CURDIR)/../systems-runs)
+# trainings in the background wait meanwhile, by the lock HPC_CIFAR_BUSY_FILE
+QUIET := .venv/bin/python benchmarks/quiet.py
 CLUSTER := slurm/testbed/cluster.py
-comma := ,
-REQUIRED := $(subst $(comma), ,$(HPC_CIFAR_REQUIRE))
 # two test clusters: their jobs wait for much else than a processor
 CLUSTERS := -n 2 --dist loadfile --no-loadscope-reorder
 # one worker a processor, eight at most: each imports torch
 PARALLEL := -n $(shell n=$$(nproc); echo $$((n < 8 ? n : 8))) --dist worksteal
 
-.PHONY: help run test unit unit-all coverage lint format lock ffcv-wheel container-base container container-test \
-  container-apptainer slurm-up slurm-down soak faults figures clean env env-dev
+.PHONY: help run test test-full test-slurm unit unit-all coverage lint format lock ffcv-wheel container-base container \
+  container-test container-apptainer slurm-up slurm-down soak faults systems figures clean env env-dev
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 21
@@ -30,18 +32,25 @@ run: env ## prepare data, train jobs/quickstart.yaml with two processes, print t
 	esac; \
 	exec .venv/bin/hpc-cifar submit "$$job" --cluster local --follow
 
-test: ## every test; ARGS="-k name" passes options to pytest
+test: ## every test, those of Slurm on several versions of it; ARGS="-k name" passes options to pytest
 	@scripts/system_packages.sh
 	@scripts/environment.sh dev
 ifneq ($(strip $(ARGS)),)
-	.venv/bin/python -m pytest $(ARGS)
-else # test clusters, the other tests spread over the processors, and what measures times, each with the machine for itself
-	failed=; \
-	HPC_CIFAR_REQUIRE="$(filter slurm accounting,$(REQUIRED))" .venv/bin/python -m pytest tests/slurm -m "not alone" $(CLUSTERS) || failed=yes; \
-	HPC_CIFAR_REQUIRE="$(filter-out slurm accounting,$(REQUIRED))" .venv/bin/python -m pytest --ignore tests/slurm -m "not alone" $(PARALLEL) || failed=yes; \
-	HPC_CIFAR_REQUIRE="$(filter slurm browser,$(REQUIRED))" .venv/bin/python -m pytest -m alone || failed=yes; \
-	[ -z "$$failed" ]
+	$(QUIET) .venv/bin/python -m pytest $(ARGS)
+else
+	@$(QUIET) .venv/bin/python scripts/run_tests.py
 endif
+
+test-full: ## every test, all those of Slurm on every version; writes docs/results/test-full.json
+	@scripts/system_packages.sh
+	@scripts/environment.sh dev
+	@$(QUIET) .venv/bin/python scripts/run_tests.py --full
+
+test-slurm: ## the tests of Slurm on VERSION=24.11 (or 22.05, 26.05), in a Debian root that holds it (root); ARGS="-k name"
+	@scripts/system_packages.sh
+	@scripts/environment.sh dev
+	$(QUIET) .venv/bin/python slurm/testbed/roots.py within $(or $(VERSION),24.11) \
+	  .venv/bin/python -m pytest tests/slurm $(or $(ARGS),-m "not alone" $(CLUSTERS))
 
 unit: env-dev ## the fast tests: CPU, no root, no network, under two minutes
 	.venv/bin/python -m pytest -m "not slow and not component" $(ARGS)
@@ -60,8 +69,8 @@ coverage: ## branches of the package that the tests take, as far as they run her
 	@scripts/system_packages.sh
 	@scripts/environment.sh dev
 	.venv/bin/coverage erase
-	HPC_CIFAR_REQUIRE= .venv/bin/coverage run -m pytest tests/slurm -m "not alone" $(CLUSTERS)
-	HPC_CIFAR_REQUIRE= .venv/bin/coverage run -m pytest --ignore tests/slurm -m "not alone" $(PARALLEL)
+	HPC_CIFAR_REQUIRE= $(QUIET) .venv/bin/coverage run -m pytest tests/slurm -m "not alone" $(CLUSTERS)
+	HPC_CIFAR_REQUIRE= $(QUIET) .venv/bin/coverage run -m pytest --ignore tests/slurm -m "not alone" $(PARALLEL)
 	.venv/bin/coverage combine --quiet
 	.venv/bin/coverage report
 	@mkdir -p build
@@ -97,10 +106,13 @@ slurm-down: ## stop it
 	@.venv/bin/python $(CLUSTER) down
 
 soak: env ## jobs under random preemption, cancels and node losses on a test cluster (root); ARGS="--minutes 5 --jobs 20"
-	.venv/bin/python slurm/testbed/soak.py $(ARGS)
+	$(QUIET) .venv/bin/python slurm/testbed/soak.py $(ARGS)
 
 faults: env-dev ## runs killed at 200 random moments, compared with one that was not (KILLS=200)
-	HPC_CIFAR_KILLS=$(or $(KILLS),200) .venv/bin/python -m pytest tests/train/test_faults.py -s $(ARGS)
+	HPC_CIFAR_KILLS=$(or $(KILLS),200) $(QUIET) .venv/bin/python -m pytest tests/train/test_faults.py -s $(ARGS)
+
+systems: env-dev ## train every published system that needs no downloaded weights, in the background of other work; ARGS=--list
+	HPC_CIFAR_RUNS="$(SYSTEMS_RUNS)" .venv/bin/python benchmarks/systems.py --background $(ARGS)
 
 figures: env-dev ## make every table and plot of the docs again from the JSON in docs/results
 	.venv/bin/python benchmarks/figures.py

@@ -4,8 +4,9 @@
     python benchmarks/cpu_suite.py --out OUT --parts step,restart
     python benchmarks/cpu_suite.py --out OUT --miniature             shows that every part runs
 
-Copy OUT/*.json to docs/results and type ``make figures``. What takes longer: the published systems (benchmarks/systems.py), the
-transfer (benchmarks/transfer.py), the recipes with three seeds (benchmarks/systems.py quickstart speed-cpu --seeds 3).
+Copy OUT/*.json and OUT/curves to docs/results and type ``make figures``. What takes longer: the published systems (``make
+systems``), the transfer (benchmarks/transfer.py), the recipes with three seeds (benchmarks/systems.py quickstart speed-cpu
+--seeds 3).
 """
 
 from __future__ import annotations

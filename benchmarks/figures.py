@@ -24,8 +24,10 @@ import published
 import restart
 import step
 import systems
+import systems_table
 
 from hpc_cifar import files
+from hpc_cifar.config.load import load_experiment
 from hpc_cifar.train import stall
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,8 +45,17 @@ def measured(results: Path, kind: str) -> list[tuple[str, Json]]:
         path = results / f"{kind}-{machine}.json"
         if path.exists():
             content: Json = files.read_json(path) or {}
-            found.append((path.name, content))
+            found.append((path.name, content | that_count(content.get("systems"))))
     return found
+
+
+def that_count(trainings: Json | None) -> Json:
+    """Of trained systems those with figures, each with its rows that count; and how the other runs ended."""
+    if trainings is None:
+        return {}
+    entries = {name: entry | {"measured": systems_table.counted(entry)} for name, entry in trainings.items()}
+    unfinished = {name: {"measured": [], "unfinished": entry.get("unfinished", [])} for name, entry in trainings.items()}
+    return {"systems": {name: entry for name, entry in entries.items() if entry["measured"]}, "unfinished": unfinished}
 
 
 def facts(name: str, result: Json) -> str:
@@ -161,11 +172,29 @@ def scaling_lines(name: str, result: Json) -> list[str]:
 
 
 def trained(name: str, result: Json) -> list[str]:
-    """Claimed / measured of every system in a file; one line of facts for all that share a machine and versions."""
-    groups: dict[str, Json] = {}
-    for job, entry in result["systems"].items():
-        groups.setdefault(facts(name, entry | {"data": entry["measured"][0]["data"]}), {})[job] = entry
-    return [line for heading, entries in groups.items() for line in (heading, "", *systems.lines(entries), "")][:-1]
+    """Claimed / measured of every system in a file, and how many keep their claim; then what waits, and what failed."""
+    entries: Json = result["systems"]
+    rows = [(entry, row) for entry in entries.values() for row in entry["measured"]]
+    machines = {plots.hardware({"hardware": entry["hardware"]} | row, whole=True): None for entry, row in rows}
+    known = [row.get("versions") or entry["versions"] for entry, row in rows]
+    packages = [
+        f"{package} {version}"
+        for package in ("torch", "ffcv", "python", "nvidia-dali-cuda130")
+        for version in dict.fromkeys(versions[package] for versions in known if package in versions)
+    ]
+    words = [*{row["data"]: None for _, row in rows}, *machines, *{row.get("precision"): None for _, row in rows}, *packages]
+    waiting = [job for job in systems.with_claim() if job not in entries and job not in systems.from_scratch()]
+    missing = [job for job in systems.HOURS if job not in entries]
+    return [
+        systems_table.summary(entries),
+        "",
+        f"{'; '.join(word for word in words if word)} (`docs/results/{name}`).",
+        "",
+        *systems_table.lines(entries, link="results"),
+        *(systems_table.waits(job, load_experiment(systems.job_file(job)), name) for job in waiting),
+        *systems_table.failures(result["unfinished"]),
+        *(["", f"Not measured yet, but by `make systems`: {', '.join(f'`{job}`' for job in missing)}."] if missing else []),
+    ]
 
 
 def mean(runs: list[Json], figure: str) -> str:
@@ -249,7 +278,9 @@ REGIONS = {
     "kernel": Region(("kernel",), kernel_lines, "benchmarks/kernel.py", machine="gpu"),
     "tracking": Region(("tracking",), tracking_lines, "benchmarks/tracking.py"),
     "scaling": Region(("scaling",), scaling_lines, "-m hpc_cifar bench step", "Images per second by processes"),
-    "systems": Region(("systems",), trained, "benchmarks/systems.py", "Claimed and measured accuracy of each system"),
+    "systems": Region(
+        ("systems",), trained, "benchmarks/systems.py --background", "Accuracy of each system, claimed and measured"
+    ),
     "recipes": Region(("recipes",), recipe_lines, TRAININGS),
     "ladder": Region(("recipes", "systems"), recipe_lines, TRAININGS, "Test accuracy against training time"),
     "published": Region(("published",), published_lines, "benchmarks/published.py published/airbench94_muon.py", machine="gpu"),

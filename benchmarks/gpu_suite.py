@@ -5,8 +5,8 @@
     python benchmarks/gpu_suite.py --out OUT --parts tests,kernel
     python benchmarks/gpu_suite.py --out OUT --miniature            on any machine: shows that every slice runs
 
-Copy OUT/*.json to docs/results and type ``make figures``: trainings have been added to the figures that were there. OUT and
-HPC_CIFAR_RUNS should lie where they stay between two calls, since trainings go on from their checkpoints.
+Copy OUT/*.json and OUT/curves to docs/results and type ``make figures``: trainings have been added to the figures that were
+there. OUT and HPC_CIFAR_RUNS should lie where they stay between two calls, since trainings go on from their checkpoints.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the packag
 import suite
 import torch
 from suite import main, package, script
-from systems import claimed
-from transfer import from_scratch
+from systems import from_scratch, with_claim
 
 COMPILED = ("--set=training.compile=true",)
 GRAPH = ("--set=training.graph=true", *COMPILED)
@@ -41,7 +40,7 @@ def published(out: Path, name: str, *options: str) -> list[str]:
 
 def parts(out: Path, small: bool) -> dict[str, list[str]]:
     scratch = from_scratch()
-    pretrained = [name for name in claimed() if name not in scratch]
+    pretrained = [name for name in with_claim() if name not in scratch]
     graph, compiled = ((), ()) if small else (GRAPH, COMPILED)  # a processor takes a minute to compile
     if small:
         scratch = scratch[:SLICES]

@@ -8,8 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 import matplotlib
+import systems_table
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from systems_table import claim_of
+
+from hpc_cifar.config.claim import bounds
 
 Json = dict[str, Any]
 Measured = Callable[[str], list[tuple[str, Json]]]
@@ -133,21 +137,33 @@ def ladder(results: list[tuple[str, Json]]) -> Figure:
     return figure
 
 
+def limits(figure: Any) -> list[float]:
+    """The ends of a claimed figure, or its one value."""
+    return [limit for limit in dict.fromkeys(systems_table.claimed(figure) or ()) if limit is not None]
+
+
 def claims(results: list[tuple[str, Json]]) -> Figure:
     """Accuracy and cost, claimed and measured, of each system."""
     rows = [(job, entry) for _, result in results for job, entry in result["systems"].items()][::-1]
     figure = Figure(figsize=(9, 1.2 + 0.32 * len(rows)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for number, (_, entry) in enumerate(rows):
-        claim = entry["claim"] or {}
-        claimed = claim.get("test_accuracy") or claim.get("val_accuracy")
+        claim = claim_of(entry)
+        claimed = (claim.test_accuracy if claim.test_accuracy is not None else claim.val_accuracy) if claim else None
         found = accuracy(entry)
-        if claimed:
-            left.plot([100 * claimed, 100 * found], [number, number], color="lightgrey", zorder=1)
-            left.plot(100 * claimed, number, "D", color="#c06030", label="claimed")
+        if claimed is not None:
+            low, high = (None if bound is None else 100 * bound for bound in bounds(claimed))
+            nearest = min((bound for bound in (low, high) if bound is not None), key=lambda bound: abs(bound - 100 * found))
+            left.plot([nearest, 100 * found], [number, number], color="lightgrey", zorder=1)
+            if low == high:
+                left.plot(low, number, "D", color="#c06030", label="claimed")
+            elif low is not None and high is not None:
+                left.plot([low, high], [number, number], "-|", color="#c06030", linewidth=3, label="claimed range")
+            else:  # points to the values that agree
+                left.plot(nearest, number, ">" if high is None else "<", color="#c06030", label="claimed bound")
         left.plot(100 * found, number, "o", color="#4878a8", label="measured")
-        if claim.get("hours"):
-            right.plot(3600 * claim["hours"], number, "D", color="#c06030")
+        if claim and claim.hours:
+            right.plot(3600 * claim.hours, number, "D", color="#c06030")
         right.plot(seconds(entry), number, "o", color="#4878a8")
     left.set_yticks(range(len(rows)), [f"{job} ({hardware(entry)})" for job, entry in rows])
     left.set_xlabel("test accuracy, % (claims: test, else validation)")

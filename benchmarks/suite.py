@@ -1,7 +1,8 @@
 """Runs the parts of a suite one after another, each a process of its own, and says what it has.
 
 What a part measured is JSON in OUT, its words a log there. A part that fails or takes too long does not stop the others, and is
-begun again next time, where its trainings go on from their checkpoints; one that is done is not.
+begun again next time, where its trainings go on from their checkpoints; one that is done is not. Trainings of ``make systems``
+wait meanwhile.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+import quiet
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -100,6 +103,11 @@ def main(description: str, parts_of: Callable[[Path, bool], Parts], minutes: flo
         for path in (ROOT / "docs" / "results").glob("*.json"):
             if path.name.startswith(ADDED) and not (out / path.name).exists():
                 shutil.copy(path, out)
+    with quiet.quiet():
+        return _in_order(wanted, known, out, runs or str(out / "runs"), options)
+
+
+def _in_order(wanted: Sequence[str], known: Parts, out: Path, runs: str, options: argparse.Namespace) -> int:
     began, failed, left = time.monotonic(), [], []
     for part in wanted:
         done = out / f"{part}.done"
@@ -109,7 +117,7 @@ def main(description: str, parts_of: Callable[[Path, bool], Parts], minutes: flo
         seconds = float("inf") if options.budget is None else 60 * options.budget - (time.monotonic() - began)
         if seconds <= 0:
             left.append(part)
-        elif run(part, known[part], out, runs or str(out / "runs"), min(options.minutes, seconds / 60)):
+        elif run(part, known[part], out, runs, min(options.minutes, seconds / 60)):
             done.touch()
         else:
             failed.append(part)

@@ -16,22 +16,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from systems import JOBS, claimed, measured, train
+from systems import JOBS, from_scratch, train
+from systems_record import measured
 
 from hpc_cifar import files
 from hpc_cifar.config.experiment import Experiment
 from hpc_cifar.config.load import load_experiment
-from hpc_cifar.config.model import PretrainedModel
 from hpc_cifar.data import bench
 from hpc_cifar.errors import ConfigError
 from hpc_cifar.runs import Run
 
 PROBE = 2  # epochs by which the time of one is told; the first of them is not counted
-
-
-def from_scratch() -> list[str]:
-    """The published systems whose networks begin with random weights."""
-    return [name for name in claimed() if not isinstance(load_experiment(JOBS / f"{name}.yaml").model, PretrainedModel)]
 
 
 def one(name: str, run: str, sets: list[str]) -> dict[str, Any] | None:

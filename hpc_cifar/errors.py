@@ -6,6 +6,7 @@
     ├── DataError        (2)    a dataset is missing, damaged or not what it says
     ├── RunError         (1)    a run cannot be started, found or continued
     │   ├── RunBusy             another process trains it
+    │   ├── LockHeld            an earlier segment of the same job still has its lock
     │   ├── LostRank            another process of the job has ended; a restart mends that
     │   ├── PreflightError      the nodes of its job cannot train, twice in a row
     │   ├── CheckpointError     no usable checkpoint, or one that does not fit
@@ -14,7 +15,8 @@
     │   ├── OutOfMemory         a rank's memory is full
     │   └── TrackingError       W&B has not got everything of a run
     └── LaunchError      (1)    the scheduler or the local executor refused
-        └── NoCluster           Slurm's programs are there, but no cluster answers
+        ├── NoCluster           Slurm's programs are there, but no cluster answers
+        └── NoAnswer            Slurm did not answer; it may have the job all the same
 
 The number is the process exit code. A message names the file, the field, the value, and what would be right.
 """
@@ -62,6 +64,10 @@ class RunBusy(RunError):
     """Another process trains the run; its records must not be touched."""
 
 
+class LockHeld(RunError):
+    """The lock of the run is still that of an earlier segment of this job, which has died; a restart may find it free."""
+
+
 class PreflightError(RunError):
     """The checks before training failed, and the job may not or cannot go elsewhere."""
 
@@ -100,6 +106,24 @@ class NoCluster(LaunchError):
     """Slurm's programs are on this machine, but no cluster answers them."""
 
 
+class NoAnswer(LaunchError):
+    """Slurm did not answer a submission, again and again; it may have the job all the same."""
+
+
+class Interrupted(BaseException):
+    """A stop signal came while something was submitted; ``str(error)`` says what became of the job, if there was one."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.exit_code = 128 + number
+
+
 def first_line(error: BaseException, limit: int = 200) -> str:
-    """The first line of a foreign exception's text, shortened; its type if it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:limit]
+    """The first line of an exception's text that says something, shortened; its type if it has none.
+
+    A line that only announces the next ones, and ends in a colon, has the one after it added.
+    """
+    first, *others = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    while first.endswith(":") and others:
+        first += f" {others.pop(0)}"
+    return first[:limit]

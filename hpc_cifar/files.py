@@ -16,6 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
 
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what a file system without locks answers
+
 
 def fsync_folder(folder: Path) -> None:
     """Make renames inside ``folder`` durable."""
@@ -106,6 +108,31 @@ def read_ahead(patterns: Iterable[Path]) -> threading.Thread:
     return thread
 
 
+def flock(stream: TextIO) -> bool:
+    """Lock an open file as long as it is open; False on a file system without locks, such as Lustre without ``-o flock``.
+
+    Raises:
+        BlockingIOError: another process has it.
+        OSError: it cannot be locked.
+    """
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return False
+    return True
+
+
+def write_holder(stream: TextIO) -> None:
+    """Say in a lock file that this process has it."""
+    stream.truncate(0)
+    stream.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+    stream.flush()
+
+
 def hold(path: Path) -> TextIO:
     """Lock a file as long as the stream is open; it says which process holds it. A file system without locks keeps nobody out.
 
@@ -115,18 +142,15 @@ def hold(path: Path) -> TextIO:
     """
     stream = path.open("a+", encoding="utf-8")
     try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        flock(stream)
+        write_holder(stream)
     except BlockingIOError as error:
         with stream:
             stream.seek(0)
             raise BlockingIOError(error.errno, stream.read().strip() or "another process") from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):  # such as Lustre without -o flock
-            stream.close()
-            raise
-    stream.truncate(0)
-    stream.write(f"process {os.getpid()} on {os.uname().nodename}\n")
-    stream.flush()
+    except OSError:
+        stream.close()
+        raise
     return stream
 
 

@@ -5,10 +5,13 @@ runs/<run>/                     0700, since it holds pickles
   plan.json  provenance.json    how it was placed; where it came from (git, versions, host)
   code/hpc_cifar/               the package as it was at submit
   submitit/                     pickles, the sbatch script, one log file a rank
-  jobs.jsonl                    one row a submission: executor, job id, time
+  jobs.jsonl                    one row a submission: executor, job id, time; submitting.json: see launch/submission.py
   state.json                    written by rank 0: state, epoch, step, ...
   cancelled                     present once a user cancelled the run
+  .lock  .holder.json           which process trains it; see train/lock.py
   checkpoints/  metrics.jsonl  result.json  wandb/
+  saved.json                    the newest checkpoint on disk; see train/saved.py
+  before-<time>/                what the run had before it was begun again
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import datetime
 import os
 import re
 import secrets
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +32,12 @@ from . import files
 from .config.experiment import Experiment
 from .config.messages import closest, did_you_mean
 from .errors import RunError, UsageError
+
+OUTCOME = (
+    *("checkpoints", "metrics.jsonl", "state.json", "result.json", "saved.json", "left-out.json", "failures.jsonl"),
+    *("interruptions.jsonl", "endings", "losses", "hangs", "heartbeat", "evaluation", "wandb-id", "wandb-pictures.json"),
+)
+"""What training leaves in a run directory."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +98,12 @@ class Run:
 
     def jobs(self) -> list[dict[str, Any]]:
         """Submissions so far, oldest first: ``executor``, ``job_id``, ``submitted`` (ISO time), ...."""
-        return files.read_json_lines(self.path / "jobs.jsonl")
+        rows = files.read_json_lines(self.path / "jobs.jsonl")
+        # a job may have entered itself just when whoever submitted it did
+        known = {
+            (row.get("submission") or number, str(row.get("job_id"))): row for number, row in reversed(list(enumerate(rows)))
+        }
+        return list(reversed(known.values()))
 
     def add_job(self, **row: Any) -> None:
         files.append_json_line(self.path / "jobs.jsonl", {"submitted": now(), **row})
@@ -182,6 +197,33 @@ def create(
             raise RunError(f"{run.path}: a run of this name exists already") from None
         raise RunError(f"{root}: cannot create a run here: {error.strerror or error}") from None
     return run
+
+
+def begin_again(run: Run) -> str:
+    """Set aside all that a run has trained, so that it begins at step 0; the name of the folder in it where that lies now.
+
+    The caller makes sure that nobody trains it.
+
+    Raises:
+        RunError: it cannot be moved.
+    """
+    aside = run.path / f"before-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    try:
+        aside.mkdir()
+        for name in OUTCOME:
+            if os.path.lexists(run.path / name):
+                (run.path / name).rename(aside / name)
+        run.checkpoints.mkdir()
+        note_begun_again(run, aside.name)
+    except OSError as error:
+        raise RunError(f"{run.path}: cannot begin again: {error.strerror or error}") from None
+    return aside.name
+
+
+def note_begun_again(run: Run, aside: str) -> None:
+    """An event, the first row of the new metrics: the run was begun again, and what it had lies in ``aside``."""
+    row = {"kind": "event", "epoch": 0, "step": 0, "time": round(time.time(), 3), "event": "begun again", "aside": aside}
+    files.append_json_line(run.metrics_file, row)
 
 
 def all_runs(root: Path) -> list[Run]:

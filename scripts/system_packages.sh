@@ -18,6 +18,7 @@ need slurm-wlm programs slurmctld slurmd sbatch srun scontrol
 need munge program munged
 need slurmdbd programs slurmdbd sacctmgr
 need mariadb-server any_program mariadbd mysqld
+need mmdebstrap program mmdebstrap
 need chromium any_program chromium chromium-browser google-chrome
 need g++ program g++
 need pkg-config program pkg-config

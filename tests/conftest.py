@@ -1,15 +1,18 @@
 """A closed box for every test, data prepared once a session, and a table of the components that were exercised.
 
-``HPC_CIFAR_REQUIRE=slurm,ffcv,...`` makes the session fail when one of them was not. With pytest-xdist (``-n 2``) every worker
-has a box of its own, but for compiled code and prepared data, which they share.
+``HPC_CIFAR_REQUIRE=slurm,ffcv,...`` makes the session fail when one of them was not; ``slurm-24.11`` is one version. With
+pytest-xdist (``-n 2``) every worker has a box of its own, but for compiled code and prepared data, which they share.
 """
 
 from __future__ import annotations
 
 import fcntl
+import functools
 import os
+import re
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 from collections import Counter, defaultdict
@@ -21,7 +24,8 @@ import browser as chromium
 import pytest
 import wandb_server
 
-COMPONENTS = ("slurm", "accounting", "ffcv", "dali", "wandb", "browser", "gpu", "archive")
+SLURMS = ("slurm-22.05", "slurm-24.11", "slurm-26.05")
+COMPONENTS = ("slurm", *SLURMS, "accounting", "ffcv", "dali", "wandb", "browser", "gpu", "archive")
 # a test that asks for one of these fixtures exercises the component, without a word about it in the test
 COMPONENT_OF_FIXTURE = {"browser": "browser", "cifar_archive": "archive", "cifar_data": "archive"}
 COMPONENT_OF_FIXTURE |= {"slurm_cluster_session": "slurm", "accounting_session": "accounting"}
@@ -185,6 +189,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for component in sorted({COMPONENT_OF_FIXTURE[name] for name in fixtures if name in COMPONENT_OF_FIXTURE}):
             item.add_marker(pytest.mark.component(component))
         components = {mark.args[0] for mark in item.iter_markers("component")}
+        if "slurm" in components and slurm_version() in SLURMS:
+            components.add(slurm_version())
         if unknown := components - set(COMPONENTS):
             raise pytest.UsageError(f"{item.nodeid}: unknown component {sorted(unknown)}; there are {COMPONENTS}")
         item.user_properties.append(("components", sorted(components)))  # travels with the reports of a worker
@@ -205,6 +211,14 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 def pytest_testnodedown(node: Any) -> None:
     """Of pytest-xdist: a worker has ended."""
     _collected.update(getattr(node, "workeroutput", {}).get("collected", {}))
+
+
+@functools.cache
+def slurm_version() -> str:
+    """The component that this machine's Slurm is, as slurm-22.05; empty where there is none."""
+    program = shutil.which("slurmctld", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+    said = subprocess.run([program, "-V"], capture_output=True, text=True, check=False).stdout if program else ""
+    return f"slurm-{found[0]}" if (found := re.search(r"\d+\.\d+", said)) else ""
 
 
 def exercised(component: str) -> bool:
@@ -232,19 +246,26 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.section("components")
+    # versions of Slurm that could not be had, each with the reason, as scripts/run_tests.py found out
+    lines = os.environ.get("HPC_CIFAR_NOT_EXERCISED", "").splitlines()
+    not_there = dict(line.split("=", 1) for line in lines if "=" in line)
     for component in COMPONENTS:
+        if component in SLURMS and not exercised(component) and component not in {*required(), *not_there}:
+            continue  # each has a session of its own
         counts = ", ".join(f"{number} {outcome}" for outcome, number in sorted(_seen[component].items()))
         if exercised(component):
             skipped = "; ".join(_reasons[component])
-            line = f"{component:10}  exercised      {counts}" + (f" ({skipped})" if skipped else "")
+            line = f"{component:11}  exercised      {counts}" + (f" ({skipped})" if skipped else "")
         else:
-            reasons = "; ".join(_reasons[component]) or (
-                "not selected" if _collected[component] else "no such test was collected"
+            reasons = (
+                "; ".join(_reasons[component])
+                or not_there.get(component)
+                or ("not selected" if _collected[component] else "no such test was collected")
             )
-            line = f"{component:10}  not exercised  {counts + ': ' if counts else ''}{reasons}"
+            line = f"{component:11}  not exercised  {counts + ': ' if counts else ''}{reasons}"
         terminalreporter.write_line(line)
     if skipped := _seen[OTHERS]["skipped"]:
-        terminalreporter.write_line(f"{OTHERS:10}  {skipped} skipped: {'; '.join(_reasons[OTHERS])}")
+        terminalreporter.write_line(f"{OTHERS:11}  {skipped} skipped: {'; '.join(_reasons[OTHERS])}")
     for component in required():
         if not exercised(component):
             terminalreporter.write_line(f"FAILED: HPC_CIFAR_REQUIRE asks for {component}, and it was not exercised", red=True)

@@ -30,7 +30,7 @@ from hpc_cifar.config.reference import markdown
 from hpc_cifar.config.sweep import as_sets
 from hpc_cifar.errors import ConfigError, UsageError
 
-OTHER_PROGRAMS = {"awk", "scontrol", ".", "cp", "uv", "podman", "apptainer", "enroot"}
+OTHER_PROGRAMS = {"awk", "scontrol", ".", "cp", "uv", "podman", "apptainer", "enroot", "git", "cd"}
 SAMPLES = {"slurm/mine.yaml", "slurm/gpu.yaml", "jobs/mine.yaml", "jobs/NAME.yaml", "my-jobs/quickstart.yaml"}
 
 # ---- YAML --------------------------------------------------------------------------------------------------------------
@@ -204,7 +204,12 @@ def test_targets_and_files_in_text_exist() -> None:
 
 
 def variables() -> set[str]:
-    sources = [*(ROOT / "hpc_cifar").rglob("*.py"), ROOT / "Makefile", ROOT / "tests/conftest.py"]
+    sources = [
+        *(ROOT / "hpc_cifar").rglob("*.py"),
+        *(ROOT / "slurm").rglob("*.py"),
+        ROOT / "Makefile",
+        ROOT / "tests/conftest.py",
+    ]
     return {name for path in sources for name in re.findall(r"HPC_CIFAR_[A-Z]+", path.read_text())}
 
 

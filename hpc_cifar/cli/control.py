@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -170,6 +170,7 @@ def resume(
     max_gpu_hours: Annotated[
         float | None, typer.Option(min=0, help="Refuse a job that may use more GPU-hours.", show_default=False)
     ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Begin at step 0; what a run has so far is set aside in it.")] = False,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Watch the run to its end and print the result.")] = False,
 ) -> None:
     """Submit stopped, failed or cancelled runs again: same experiment, same code, from the last checkpoint.
@@ -191,7 +192,8 @@ def resume(
     going, refused = [], False
     for found in wanted:
         try:
-            done = control.resume(found, data_root=files.data_root(), cluster=profile, max_gpu_hours=max_gpu_hours)
+            options: dict[str, Any] = {"cluster": profile, "max_gpu_hours": max_gpu_hours, "fresh": fresh}
+            done = control.resume(found, data_root=files.data_root(), **options)
         except HpcCifarError as error:
             if len(wanted) == 1:
                 raise
@@ -201,7 +203,10 @@ def resume(
         if done.job_id is None:
             typer.echo(f"{found.id} has finished already; nothing to do")
             continue
-        typer.echo(f"{found.id}: resumed as job {done.job_id}")
+        if done.found:
+            typer.echo(f"{found.id}: Slurm had job {done.job_id} of it already; nothing was submitted")
+        else:
+            typer.echo(f"{found.id}: resumed as job {done.job_id}")
         going.append(found)
     if follow and going:
         try:

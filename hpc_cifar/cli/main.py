@@ -5,6 +5,7 @@ Nothing heavy is imported here or at the top of a command's module, so that ``hp
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
@@ -14,7 +15,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__, lifetime
-from ..errors import HpcCifarError
+from ..errors import HpcCifarError, Interrupted
 from . import bench, configure, control, data, doctor, drill, evaluate, init, report, submit, sync, train
 
 HELP = """Train CIFAR-10-sized experiments on a Slurm cluster or on this machine.
@@ -105,9 +106,10 @@ def main(arguments: list[str] | None = None) -> int:
     except HpcCifarError as error:
         _error(str(error))
         return error.exit_code
-    except (KeyboardInterrupt, typer.Abort):
-        print("hpc-cifar: interrupted", file=sys.stderr)
-        return 130
+    except (KeyboardInterrupt, typer.Abort, Interrupted) as error:
+        with contextlib.suppress(OSError):  # the terminal may have gone with a HUP
+            print("hpc-cifar: interrupted", file=sys.stderr)
+        return error.exit_code if isinstance(error, Interrupted) else 130
     except BrokenPipeError:
         _silence()
         return 1

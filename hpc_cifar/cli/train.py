@@ -95,7 +95,9 @@ def train(
 
         try:
             options: dict[str, Any] = {"max_steps": max_steps, "data_root": data_root, "console": world.main}
-            result = train_run(found, **options, world=world, begin=begin, segment=segment, on_hang=on_hang)
+            result = train_run(
+                found, **options, world=world, begin=begin, segment=segment, job=launch_job.segment(), on_hang=on_hang
+            )
         except Exception as error:
             launch_job.record_failure(found, error, rank=world.rank, segment=segment)
             raise
@@ -192,7 +194,7 @@ def _find_or_create(
     from ..plan import make_plan
 
     found = runs.named(root, name)
-    exists = found.experiment_file.is_file()
+    exists, aside = found.experiment_file.is_file(), None
     if exists and is_live(found):
         raise RunError(f"{found.id} is being trained right now; wait for it, cancel it, or give this one a name with --name")
     if exists and fresh:
@@ -213,7 +215,10 @@ def _find_or_create(
     if exists:
         _go_on_as(found, experiment, planned, force=force)
         return found
-    return runs.create(root, name, *planned(), provenance.collect())
+    made = runs.create(root, name, *planned(), provenance.collect())
+    if aside is not None:
+        runs.note_begun_again(made, aside.name)
+    return made
 
 
 def _go_on_as(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Any
 
 from pydantic import BaseModel
@@ -33,3 +35,15 @@ def matters(name: str, before: Any, now: Any) -> bool:
     if name == "resources.gpus_per_node":  # on a CPU it may have another precision
         return bool(before) != bool(now)
     return not any(name == aside or name.startswith(f"{aside}.") for aside in ASIDE)
+
+
+def digest(experiment: BaseModel) -> str:
+    """Hex SHA-256 of what decides the updates of an experiment, but for its seed: runs that have the same can be compared.
+
+    Fields that say what they would say if they were left out do not count, so that a later version with one field more gives
+    an old file its old digest.
+    """
+    fields = flat(experiment.model_dump(mode="json", exclude_defaults=True))
+    counted = {name: value for name, value in fields.items() if name != "seed" and name not in ASIDE}
+    counted = {name: value for name, value in counted.items() if not name.startswith(tuple(f"{one}." for one in ASIDE))}
+    return hashlib.sha256(json.dumps(counted, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from .claim import Claim
 from .fields import Count, Duration, Flag, Model, Positive, Real, Whole, matching, shown
 from .layers import AnyLayer, all_layers
 from .model import ModelConfig, PretrainedModel
@@ -167,33 +168,6 @@ class Resources(Model):
                 f"({self.gpus_per_node}); leave processes_per_node out"
             )
         return self
-
-
-class Claim(Model):
-    """The source's own figures, which a report puts beside what was measured. Accuracies are fractions of 1."""
-
-    source: str
-    """Where the figures come from."""
-    inferred: tuple[str, ...] = ()
-    """What the source leaves open, and this file decides."""
-    note: str | None = None
-    """Anything else that a reader should know."""
-    train_accuracy: Annotated[Real, Field(ge=0, le=1)] | None = None
-    """Claimed accuracy on the training images."""
-    train_loss: Annotated[Real, Field(ge=0)] | None = None
-    """Claimed loss on the training images."""
-    val_accuracy: Annotated[Real, Field(ge=0, le=1)] | None = None
-    """Claimed accuracy on the validation images."""
-    val_loss: Annotated[Real, Field(ge=0)] | None = None
-    """Claimed loss on the validation images."""
-    test_accuracy: Annotated[Real, Field(ge=0, le=1)] | None = None
-    """Claimed accuracy on the test images."""
-    test_loss: Annotated[Real, Field(ge=0)] | None = None
-    """Claimed loss on the test images."""
-    epochs: Count | None = None
-    """Epochs that the source trained for."""
-    hours: Positive | None = None
-    """Hours that its training took."""
 
 
 class Experiment(Model):

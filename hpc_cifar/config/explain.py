@@ -278,5 +278,7 @@ def _models_at(model: type[BaseModel], loc: Loc) -> list[type[BaseModel]]:
             current = named or current
             continue
         fields = [cls.model_fields[element] for cls in current if element in cls.model_fields]
+        if current and not fields:  # not a field: what pydantic calls a member of a union
+            continue
         current = [inner for field in fields for inner in _models_in(field.annotation)]
     return current

@@ -13,10 +13,11 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from .claim import AccuracyRange, Claim, LossRange
 from .cluster import Cluster
 from .container import Container
 from .described import descriptions
-from .experiment import Augment, Claim, Data, Experiment, Resources, Tracking
+from .experiment import Augment, Data, Experiment, Resources, Tracking
 from .fields import DURATION_PATTERN
 from .layers import AnyLayer
 from .model import PretrainedModel, SequentialModel
@@ -137,6 +138,8 @@ def _page() -> Iterator[str]:
     yield from _section("tracking", Tracking)
     yield from _section("resources", Resources)
     yield from _section("claim", Claim)
+    yield from _variant(AccuracyRange, "test_accuracy: {at_most: 0.3}")
+    yield from _variant(LossRange, "test_loss: {at_least: 1, at_most: 1.5}")
     yield from ("", "## Sweep files", "", SWEEP)
     yield from _table(Sweep)
     yield "\nA range:\n"
@@ -220,8 +223,9 @@ def _default(value: Any) -> str:
 
 def _values(schema: dict[str, Any], root: dict[str, Any]) -> str:
     """What a field may hold, in words."""
-    if "anyOf" in schema:
-        words = list(dict.fromkeys(_values({**inner, **_bounds(schema)}, root) for inner in schema["anyOf"]))
+    kinds = schema.get("anyOf") or ("discriminator" not in schema and schema.get("oneOf"))
+    if kinds:
+        words = list(dict.fromkeys(_values({**inner, **_bounds(schema)}, root) for inner in kinds))
         if {"whole number", "number"} <= {word.partition(" above")[0] for word in words}:  # a number that stays whole if it is
             words = [word for word in words if not word.startswith("whole number")]
         return " or ".join(words)

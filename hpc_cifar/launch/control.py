@@ -16,8 +16,9 @@ from typing import Any
 from .. import files
 from ..config.cluster import Cluster
 from ..errors import LaunchError, RunError
-from ..runs import Run, now
-from . import process, slurm
+from ..runs import Run, begin_again, now
+from ..train import saved
+from . import handover, process, slurm
 from .status import ENDED, chain_of, controller_of, elsewhere, is_live, status
 
 CANCEL_GRACE_S = 75.0  # a little more than the controller gives the ranks
@@ -97,9 +98,12 @@ def cancel(run: Run, grace_s: float = CANCEL_GRACE_S) -> str:
     Raises:
         LaunchError: the scheduler refused, or the run is on a machine that cannot be reached from here.
     """
+    left = handover.adopt([run], anew=True).get(run)
     before = status(run)
     if before.state == "finished":
         return f"{run.id} has finished already"
+    if left is not None and not left.opened.is_link:
+        return _cancel_unsettled(run, left)
     if before.ended and is_live(run) is False:
         return f"{run.id} is not running: it is {before.state}"
     jobs = run.jobs()
@@ -113,7 +117,7 @@ def cancel(run: Run, grace_s: float = CANCEL_GRACE_S) -> str:
     files.write_text(run.cancel_marker, now() + "\n")  # first: whatever stops now must not requeue
     if job.get("executor") == "slurm":
         slurm.cancel([str(row["job_id"]) for row in chain_of(run)])  # older jobs have ended, and their numbers may be others'
-        if before.state in ("pending", "requeued"):  # no process is there to say so
+        if before.state in ("pending", "requeued", "cancelled"):  # no process is there to say so
             _mark_cancelled(run)
             return f"{run.id}: cancelled while it was waiting (job {job['job_id']})"
         return f"{run.id}: cancelling job {job['job_id']}; it saves a checkpoint first"
@@ -122,6 +126,25 @@ def cancel(run: Run, grace_s: float = CANCEL_GRACE_S) -> str:
         _mark_cancelled(run)
         return f"{run.id}: cancelled"
     return f"{run.id} finished before it could be cancelled"
+
+
+def _cancel_unsettled(run: Run, left: handover.Unsettled) -> str:
+    """A run of which no job is known; one that turns up ends as soon as it starts."""
+    if left.opened.in_progress:
+        raise LaunchError(f"{run.id} is being submitted by {_who(left)}: end that, or cancel the run when it has a job")
+    files.write_text(run.cancel_marker, now() + "\n")
+    _mark_cancelled(run)
+    if left.answered:
+        return f"{run.id}: cancelled; Slurm has no job of it"
+    raise LaunchError(
+        f"{run.id}: Slurm did not answer, so it is not known whether it has a job of this run; the run is marked as cancelled, "
+        "and such a job would end as soon as it starts: try again"
+    )
+
+
+def _who(left: handover.Unsettled) -> str:
+    who = left.opened.process or {}
+    return f"process {who.get('pid')} on {who.get('host')}"
 
 
 def _mark_cancelled(run: Run) -> None:
@@ -151,10 +174,14 @@ def _cancel_local(run: Run, job: dict[str, Any], grace_s: float) -> None:
 
 @dataclass(frozen=True)
 class Resumed:
-    """``job_id`` is None if there was nothing to do, since the run has finished."""
+    """``job_id`` is None if there was nothing to do, since the run has finished.
+
+    ``found`` is whether that job had been submitted already, and only nobody knew of it.
+    """
 
     run: Run
     job_id: str | None
+    found: bool = False
 
 
 @contextlib.contextmanager
@@ -170,23 +197,47 @@ def _alone(run: Run) -> Iterator[None]:
         yield
 
 
-def resume(run: Run, *, data_root: Path, cluster: Cluster | None = None, max_gpu_hours: float | None = None) -> Resumed:
+def resume(
+    run: Run,
+    *,
+    data_root: Path,
+    cluster: Cluster | None = None,
+    max_gpu_hours: float | None = None,
+    fresh: bool = False,
+) -> Resumed:
     """Submit an existing run again, with its own experiment and code; it continues from its last checkpoint.
 
     Args:
         cluster: another place than last time.
+        fresh: begin at step 0; what the run has so far is set aside.
 
     Raises:
         RunError: it is queued or running.
+        CheckpointError: its checkpoints are gone.
         LaunchError: the scheduler refused.
     """
-    from . import estimate, submit
+    from . import estimate, submission, submit
 
     if run.finished():
         return Resumed(run, None)
     with _alone(run):
+        was_open = submission.read(run)
+        left = handover.adopt([run], anew=True).get(run)
         seen = status(run)
-        if seen.ended and is_live(run) is None:
+        if was_open and not was_open.is_link and left is None and is_live(run):
+            run.cancel_marker.unlink(missing_ok=True)
+            if seen.ended:
+                run.write_state(**{**run.state(), "state": "pending"})
+            return Resumed(run, seen.job_id, found=True)
+        if left is not None and not left.opened.is_link:
+            if left.opened.in_progress:
+                raise RunError(f"{run.id} is being submitted by {_who(left)}: wait for that")
+            if not left.answered and (cluster is None or cluster.executor == "slurm"):
+                raise RunError(
+                    f"{run.id}: {_silent(run)}, so nobody can say whether it has a job of this run already; try again"
+                    ", or, if you know that it has none, resume with --cluster local"
+                )
+        elif seen.ended and is_live(run) is None:
             if cluster is None or cluster.executor == "slurm":
                 raise RunError(
                     f"{run.id}: {_silent(run)}, so nobody can say whether job {seen.job_id} is still queued; try again"
@@ -195,6 +246,8 @@ def resume(run: Run, *, data_root: Path, cluster: Cluster | None = None, max_gpu
         elif is_live(run) is not False or not seen.ended:
             where = f" as job {seen.job_id}" if seen.job_id else ""
             raise RunError(f"{run.id} is {seen.state}{where}: wait for it or cancel it before resuming")
+        if not fresh and (problem := saved.missing(run)):
+            raise problem
         chosen = cluster or last_cluster(run)
         if chosen.executor == "slurm" and not submit.have_sbatch():
             raise LaunchError(submit.NO_SBATCH)
@@ -206,6 +259,8 @@ def resume(run: Run, *, data_root: Path, cluster: Cluster | None = None, max_gpu
             submit.check_time(experiment, chosen, plan, estimate.length_of(experiment, chosen, plan, run.path.parent))
         run.cancel_marker.unlink(missing_ok=True)
         files.write_json(run.path / "plan.json", plan.as_dict())
+        if fresh:
+            begin_again(run)
         return Resumed(run, submit.start(run, chosen, plan, data_root=data_root))
 
 

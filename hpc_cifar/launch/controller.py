@@ -22,6 +22,7 @@ from .. import files
 from . import process
 from .job import LOCAL_REQUEUE as REQUEUE
 from .job import port_for
+from .policy import REMEDIES, Event
 
 PEER_GRACE_S = 5.0  # what the other ranks get when one died
 TERM_GRACE_S = 60.0  # what all ranks get to save after a TERM
@@ -169,7 +170,8 @@ class Controller:
         for rank, code in sorted(bad, key=lambda item: (item[1] or 0) > 0):
             assert code is not None
             if code < 0:
-                return f"rank {rank} was killed by {signal.Signals(-code).name}"
+                memory = f", usually for memory: {REMEDIES[Event.OUT_OF_MEMORY]}" if -code == signal.SIGKILL else ""
+                return f"rank {rank} was killed by {signal.Signals(-code).name}{memory}"
             return f"rank {rank} ended with exit code {code}"
         return ""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import signal
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 
 from .policy import Event
 
-CGROUPS = Path("/sys/fs/cgroup")
+CGROUPS, OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 MOST_READ = 1 << 20  # of a log, from its end
 # srun: error: n1: task 1: Killed / tasks 0-1: Segmentation fault (core dumped) / task 1: Out Of Memory
 _TASK = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): ([^\n]+)")
@@ -31,11 +30,12 @@ class Death:
         return Event.OUT_OF_MEMORY if self.signal is None else Event.KILLED
 
     def __str__(self) -> str:
-        who = f"rank{'s' if set(self.ranks) & set(',-') else ''} {self.ranks} on {self.node}"
+        several = bool(set(self.ranks) & set(",-"))
+        who = f"ranks {self.ranks} on {self.node} were" if several else f"rank {self.ranks} on {self.node} was"
         if self.signal is None:
-            return f"{who} was killed for memory"
+            return f"{who} killed for memory"
         usually = ", usually for memory" if self.signal == signal.SIGKILL else ""
-        return f"{who} was killed by signal {self.signal} ({signal.Signals(self.signal).name}){usually}"
+        return f"{who} killed by signal {self.signal} ({signal.Signals(self.signal).name}){usually}"
 
 
 def signal_of(words: str) -> int | None:
@@ -83,7 +83,7 @@ def killed_for_memory() -> dict[str, int]:
     """
     counts: dict[str, int] = {}
     with contextlib.suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+        for line in OWN.read_text(encoding="utf-8").splitlines():
             number, controllers, inner = line.split(":", 2)
             if number == "0":
                 root, name = CGROUPS, "memory.events"
@@ -97,7 +97,7 @@ def killed_for_memory() -> dict[str, int]:
                 with contextlib.suppress(OSError, ValueError):
                     fields = dict(row.split() for row in (folder / name).read_text(encoding="utf-8").splitlines())
                     counts[str(folder)] = int(fields.get("oom_kill", 0))
-                if os.path.samefile(folder, root):
+                if folder == root:
                     break
                 folder = folder.parent
     return counts

@@ -30,7 +30,11 @@ def resolve(tokens: Sequence[str], root: Path, executor: str) -> list[Run]:
         if seen.ended:
             reason = f" ({seen.reason})" if seen.reason else ""
             raise UsageError(f"--after {run.id}: it is {seen.state}{reason}; resume it first: hpc-cifar resume {run.id}")
-        where = (run.jobs() or [{}])[-1].get("executor")
+        if not run.jobs():
+            raise UsageError(
+                f"--after {run.id}: it has no job yet ({seen.reason or seen.state}); see hpc-cifar status {run.id}"
+            )
+        where = run.jobs()[-1].get("executor")
         if (where == "slurm") != (executor == "slurm"):
             place = "on Slurm" if where == "slurm" else "on this machine without Slurm"
             raise UsageError(

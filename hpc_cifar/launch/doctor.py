@@ -21,7 +21,7 @@ from ..config.cluster import Cluster
 from ..config.experiment import Experiment
 from ..errors import HpcCifarError, LaunchError
 from ..findings import Finding, ok, problem, warning
-from . import discover, estimate, local, machine, script, slurm, snapshot, submit
+from . import discover, estimate, handover, local, machine, script, slurm, snapshot, submit
 
 REINSTALL = {
     "torch": "pip install --force-reinstall torch torchvision",
@@ -195,7 +195,7 @@ def on_node(cluster: Cluster, data_root: Path, runs_root: Path, say: Callable[[s
 def _asked(made: script.SlurmExecutor, folder: Path, look: Look, name: str, say: Callable[[str], None]) -> Machine:
     """Submit the job, and wait for its answer."""
     snapshot.take(folder / "code")
-    job_id = script.submit(made, look)
+    job_id = handover.submit(made, [look])
     say(f"job {job_id} looks at a node of {name}; Ctrl-C gives it up")
     try:
         answer = _wait(folder, job_id, say)

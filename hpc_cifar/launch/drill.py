@@ -305,7 +305,8 @@ class Drill:
     def _slurm(self, *command: str) -> None:
         reply = slurm.ask(list(command), timeout_s=slurm.TIMEOUT_S)
         if reply.code != 0:
-            raise LaunchError(f"{' '.join(command)}: {reply.err.strip()}")
+            words = f"Slurm did not answer ({script.slurm_words(reply.err)})" if reply.unanswered else reply.err.strip()
+            raise LaunchError(f"{' '.join(command)}: {words}")
 
     def _job_id(self) -> str:
         return str(status(self.victim).job_id)

@@ -52,10 +52,18 @@ class Records(Protocol):
 class Scheduler(Protocol):
     """What a job can ask of Slurm, or of the controller on this machine, and have it do."""
 
-    slurm: bool
-    requeue_allowed: bool
-    has_scontrol: bool
-    preemptible: bool
+    @property
+    def slurm(self) -> bool:
+        """See :class:`hpc_cifar.launch.policy.Knowledge`, as for the next three."""
+
+    @property
+    def requeue_allowed(self) -> bool: ...
+
+    @property
+    def has_scontrol(self) -> bool: ...
+
+    @property
+    def preemptible(self) -> bool: ...
 
     def word(self) -> Word:
         """Slurm's word on this job."""
@@ -85,6 +93,7 @@ def settle(
     rank: int = 0,
     restarts_allowed: int = policy.DEFAULT_RESTARTS,
     exclude: Sequence[str] = (),
+    run: str = "RUN",
 ) -> Action | None:
     """Decide about a segment and carry it out; None for whoever comes second.
 
@@ -92,11 +101,14 @@ def settle(
         segment: ``<job id>.<restart>``.
         detail: what is known about the event.
         exclude: nodes that the job should not get again.
+        run: name of the run, for words.
     """
     row: dict[str, Any] = {"segment": segment, "event": event.value, "rank": rank}
     if not records.claim(segment, row):
         return None
-    known = _known(records, scheduler, restarts_allowed)
+    known = dataclasses.replace(_known(records, scheduler, restarts_allowed), run=run)
+    if records.finished():
+        event = Event.FINISHED
     seen = policy.what_it_was(event, known)
     if seen in (Event.RANK_LOST, Event.KILLED) and (death := scheduler.death()):
         seen, detail = death
@@ -143,7 +155,10 @@ def _carry_out(
     exclude: Sequence[str],
 ) -> Action:
     if action.event in _COUNTED:
-        records.note({**row, "event": action.event.value, "step": records.saved_step(), "reason": action.reason})
+        # in this order: the script of a job counts rows by the text of event and step
+        kind, step = action.event.value, records.saved_step()
+        noted = {"segment": row["segment"], "event": kind, "step": step, "rank": row["rank"], "reason": action.reason}
+        records.note({**noted, "nodes": list(exclude)} if exclude else noted)
     _say(action, records)  # first: what follows may end this process
     if action.act is Act.REQUEUE and scheduler.slurm:
         problem = scheduler.requeue(exclude, False)

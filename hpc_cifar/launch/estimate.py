@@ -59,7 +59,7 @@ def start_of(text: str, cluster: Cluster, plan: Plan) -> Start:
         if any(sign in said.lower() for sign in NO_CLUSTER):
             raise NoCluster(f"no Slurm cluster answers here: use --cluster local to run on this machine ({words})")
         if reply.unanswered:
-            return Start(note=words)
+            return Start(note=f"Slurm did not answer ({words})")
         if _nodes_are_away(words, cluster):  # the job may wait for them; sbatch itself refuses what is impossible
             return Start(note="some nodes are down or drained now")
         raise LaunchError(f"Slurm would refuse the job: {words}")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,18 @@ def saved_step(run: Run) -> int:
 def rows(run: Run) -> list[dict[str, Any]]:
     """Since a person last submitted the run, oldest first."""
     return [row for row in files.read_json_lines(run.path / FILE) if isinstance(row, dict)]
+
+
+def without_progress(run: Run) -> str | None:
+    """What to say of a run that several interruptions in a row have found at the same checkpoint; None if there is nothing."""
+    found = rows(run)
+    step = found[-1].get("step") if found else None
+    same = [row for row in found if row.get("step") == step]
+    if len(same) < 2 or saved_step(run) != step:
+        return None
+    kinds = Counter(str(row.get("event")) for row in same)
+    told = ", ".join(f"{kind}: {count} times" if count > 1 else kind for kind, count in kinds.items())
+    return f"no checkpoint since step {step} ({told}): give it more time, or checkpoint more often (checkpoint.every_steps)"
 
 
 def begin_anew(run: Run) -> None:

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import lifetime, stages
-from . import chain
 
 if TYPE_CHECKING:
     from ..config.experiment import Experiment
     from ..runs import Run
+    from .own_job import OwnJob
+    from .policy import Event
 
 FIRST_PORT, PORTS = 10_000, 20_000
 MAX_TIMEOUTS = 1_000_000
@@ -72,15 +73,22 @@ class TrainJob:
         run: the run directory.
         data_root: where prepared datasets lie.
         after: run directories of the runs that must have finished before.
+        mark: that of the submission, where the job may have to enter itself in the run's list.
     """
 
     after: tuple[str, ...] = ()
+    mark: str = ""
 
-    def __init__(self, run: Path, data_root: Path, after: Sequence[Path] = ()) -> None:
+    def __init__(self, run: Path, data_root: Path, after: Sequence[Path] = (), mark: str = "") -> None:
         self.run = str(run)
         self.data_root = str(data_root)
         if after:
             self.after = tuple(str(path) for path in after)
+        self.mark = mark
+
+    def of(self, mark: str) -> TrainJob:
+        """The same for another submission."""
+        return TrainJob(Path(self.run), Path(self.data_root), [Path(path) for path in self.after], mark)
 
     def __call__(self) -> dict[str, Any]:
         try:
@@ -98,41 +106,35 @@ class TrainJob:
         lifetime.collect_later()  # the trainer does again
         env = submitit.JobEnvironment()
         usr: signal.Signals = env._usr_sig()
-        hand_over = signal.getsignal(usr)  # submitit's own handler, before the training loop installs its flag
         # first of all: submitit's handler knows neither chains nor cancels. During the imports a signal is only noted.
         early = EarlySignals()
         for number in (usr, signal.SIGTERM):
             signal.signal(number, early)
         from ..runs import Run
-        from . import requeue
         from . import trial as trials
+        from .own_job import OwnJob
+        from .policy import Event
 
         run = Run(Path(self.run))
+        own = OwnJob(run, env)
         set_environment(env)
         sys.meta_path.insert(0, early)
         try:
             early.armed = True
             early.check()
-            result = self._train(run, env, early)
+            result = self._train(run, own, early)
             early.armed = False
         except EarlyStop:
-            if usr not in early.noted and has_failed(run, segment()):
-                raise SystemExit(1) from None  # srun ends the ranks that are left
-            if run.finished():  # it came as training ended
-                result = run.result() or {}
-            elif run.cancel_marker.exists():
-                result = {"state": "cancelled"}
-            else:
-                result = {"state": "requeued"} if usr in early.noted else {"state": "stopped", "reason": "terminated"}
-            if env.global_rank == 0 and not run.finished():
-                run.write_state(**{**run.state(), **result})
+            result = stopped_early(run, env, preempted=usr in early.noted)
         except Exception as error:
             early.armed = False
-            from ..errors import LostRank
+            from ..errors import LockHeld, LostRank
 
             ignore_signals()
-            if isinstance(error, LostRank) and requeue.restart_after_loss(run, env, error):
-                raise SystemExit(0) from None
+            faults: dict[type[Exception], Event] = {LostRank: Event.RANK_LOST, LockHeld: Event.LOCK_HELD}
+            fault = faults.get(type(error))  # of the ranks of this machine, the controller sees who was lost
+            if fault and (own.slurm or fault is Event.LOCK_HELD) and own.lost(fault, one_line(error)):
+                raise SystemExit(0 if own.slurm else LOCAL_REQUEUE) from None
             record_failure(run, error, rank=env.global_rank, segment=segment())
             trials.ended(run, env.global_rank, {"state": "failed"}, error)
             raise
@@ -140,19 +142,20 @@ class TrainJob:
             sys.meta_path.remove(early)
             lifetime.collect_again()  # where training did not begin
             ignore_signals()
-        if requeue.wants_requeue(result, env.cluster) and not run.cancel_marker.exists():
-            requeue.requeue(run, env, usr, hand_over, result)
+        if (event := interruption_of(result, own.slurm)) is not None:
+            result = own.stopped(event, result)
         trials.ended(run, env.global_rank, result)
         return result
 
-    def _train(self, run: Run, env: Any, early: EarlySignals) -> dict[str, Any]:
-        if run.cancel_marker.exists():
-            return {"state": "cancelled"}
-        if run.finished():  # Slurm may requeue a job that ended during its grace time, or this is a link that is not needed
-            return run.result() or {}
-        # a link that Slurm itself restarts had taken the run up already
-        if restart_count() == 0 and chain.is_link(run, env.job_id) and (word := chain.stays_ended(run, env.global_rank)):
-            return {"state": word}
+    def _train(self, run: Run, own: OwnJob, early: EarlySignals) -> dict[str, Any]:
+        from . import submission
+
+        env = own.env
+        if self.mark and env.global_rank == 0 and (why := submission.enter(run, self.mark, own.job_id)):
+            print(f"job {own.job_id} of {run.id} is one too many and ends: {why}", flush=True)
+            raise SystemExit(1)  # srun ends the other ranks
+        if word := leaves_at_once(run, own.job_id, env.global_rank):
+            return run.result() or {"state": word} if word in ("finished", "stopped") else {"state": word}
         from .dependency import check_finished
 
         check_finished(self.after)
@@ -160,17 +163,15 @@ class TrainJob:
         if run.sweep_file.exists():
             from . import sweep
 
-            if restart_count() and {"state": "stopped", "reason": "pruned"}.items() <= run.state().items():
-                return run.result() or {}
             trial = sweep.take(run, env.global_rank, Path(self.data_root))
         if env.local_rank == 0:
             read_ahead(run, Path(self.data_root), run.experiment())
         from ..train.loop import train
-        from . import preflight, requeue
+        from . import preflight
 
         early.check()
         stages.done("imports")
-        with preflight.ready(run, env, Path(self.data_root)) as node:
+        with preflight.ready(own, Path(self.data_root)) as node:
             stages.done("preflight")
             early.check()
             try:
@@ -181,7 +182,7 @@ class TrainJob:
                     console=True,
                     begin=node.record,
                     segment=segment(),
-                    on_hang=lambda reason: requeue.restart_hung(run, env, reason),
+                    on_hang=own.hung,
                     gives_up=trial.gives_up if trial else None,
                 )
             finally:
@@ -270,19 +271,75 @@ def set_environment(env: Any) -> None:
 
 def one_line(error: BaseException, limit: int = 500) -> str:
     """The first line of an error that says something."""
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    name = type(error).__name__
-    from ..errors import HpcCifarError
+    from ..errors import HpcCifarError, first_line
 
+    name = type(error).__name__
+    text = first_line(error, limit) if str(error).strip() else ""
     line = text if isinstance(error, HpcCifarError) and text else f"{name}: {text}" if text else name
     return line[:limit]
 
 
-def has_failed(run: Run, segment: str) -> bool:
-    """Whether a rank has said why this stretch of the run failed."""
+def first_failure(run: Run, segment: str) -> str:
+    """Why this stretch of the run failed, as the first rank that could say so has said it; "" if none has."""
     from .. import files
 
-    return any(row.get("segment") == segment for row in files.read_json_lines(run.path / "failures.jsonl"))
+    row = next((row for row in files.read_json_lines(run.path / "failures.jsonl") if row.get("segment") == segment), None)
+    if row is None:
+        return ""
+    return str(row.get("reason")) if not row.get("rank") else f"rank {row['rank']}: {row.get('reason')}"
+
+
+def node_name() -> str:
+    """This node, as Slurm calls it."""
+    return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
+
+
+def stopped_early(run: Run, env: Any, *, preempted: bool) -> dict[str, Any]:
+    """The result of a rank that a signal ended before its training listened."""
+    if not preempted and first_failure(run, segment()):
+        raise SystemExit(1) from None  # srun ends the ranks that are left
+    if run.finished():  # it came as training ended
+        return run.result() or {}
+    if run.cancel_marker.exists():
+        result = {"state": "cancelled"}
+    else:
+        result = {"state": "requeued"} if preempted else {"state": "stopped", "reason": "terminated"}
+    if env.global_rank == 0:
+        run.write_state(**{**run.state(), **result})
+    return result
+
+
+def interruption_of(result: dict[str, Any], slurm: bool) -> Event | None:
+    """As what a run was interrupted rather than ended; None if it was not. Some sites announce a preemption by TERM alone."""
+    from .policy import Event
+
+    if result.get("state") == "requeued":
+        return Event.PREEMPTED
+    terminated = result.get("state") == "stopped" and result.get("reason") == "terminated"
+    return Event.TERMINATED if terminated and slurm else None
+
+
+def leaves_at_once(run: Run, job_id: str, rank: int) -> str:
+    """The state with which this job ends before it trains; "" if it trains."""
+    from .. import files
+    from . import chain, policy
+
+    state = run.state()
+    reports = files.read_json_lines(run.path / "failures.jsonl")
+    last = [row for row in reports if row.get("segment") == reports[-1].get("segment")]
+    found = policy.Begin(
+        state=str(state.get("state") or ""),
+        reason=str(state.get("reason") or ""),
+        finished=run.finished(),
+        cancel_mark=run.cancel_marker.exists(),
+        is_link=chain.is_link(run, job_id),
+        restarts=restart_count(),
+        failed_for_good=any(row.get("final") for row in last),
+    )
+    word = policy.leaves_at_once(found)
+    if word == "cancelled" and found.state == "stopped" and rank == 0:
+        run.write_state(**{**state, "state": "cancelled", "reason": "cancelled with scancel"})
+    return word
 
 
 def record_failure(run: Run, error: BaseException, *, rank: int, segment: str) -> None:
@@ -292,11 +349,13 @@ def record_failure(run: Run, error: BaseException, *, rank: int, segment: str) -
     A run that another process trains keeps that one's records.
     """
     from .. import files, runs
-    from ..errors import HpcCifarError, LostRank, RunBusy
+    from ..errors import HpcCifarError, LockHeld, LostRank, RunBusy
 
     reports = run.path / "failures.jsonl"
     busy = isinstance(error, RunBusy)
-    final = isinstance(error, HpcCifarError) and not isinstance(error, LostRank)  # a restart would fail like this one
+    final = isinstance(error, HpcCifarError) and not isinstance(
+        error, LostRank | LockHeld
+    )  # a restart would fail like this one
     row = {"time": runs.now(), "segment": segment, "rank": rank, "reason": one_line(error), "busy": busy, "final": final}
     try:
         files.append_json_line(reports, row)
@@ -305,8 +364,6 @@ def record_failure(run: Run, error: BaseException, *, rank: int, segment: str) -
         if run.cancel_marker.exists():  # a rank that is ended with the job loses its peers
             run.write_state(**{**run.state(), "state": "cancelled"})
             return
-        first = next((old for old in files.read_json_lines(reports) if old.get("segment") == segment), row)
-        reason = first["reason"] if first["rank"] == 0 else f"rank {first['rank']}: {first['reason']}"
-        run.write_state(**{**run.state(), "state": "failed", "reason": reason})
+        run.write_state(**{**run.state(), "state": "failed", "reason": first_failure(run, segment)})
     except OSError as problem:  # a full disk must not hide the error itself
         print(f"hpc-cifar: the failure could not be recorded in {run.path}: {problem}", flush=True)

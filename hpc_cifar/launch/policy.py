@@ -9,12 +9,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 
 MOST_SHOWN = 300  # characters of a detail in a reason
 
 
-class Event(str, Enum):
+class Event(StrEnum):
     """What happened to a segment of a run; the values are the words of ``interruptions.jsonl``."""
 
     FINISHED = "finished"
@@ -45,7 +45,7 @@ FEWER_RESTARTS: Mapping[Event, int] = {Event.HUNG: 2, Event.NODE_BAD: 1, Event.O
 """Restarts after faults of one kind without a checkpoint in between, where that is fewer than the job file allows."""
 
 
-class Word(str, Enum):
+class Word(StrEnum):
     """What Slurm says about the job while its ranks are still there."""
 
     NONE = "no answer"
@@ -73,6 +73,7 @@ class Knowledge:
         preemptible: the profile says that a TERM is a preemption where Slurm cannot be asked.
         faults: of each kind since the last checkpoint, without this event.
         restarts_allowed: after faults without a checkpoint in between; the job file's ``resources.fault_restarts``.
+        run: name of the run, for words.
     """
 
     slurm: bool = True
@@ -84,13 +85,14 @@ class Knowledge:
     preemptible: bool = False
     faults: Mapping[Event, int] = field(default_factory=dict)
     restarts_allowed: int = DEFAULT_RESTARTS
+    run: str = "RUN"
 
     @property
     def can_requeue(self) -> bool:
         return not self.slurm or (self.requeue_allowed and self.has_scontrol)
 
 
-class Act(str, Enum):
+class Act(StrEnum):
     """What is done."""
 
     REQUEUE = "requeue"
@@ -137,7 +139,7 @@ def decide(event: Event, known: Knowledge, detail: str = "") -> Action:
 
 def what_it_was(event: Event, known: Knowledge) -> Event:
     """The event, seen with Slurm's word: what ends a job also kills its ranks, and sends them a TERM."""
-    if not known.slurm:
+    if not known.slurm or event in (Event.FINISHED, Event.FAILED, Event.PRUNED, Event.CANCELLED):
         return event
     if known.word in (Word.PREEMPTED, Word.PREEMPTED_ENDING):
         return Event.PREEMPTED
@@ -170,7 +172,7 @@ def _interrupted(event: Event, known: Knowledge, detail: str) -> Action:
 def _go_on(event: Event, known: Knowledge, detail: str) -> Action:
     reason = said(event, detail) if event in FAULTS else ""
     if known.slurm and known.word is Word.NODE_LOST and not known.link_waits:
-        return cannot_go_on(Action(Act.REQUEUE, "requeued", reason, event), "Slurm ends it, since a node was lost")
+        return cannot_go_on(Action(Act.REQUEUE, "requeued", reason, event), known, "Slurm ends it, since a node was lost")
     if known.word is Word.PREEMPTED_ENDING and known.slurm and known.requeue_allowed:
         return Action(Act.LEAVE_TO_SLURM, "requeued", reason, event)
     if known.can_requeue and not (known.slurm and known.word is Word.NODE_LOST):
@@ -179,7 +181,8 @@ def _go_on(event: Event, known: Knowledge, detail: str) -> Action:
         return Action(Act.HAND_OVER, "requeued", reason, event)
     if known.word is Word.PREEMPTED and known.requeue_allowed:  # without scontrol, and Slurm requeues what it preempts
         return Action(Act.LEAVE_TO_SLURM, "requeued", reason, event)
-    return cannot_go_on(Action(Act.REQUEUE, "requeued", reason, event), "no job continues it")
+    missing = "no scontrol on this node" if known.requeue_allowed else "the profile says requeue: false"
+    return cannot_go_on(Action(Act.REQUEUE, "requeued", reason, event), known, f"{missing}, and no job waits to continue it")
 
 
 def after_refusal(action: Action, known: Knowledge, word: Word, problem: str) -> Action:
@@ -195,13 +198,14 @@ def after_refusal(action: Action, known: Knowledge, word: Word, problem: str) ->
         return Action(Act.END, "cancelled", "cancelled with scancel", Event.CANCELLED)
     if known.link_waits:
         return dataclasses.replace(action, act=Act.HAND_OVER)
-    return cannot_go_on(action, problem)
+    return cannot_go_on(action, known, problem)
 
 
-def cannot_go_on(action: Action, problem: str) -> Action:
-    """What becomes of an action that would have gone on, but could not."""
+def cannot_go_on(action: Action, known: Knowledge, problem: str) -> Action:
+    """The action in place of one by which the run would have gone on."""
     about = action.reason or "stopped with a checkpoint"
-    return dataclasses.replace(action, act=Act.END, state="failed", reason=f"{about}; it could not be requeued ({problem})")
+    reason = f"{about}; it could not be requeued ({problem}): continue it with hpc-cifar resume {known.run}"
+    return dataclasses.replace(action, act=Act.END, state="failed", reason=reason)
 
 
 def too_many(event: Event, known: Knowledge) -> bool:
@@ -233,7 +237,7 @@ def _last_words(event: Event, known: Knowledge, detail: str) -> str:
     kind = known.faults.get(event, 0) + 1
     times = f"{kind} times" if kind == count else f"{kind} of {count} faults"
     since = "" if count <= 1 else f"; {event.value}: {times} without a checkpoint in between, so it is not restarted"
-    return f"{said(event, detail)}{since}. {REMEDIES[event]}"
+    return f"{said(event, detail)}{since}: {REMEDIES[event]}"
 
 
 # ---- the start of a job --------------------------------------------------------------------------------------------------

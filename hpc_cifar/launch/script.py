@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import math
 import os
 import re
@@ -15,46 +14,32 @@ from pathlib import Path
 from typing import Any
 
 import submitit
-from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from ..config.cluster import Cluster
 from ..config.experiment import Experiment
-from ..errors import LaunchError, UsageError
+from ..errors import UsageError
 from ..plan import Plan
-from . import container
+from . import container, policy, submission
 from .job import MAX_TIMEOUTS
 
 PLAIN_PATH = re.compile(r"[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff%\\'\"`$]+")
 KEPT_SLURM_VARIABLES = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT")
 DEFAULTS = ("ACCOUNT", "PARTITION", "QOS", "CONSTRAINT", "RESERVATION")
 """Options for which a user may have set SBATCH_... variables as defaults; they count where the script says nothing."""
-NO_CLUSTER = ("fetch_config", "fetch config", "unable to contact slurm controller")
+NO_CONFIGURATION = ("fetch_config", "fetch config")
+NO_CLUSTER = (*NO_CONFIGURATION, "unable to contact slurm controller")
 COMMUNICATION_ERRORS = range(1001, 1005)  # connect, send, receive, shut down; slurm_errno.h
-MOST_AGAIN = 40  # of one job; Slurm misses a node that died after five minutes, where nobody set it
-AGAIN = """
-# A signal ended a task before its program could listen, or a node was not reached: the job begins again, unless it was
-# cancelled or a rank has said why it failed.
-code=$?
-job=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}
-job=${{job:-$SLURM_JOB_ID}}
-run=$hpc_cifar_code/..
-case $code in {codes})
-  if ! grep -qsF "\\"$job.${{SLURM_RESTART_COUNT:-0}}\\"" "$run/failures.jsonl" && [ ! -e "$run/cancelled" ]; then
-    echo x >> "$run/submitit/${{job}}_again"
-    if [ "$(wc -l < "$run/submitit/${{job}}_again")" -le {most} ]; then
-      echo "hpc-cifar: srun ended with $code before the run began; the job begins again" >&2
-      scontrol requeue Incomplete "$job"
-    else
-      echo "hpc-cifar: srun ended with $code before the run began, {most} times already; see the nodes, then resume it" >&2
-    fi
-  fi
-esac
-exit $code
-"""
+MOST_EARLY = 40  # restarts after early exits; Slurm misses a node that died after five minutes, where nobody set it
+KILLS = ("KILL", "SEGV", "BUS", "ABRT")
+AFTER_SRUN = Path(__file__).with_name("after_srun.sh")
 
 
 class SlurmExecutor(submitit.SlurmExecutor):  # type: ignore[misc, unused-ignore]
-    """submitit's Slurm executor, which also writes a script where there is no Slurm."""
+    """submitit's Slurm executor, which also writes a script where there is no Slurm; ``mark`` is that of the submission."""
+
+    mark = ""
+
+    restarts_allowed = policy.DEFAULT_RESTARTS
 
     @classmethod
     def affinity(cls) -> int:
@@ -68,8 +53,16 @@ class SlurmExecutor(submitit.SlurmExecutor):  # type: ignore[misc, unused-ignore
 
     def _make_submission_file_text(self, command: str, uid: str) -> str:
         text: str = super()._make_submission_file_text(command, uid)
-        requeues = self.parameters["additional_parameters"].get("requeue")
-        return text + AGAIN.format(codes="|".join(map(str, _begins_again())), most=MOST_AGAIN) if requeues else text
+        if not self.parameters["additional_parameters"].get("requeue"):
+            return text
+        kills = [128 + signal.Signals[f"SIG{name}"] for name in KILLS]
+        memory = min(self.restarts_allowed, policy.FEWER_RESTARTS[policy.Event.OUT_OF_MEMORY])
+        lines = [
+            "code=$?",
+            f"early='|{'|'.join(map(str, _begins_again()))}|' kills='|{'|'.join(map(str, kills))}|'",
+            f"most_early={MOST_EARLY} most_kills={self.restarts_allowed} most_memory={memory}",
+        ]
+        return text + "\n" + "\n".join(lines) + "\n" + AFTER_SRUN.read_text(encoding="utf-8")
 
     def script(self) -> str:
         """Exactly the text that ``submit`` hands to sbatch."""
@@ -105,14 +98,19 @@ def check_path(path: Path, what: str) -> str:
     return text
 
 
-def setup_lines(cluster: Cluster, code: Path) -> list[str]:
-    """What the script does before ``srun``: modules, the profile's own lines, variables, and the code snapshot."""
+def setup_lines(cluster: Cluster, code: Path, mark: str = "") -> list[str]:
+    """What the script does before ``srun``: modules, the profile's own lines, variables, the code snapshot, the pickle."""
     lines = [f"module load {shlex.quote(module)}" for module in cluster.modules]
     lines += cluster.setup
     lines += [f"export {name}={shlex.quote(value)}" for name, value in cluster.variables().items()]
     lines += container.export_lines(cluster.container, code, cluster.variables())
     # where the line after srun finds the run; a profile's own `set -e` would end the script before it
-    return [*lines, f"hpc_cifar_code={shlex.quote(str(code))}", "set +e"]
+    lines += [f"hpc_cifar_code={shlex.quote(str(code))}", "set +e"]
+    # whoever submitted gives the pickle the job's number, unless it was cut off before
+    lines.append("hpc_cifar_job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}")
+    lines.append("hpc_cifar_pickle=$hpc_cifar_code/../submitit/${hpc_cifar_job:-$SLURM_JOB_ID}_submitted.pkl")
+    pickle = f'"$hpc_cifar_code/../submitit/{submission.pickle_name(mark)}"'
+    return [*lines, f'[ -e "$hpc_cifar_pickle" ] || cp {pickle} "$hpc_cifar_pickle" 2> /dev/null']
 
 
 def parameters(
@@ -124,6 +122,7 @@ def parameters(
     folders: Sequence[Path],
     after: Sequence[str] = (),
     follows: str | None = None,
+    mark: str = "",
 ) -> dict[str, Any]:
     """submitit's parameters for one job of this run.
 
@@ -146,7 +145,7 @@ def parameters(
         extra["kill-on-invalid-dep"] = "yes"  # else it waits for ever once one of them has failed
     chosen = {
         "job_name": experiment.name,
-        "comment": f"hpc-cifar run {run.name}",
+        "comment": f"hpc-cifar run {run.name}, submission {mark}",
         "nodes": placement.nodes,
         "ntasks_per_node": placement.processes_per_node,
         "cpus_per_task": placement.cpus_per_process,
@@ -157,7 +156,7 @@ def parameters(
         "dependency": f"afterany:{follows}" if follows else f"afterok:{':'.join(after)}" if after else None,
         "signal_delay_s": min(cluster.signal_delay_s, max(1, plan.time_s // 2)),
         "exclusive": True if cluster.exclusive else None,
-        "setup": setup_lines(cluster, run / "code"),
+        "setup": setup_lines(cluster, run / "code", mark),
         "srun_args": srun,
         "additional_parameters": extra,
         **{name: getattr(cluster, name) for name in ("partition", "account", "qos", "constraint", "exclude", "nodelist")},
@@ -193,7 +192,10 @@ def executor(
         python = container.PYTHON if container.active(cluster.container) else sys.executable
     command = container.python_command(cluster.container, python, folders, gpus=plan.placement.gpus_per_node > 0)
     made = SlurmExecutor(run / "submitit", max_num_timeout=MAX_TIMEOUTS, python=command)
-    made.update_parameters(**parameters(experiment, cluster, plan, run, folders=folders, after=after, follows=follows))
+    made.mark = submission.new_mark()
+    made.restarts_allowed = experiment.resources.fault_restarts
+    asked = parameters(experiment, cluster, plan, run, folders=folders, after=after, follows=follows, mark=made.mark)
+    made.update_parameters(**asked)
     return made
 
 
@@ -210,36 +212,6 @@ def clean_environment(text: str) -> Iterator[None]:
         yield
     finally:
         os.environ.update(kept)
-
-
-def submit(executor: SlurmExecutor, job: Any) -> str:
-    """Hand ``job`` to sbatch; the job id.
-
-    Raises:
-        LaunchError: Slurm refused; its own words in one line.
-    """
-    executor.folder.mkdir(parents=True, exist_ok=True)
-    with refusals(executor.script()):
-        return str(executor.submit(job).job_id)
-
-
-@contextlib.contextmanager
-def refusals(text: str) -> Iterator[None]:
-    """Turn what goes wrong with sbatch within the block, which submits the script ``text``, into a LaunchError of one line."""
-    printed = io.StringIO()  # submitit prints sbatch's words too; ours come once, in one line
-    try:
-        with clean_environment(text), contextlib.redirect_stderr(printed):
-            yield
-    except OSError as error:
-        raise LaunchError(f"the job's files cannot be written: {error}") from None
-    except (FailedJobError, FailedSubmissionError) as error:
-        words = slurm_words(str(error))
-        if any(sign in words.lower() for sign in NO_CLUSTER):
-            raise LaunchError(
-                "no Slurm cluster answers here, though its programs are installed: use --cluster local to run on this machine, "
-                f"or --dry-run to see the script ({words})"
-            ) from None
-        raise LaunchError(f"sbatch refused the job: {words}") from None
 
 
 def slurm_words(text: str) -> str:

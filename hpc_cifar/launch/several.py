@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from .. import files
 from ..runs import Run, now
-from . import slurm
+from . import handover, slurm
 from .control import RARELY_S, cancel, until_news
 from .status import Status, chain_of, elsewhere, statuses
 
@@ -34,7 +34,9 @@ def cancel_all(runs: Sequence[Run]) -> Iterator[str]:
     Raises:
         LaunchError: the scheduler refused, or a run is on a machine that cannot be reached from here.
     """
-    together = {run: seen for run, seen in _states(runs) if not seen.ended and _on_slurm(run)} if len(runs) > 1 else {}
+    left = handover.adopt(runs, anew=True)
+    states = zip(runs, statuses(runs), strict=True) if len(runs) > 1 else ()
+    together = {run: seen for run, seen in states if not seen.ended and _on_slurm(run) and run not in left}
     for run in together:
         files.write_text(run.cancel_marker, now() + "\n", durable=False)  # first: whatever stops now must not requeue
     if together:
@@ -47,10 +49,6 @@ def cancel_all(runs: Sequence[Run]) -> Iterator[str]:
             yield f"{run.id}: cancelled while it was waiting (job {together[run].job_id})"
         else:
             yield f"{run.id}: cancelling job {together[run].job_id}; it saves a checkpoint first"
-
-
-def _states(runs: Sequence[Run]) -> Iterator[tuple[Run, Status]]:
-    return zip(runs, statuses(runs), strict=True)
 
 
 def _on_slurm(run: Run) -> bool:

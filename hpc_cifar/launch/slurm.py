@@ -19,7 +19,8 @@ ENDED_ALREADY = ("already completing or completed", "Invalid job id")
 TIMEOUT_S = 30
 LOOK_TIMEOUT_S = 15  # for a question only; Slurm's own programs give up after 10 s where the site left that as it is
 NO_ANSWER = (
-    *("timed out", "unable to contact", "connection refused", "zero bytes were transmitted"),
+    *("timed out", "unable to contact", "connection refused", "zero bytes were transmitted", "in standby mode"),
+    *("communication connection failure", "communication shutdown failure", "message send failure", "message receive failure"),
     *("fetch_config", "fetch config"),
 )
 """Words of Slurm's programs when nobody answers; none of them is about the request itself."""
@@ -180,8 +181,8 @@ class Evidence:
     """What a job sees of its own end: ``state`` and ``reason`` in Slurm's words, "" where nobody could be asked.
 
     Slurm calls a job COMPLETING while its processes are told to end, whatever ended it. What tells the cases apart was the same
-    on 22.05, 24.11 and 26.05: a cancelled job has ``PreemptTime=None``; a preempted one that is not requeued has the time there;
-    one that Slurm has put back into the queue has no such field, but one restart more. In its next start, no time is left.
+    on 22.05, 24.11 and 26.05: a cancelled job has ``PreemptTime=None``; a preempted one that is not requeued has the time
+    there; one that Slurm has put back into the queue has no such field, but one restart more. The next start knows no time.
 
     ``preempted`` and ``ended`` are these times (UTC, ISO 8601); ``restarts`` is how often the job was requeued.
     """
@@ -267,6 +268,8 @@ def cancel(job_ids: list[str]) -> None:
     reply = ask(["scancel", *job_ids], timeout_s=TIMEOUT_S)
     if reply.code is None:
         raise LaunchError(f"{reply.err}; the run is marked as cancelled: try again, where it was submitted")
+    if reply.unanswered:
+        raise LaunchError(f"Slurm did not answer ({slurm_words(reply.err)}): try again")
     bad = [line for line in reply.err.splitlines() if line.strip() and not any(ok in line for ok in ENDED_ALREADY)]
     if reply.code != 0 and bad:
         raise LaunchError(f"scancel failed: {slurm_words(chr(10).join(bad))}")

@@ -12,12 +12,13 @@ from typing import Any
 
 from .. import files
 from ..runs import Run
-from . import local, process, slurm
+from . import handover, interruptions, local, process, slurm
 
 ENDED = frozenset(("finished", "failed", "cancelled", "stopped"))
 VANISHED = "processes ended without a result"
 # Slurm forgets a waiting element of an array as soon as it is cancelled
 NEVER_STARTED = "the job left the queue before it started: cancelled there, or its node could not start it"
+CUT_OFF = "its submission was cut off, and Slurm has no job of it: continue with hpc-cifar resume"
 START_GRACE_S = 15.0  # between the record of a local job and its first process
 
 
@@ -57,18 +58,40 @@ class Status:
 
 
 def statuses(runs: Sequence[Run]) -> list[Status]:
-    """The state of each run; Slurm is asked once for all of them."""
+    """The state of each run; Slurm is asked once for all of them, and once more where a submission was cut off."""
+    open_ones = {run: left for run, left in handover.adopt(runs).items() if not left.opened.is_link and not run.finished()}
     chains = {run.id: chain_of(run) for run in runs}
     # a finished run needs no question, whatever Slurm makes of its job
     away = {run.id: name for run in runs if (name := elsewhere(chains[run.id]))}
-    asked = {run.id for run in runs if _on_slurm(chains[run.id]) and run.id not in away and not run.finished()}
+    others = [run for run in runs if run not in open_ones and run.id not in away]
+    asked = {run.id for run in others if _on_slurm(chains[run.id]) and not run.finished()}
     # one that says itself that it ended has only to be looked for in the queue, in case Slurm requeued it
     ended = {run.id for run in runs if run.id in asked and run.state().get("state") in ENDED}
     answer = slurm.query(_ids(chains, asked), set(_ids(chains, ended)))
-    return [
-        _away(run, chains[run.id], away[run.id]) if run.id in away else _status(run, _current(chains[run.id], answer), answer)
-        for run in runs
-    ]
+
+    def seen(run: Run) -> Status:
+        if run in open_ones:
+            return _unsettled(run, open_ones[run])
+        if run.id in away:
+            return _away(run, chains[run.id], away[run.id])
+        return _status(run, _current(chains[run.id], answer), answer)
+
+    return [seen(run) for run in runs]
+
+
+def _unsettled(run: Run, left: handover.Unsettled) -> Status:
+    """A run of whose last submission no job is known."""
+    state = run.state()
+    word, reason = str(state.get("state") or "pending"), state.get("reason")
+    if left.opened.in_progress:
+        word, reason = "pending", "it is being submitted"
+    elif run.cancel_marker.exists() and word not in ENDED:
+        word = "cancelled"
+    elif not left.answered:
+        reason = reason or "Slurm does not answer; whether it has a job of this run is not known"
+    elif word not in ENDED:
+        word, reason = "failed", CUT_OFF
+    return _row(run, {}, state, {}, word, reason)
 
 
 def elsewhere(chain: list[dict[str, Any]]) -> str | None:
@@ -97,9 +120,14 @@ def controller_of(run: Run, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def chain_of(run: Run) -> list[dict[str, Any]]:
-    """The last submission: its job, and the follow-up jobs that wait behind it."""
+    """The last submission: its job, and the follow-up jobs that wait behind it.
+
+    It has several jobs where Slurm did not answer, was asked again, and has done both.
+    """
     jobs = run.jobs()
     first = max((index for index, job in enumerate(jobs) if not job.get("follows")), default=0)
+    mark = jobs[first].get("submission") if jobs else None
+    first = next((index for index, job in enumerate(jobs) if mark and job.get("submission") == mark), first)
     return jobs[first:] or [{}]
 
 
@@ -137,7 +165,15 @@ def _status(run: Run, job: dict[str, Any], answer: slurm.Answer) -> Status:
         word, reason = "running", None  # a rank has said so; its job ends the others now, who may still write
     elif alive is None and word in ("running", "requeued"):
         reason = f"on {job.get('host') or state.get('host') or 'another host'}, last heard of {state.get('updated', 'never')}"
+    if word in ("running", "requeued", "pending") and (alive if known is None else known.active):
+        reason = reason or waits(run, job)
     return _row(run, job, state, result, word, reason, known)
+
+
+def waits(run: Run, job: dict[str, Any]) -> str | None:
+    """What a restarted job waits for before it trains, in its own words; see ``train/lock.py``."""
+    said = files.read_json(run.path / "waits.json")
+    return str(said.get("reason")) if isinstance(said, dict) and said.get("job") == str(job.get("job_id")) else None
 
 
 def _alive(run: Run, job: dict[str, Any], answer: slurm.Answer) -> bool | None:
@@ -184,10 +220,11 @@ def _with_slurm(
         if run.cancel_marker.exists():
             return "cancelled", reason
         # a job that failed, or stopped, and waits again was requeued by Slurm
-        return ("requeued" if state.get("step") is not None else "pending"), job.reason or None
+        waits = "; ".join(filter(None, (job.reason, interruptions.without_progress(run))))
+        return ("requeued" if state.get("step") is not None else "pending"), waits or None
     if job.active:
         # also when the last word was "failed": Slurm may have requeued the job since, and this one has not ended yet
-        return "running", "being cancelled" if run.cancel_marker.exists() else None
+        return "running", "being cancelled" if run.cancel_marker.exists() else interruptions.without_progress(run)
     if word in ENDED:
         return word, reason
     if job.state == "CANCELLED" and job.reason == "DependencyNeverSatisfied":

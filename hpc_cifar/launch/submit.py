@@ -16,10 +16,10 @@ from .. import files, runs
 from ..config.cluster import Cluster
 from ..config.experiment import Experiment
 from ..config.shapes import check_fits
-from ..errors import DataError, HpcCifarError, LaunchError, NoCluster, UsageError
+from ..errors import DataError, Interrupted, LaunchError, NoCluster, UsageError
 from ..plan import Placement, Plan, make_plan, requested_placement, seconds_of
 from ..runs import Run
-from . import dependency, estimate, local, provenance, script, slurm, snapshot
+from . import dependency, estimate, handover, interruptions, local, provenance, script, slurm, snapshot, submission
 from .job import TrainJob
 
 NO_SBATCH = "no sbatch on this machine: use --cluster local to run here, or --dry-run to see the script"
@@ -238,16 +238,25 @@ def tested(
     return estimate.start_of(made.script(), cluster, plan)
 
 
-def start(run: Run, cluster: Cluster, plan: Plan, *, data_root: Path, after: Sequence[Run] = ()) -> str:
-    """Hand a job for an existing run directory over; the job id. What fails is written into the run directory."""
-    with recorded([run]):
+def start(
+    run: Run, cluster: Cluster, plan: Plan, *, data_root: Path, after: Sequence[Run] = (), waiting: list[Run] | None = None
+) -> str:
+    """Hand a job for an existing run directory over; the job id. What fails is written into the run directory.
+
+    Args:
+        waiting: runs that are in the same hands and have no job yet; this one is taken off the list once it has.
+    """
+    waiting = [run] if waiting is None else waiting
+    with recorded(waiting):
         make_ready(run, cluster)
         if cluster.executor == "local":
-            return start_local(run, cluster, plan, data_root=data_root, after=after)
-        job = TrainJob(run.path, data_root, [other.path for other in after])
+            job_id = start_local(run, cluster, plan, data_root=data_root, after=after)
+            waiting.remove(run)
+            return job_id
         made = script.executor(run.experiment(), cluster, plan, run.path, data_root=data_root, after=job_ids(after))
-        job_id = script.submit(made, job)
-        record_job(run, "slurm", job_id, plan, after, cluster=cluster.name)
+        job = TrainJob(run.path, data_root, [other.path for other in after], made.mark)
+        row = job_row("slurm", plan, after, cluster=cluster.name)
+        job_id = handover.submit(made, [job], [(run, row)], waiting)
         _add_links(run, cluster, plan, job, job_id)
         return job_id
 
@@ -257,25 +266,30 @@ def _add_links(run: Run, cluster: Cluster, plan: Plan, job: TrainJob, first: str
     previous = first
     for number in range(cluster.chain_links):
         made = script.executor(run.experiment(), cluster, plan, run.path, data_root=Path(job.data_root), follows=previous)
+        row = job_row("slurm", plan, cluster=cluster.name, follows=previous)
         try:
-            link = script.submit(made, job)
+            link = handover.submit(made, [job.of(made.mark)], [(run, row)])
+        except Interrupted:
+            print(f"hpc-cifar: {run.id} is queued as job {first}", file=sys.stderr)
+            raise
         except LaunchError as error:  # the run itself is queued
             words = f"{run.id}: job {first} is queued, but only {number} of the {cluster.chain_links} jobs that continue it"
             print(f"hpc-cifar: warning: {words}: {error}", file=sys.stderr)
             return
-        record_job(run, "slurm", link, plan, cluster=cluster.name, follows=previous)
         previous = link
 
 
 @contextlib.contextmanager
 def recorded(waiting: Sequence[Run]) -> Iterator[None]:
-    """What goes wrong within the block is written into the run directories that are in ``waiting`` by then."""
+    """What goes wrong within the block is written into the run directories that are in ``waiting`` by then.
+
+    So do stop signals, for which the block ends with an error.
+    """
     try:
-        yield
+        with handover.handled(handover.raise_interrupted):
+            yield
     except BaseException as error:
-        reason = str(error) if isinstance(error, HpcCifarError) else f"not submitted: {type(error).__name__}: {error}"
-        if not isinstance(error, Exception):  # Ctrl-C, or whoever read what is printed has gone
-            reason = "not submitted: the command was interrupted"
+        reason = handover.told(error)
         words = {"state": "failed", "reason": reason.splitlines()[0] if reason else "not submitted"}
         for run in waiting:
             with contextlib.suppress(OSError):
@@ -290,6 +304,7 @@ def make_ready(run: Run, cluster: Cluster, code: Path | None = None) -> None:
     files.write_json(run.path / "cluster.json", cluster.model_dump(mode="json"), durable=code is None)
     snapshot.take(run.code) if code is None else snapshot.share(run.code, code)
     run.submitit.mkdir(exist_ok=True)
+    interruptions.begin_anew(run)
     waiting = {key: value for key, value in run.state().items() if key != "reason"}
     run.write_state(**{**waiting, "state": "pending"})
 
@@ -334,15 +349,16 @@ def start_local(
         cpus_per_task=plan.placement.cpus_per_process or 1,
         signal_delay_s=cluster.signal_delay_s,
     )
-    record_job(run, "local", job_id, plan, after, host=os.uname().nodename)
+    row = job_row("local", plan, after, host=os.uname().nodename)
+    submission.settle(run, None, job_id, row, submission.replaced(run))
     executor.submit(TrainJob(run.path, data_root, [other.path for other in after]))
     return job_id
 
 
-def record_job(run: Run, executor: str, job_id: str, plan: Plan, after: Sequence[Run] = (), **more: Any) -> None:
-    """Add a submission to the run's list."""
+def job_row(executor: str, plan: Plan, after: Sequence[Run] = (), **more: Any) -> dict[str, Any]:
+    """A submission in a run's list, without the job id."""
     gpus = plan.placement.nodes * plan.placement.gpus_per_node
     if executor == "slurm" and (name := slurm.configuration().get("ClusterName")):
         more["slurm_cluster"] = name  # several clusters may share one folder of runs, and number their jobs alike
     waits = {"after": [other.id for other in after]} if after else {}
-    run.add_job(executor=executor, job_id=job_id, tasks=plan.placement.world_size, gpus=gpus, **waits, **more)
+    return {"executor": executor, "tasks": plan.placement.world_size, "gpus": gpus, **waits, **more}

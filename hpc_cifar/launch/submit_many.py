@@ -192,10 +192,11 @@ def submit_all(
         if cluster.executor == "local":
             handed_over = _start_local(planned, list(made.values()), cluster, data_root, limit or 1, waits)
         else:
-            handed_over = _start_slurm(planned, made, cluster, root, data_root, limit, waits, expected)
+            handed_over = _start_slurm(planned, made, cluster, root, data_root, limit, waits, expected, waiting)
         for done in handed_over:
             for one in done:
-                waiting.remove(one.run)
+                if one.run in waiting:
+                    waiting.remove(one.run)
             yield done
 
 
@@ -218,14 +219,15 @@ def _start_slurm(
     limit: int | None,
     waits: Sequence[Run],
     expected: dict[int, tuple[Start, Length | None]],
+    waiting: list[Run],
 ) -> Iterator[list[Submitted]]:
     """An array for each distinct request; a request of one element is a plain job."""
     for group in groups_of(planned, cluster):
         members = [made[id(one)] for one in group]
         if len(group) == 1:
-            ids = [submit.start(members[0], cluster, group[0].plan, data_root=data_root, after=waits)]
+            ids = [submit.start(members[0], cluster, group[0].plan, data_root=data_root, after=waits, waiting=waiting)]
         else:
-            ids = array.start(group, members, cluster, root, data_root, limit, waits)
+            ids = array.start(group, members, cluster, root, data_root, limit, waits, waiting)
         yield [
             Submitted(run, job_id, one.plan, *expected[id(one)]) for run, job_id, one in zip(members, ids, group, strict=True)
         ]

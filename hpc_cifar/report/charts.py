@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
+from ..config import claim as claims
 from .facts import Facts
 from .groups import Group
 
@@ -66,15 +68,26 @@ def _curves(groups: Sequence[Group], kind: str) -> Any:
                     showlegend=number == 0, line={"width": 1.6, **_style(part if alone else index)},
                     hovertemplate=f"{title}<br>epoch %{{x}}: %{{y{form}}}<extra></extra>",
                 )  # fmt: skip
-        claimed = group.claimed(f"val_{kind}") or group.claimed(f"test_{kind}")
-        if claimed is not None and len(groups) == 1:
+    if len(groups) == 1:
+        _claimed_lines(figure, groups[0], kind)
+    return figure
+
+
+def _claimed_lines(figure: Any, group: Group, kind: str) -> None:
+    """A line at the claimed figure, or at each bound of it."""
+    for name in (f"val_{kind}", f"test_{kind}"):
+        claimed = group.claimed(name)
+        if claimed is None:
+            continue
+        text = claims.words(claimed, name) if isinstance(claimed, claims.Range) else f"{claimed:g}"
+        for bound in dict.fromkeys(bound for bound in claims.bounds(claimed) if bound is not None):
             figure.add_hline(
-                y=claimed,
+                y=bound,
                 line={"dash": "dot", "width": 1},
-                annotation={"text": f"claimed {claimed:g}"},
+                annotation={"text": f"claimed {text}"},
                 annotation_position="bottom right",
             )
-    return figure
+        return
 
 
 def _rates(groups: Sequence[Group]) -> Any:
@@ -97,6 +110,15 @@ def _compared(group: Group) -> str | None:
     return next((name for name in names if group.claimed(name) is not None and name in group.spreads), None)
 
 
+def _marks(claimed: claims.Figure) -> list[tuple[float, str]]:
+    """Where a claim is marked, and how: a bound points to the values that agree with it."""
+    low, high = claims.bounds(claimed)
+    if low is not None and low == high:
+        return [(low, "diamond-open")]
+    kinds = ((low, "triangle-right-open"), (high, "triangle-left-open"))
+    return [(bound, symbol) for bound, symbol in kinds if bound is not None]
+
+
 def _claims(groups: Sequence[Group]) -> Any:
     """A row a system: what its source claims, and mean and spread of what was measured."""
     kept = [(group, figure) for group in groups if (figure := _compared(group))]
@@ -105,10 +127,27 @@ def _claims(groups: Sequence[Group]) -> Any:
     chart.update_xaxes(tickformat=".1%")
     chart.update_yaxes(autorange="reversed", type="category")
     spreads = [group.spreads[figure] for group, figure in kept]
+    marks = [
+        (title, bound, symbol, claims.words(claimed, figure))
+        for title, (group, figure) in zip(titles, kept, strict=True)
+        if (claimed := group.claimed(figure)) is not None
+        for bound, symbol in _marks(claimed)
+    ]
+    # both marks of a range are joined; a gap lies between systems
+    joined = [(title, bound) for title, bound, symbol, _ in marks if symbol != "diamond-open"]
+    ends: list[tuple[str | None, float | None]] = []
+    for (title, bound), (after, other) in itertools.pairwise(joined):
+        if title == after:
+            ends += [(title, bound), (after, other), (None, None)]
+    if ends:
+        chart.add_scatter(
+            x=[bound for _, bound in ends], y=[title for title, _ in ends], mode="lines", showlegend=False, hoverinfo="skip",
+            line={"width": 3, "color": COLOURS[1]},
+        )  # fmt: skip
     chart.add_scatter(
-        x=[group.claimed(figure) for group, figure in kept], y=titles, mode="markers", name="claimed",
-        marker={"symbol": "diamond-open", "size": 11, "color": COLOURS[1], "line": {"width": 2}},
-        hovertemplate="%{y}<br>claimed %{x:.2%}<extra></extra>",
+        x=[bound for _, bound, _, _ in marks], y=[title for title, *_ in marks], mode="markers", name="claimed",
+        marker={"symbol": [symbol for _, _, symbol, _ in marks], "size": 11, "color": COLOURS[1], "line": {"width": 2}},
+        customdata=[words for *_, words in marks], hovertemplate="%{y}<br>claimed %{customdata}<extra></extra>",
     )  # fmt: skip
     chart.add_scatter(
         x=[found.mean for found in spreads], y=titles, mode="markers", name="measured",

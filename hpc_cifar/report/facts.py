@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import files
-from ..config.experiment import Claim, Experiment
+from ..config.claim import Claim
+from ..config.experiment import Experiment
 from ..runs import Run
 from ..track.rows import selected
 

@@ -14,8 +14,9 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from ..config import claim as claims
+from ..config.claim import Claim, Figure, Range
 from ..config.difference import flat
-from ..config.experiment import Claim
 from .facts import FIGURES, Facts, ranking
 
 ASIDE = ("seed", "data.fold", "claim", "tracking", "resources", "name")  # what does not make it another experiment
@@ -67,7 +68,8 @@ class Group:
                 found[name] = spread(values)
         return found
 
-    def claimed(self, figure: str) -> float | None:
+    def claimed(self, figure: str) -> Figure | None:
+        """Of the accuracies and losses."""
         return getattr(self.claim, figure, None)
 
     @cached_property
@@ -81,13 +83,25 @@ class Group:
             return Verdict("no claim", f"{_words(measured)} {percent(self.spreads[measured])}")
         claim, found = self.claimed(figure), self.spreads[figure]
         assert claim is not None
-        difference = found.mean - claim
+        difference = outside(found.mean, claim)
         points = f"{abs(difference) * 100:.2f} points {'above' if difference > 0 else 'below'}"
-        text = f"{_words(figure)} {percent(found)}, {points} the claimed {claim:.2%}"
+        if isinstance(claim, Range):
+            where = points if difference else "within"
+            text = f"{_words(figure)} {percent(found)}, claimed {claims.words(claim, figure)}: {where}"
+        else:
+            text = f"{_words(figure)} {percent(found)}, {points} the claimed {claim:.2%}"
         margin = margin_of(found, images_of(self.runs[0], figure))
         if margin is None:
             return Verdict("unclear", f"{text}; one run, of unknown images")
         return Verdict("as claimed" if abs(difference) <= margin else "above" if difference > 0 else "below", text)
+
+
+def outside(value: float, claim: Figure) -> float:
+    """How far a value is above the highest one that is claimed, or, negative, below the lowest; 0 between them."""
+    low, high = claims.bounds(claim)
+    if high is not None and value > high:
+        return value - high
+    return min(value - low, 0.0) if low is not None else 0.0
 
 
 def spread(values: Sequence[float]) -> Spread:

@@ -11,6 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from ..config import claim as claims
 from ..runs import experiment_text, now
 from . import charts as drawn
 from . import groups as grouped
@@ -137,9 +138,9 @@ def accuracy(value: float | None) -> str:
     return "-" if value is None else f"{value:.2%}"
 
 
-def figure_text(value: float | None, name: str) -> str:
-    """An accuracy in percent, a loss with four digits."""
-    return "-" if value is None else f"{value:.2%}" if name.endswith("accuracy") else f"{value:.4f}"
+def figure_text(value: claims.Figure | None, name: str) -> str:
+    """An accuracy in percent, a loss with four digits; a claimed range as its bounds."""
+    return claims.cell(value, name)
 
 
 def number(value: float | None, form: str = ",.0f") -> str:

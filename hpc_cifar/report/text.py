@@ -34,8 +34,9 @@ def markdown(groups: Sequence[Group], title: str) -> str:
             spread = f" ± {figure_text(found.std, name)}" if found and found.std is not None else ""
             mean = figure_text(found.mean if found else None, name)
             cells.append(f"{figure_text(group.claimed(name), name)} / {mean}{spread}")
-        epochs, seconds, hours = group.spreads.get("epochs"), group.spreads.get("seconds"), group.claimed("hours")
-        cells.append(f"{number(group.claimed('epochs'))} / {number(epochs.mean if epochs else None, 'g')}")
+        epochs, seconds, claim = group.spreads.get("epochs"), group.spreads.get("seconds"), group.claim
+        hours = claim.hours if claim else None
+        cells.append(f"{number(claim.epochs if claim else None)} / {number(epochs.mean if epochs else None, 'g')}")
         cells.append(f"{duration(hours and hours * 3600)} / {duration(seconds.mean if seconds else None)}")
         rows.append(cells)
     lines = [f"# {title}", "", grouped.headline(groups), "", "Claimed / measured, mean ± standard deviation:", ""]

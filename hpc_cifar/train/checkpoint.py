@@ -24,6 +24,7 @@ import torch
 
 from .. import files
 from ..errors import CheckpointError, DamagedCheckpoint
+from .saved import WAY_OUT
 
 FORMAT = 1
 
@@ -187,7 +188,10 @@ def newest_good(folder: Path) -> tuple[Saved | None, list[str]]:
         except DamagedCheckpoint as error:
             damaged.append(str(error))
     if damaged:
-        raise CheckpointError("no checkpoint of this run can be used:\n  " + "\n  ".join(damaged))
+        newest, *others = damaged
+        raise CheckpointError(
+            "\n  ".join((f"no checkpoint of this run can be used, such as the newest one ({newest}); {WAY_OUT}", *others))
+        )
     return None, []
 
 
@@ -199,14 +203,22 @@ def settle(folder: Path, chosen: Saved) -> bool:
     try:
         set_aside(folder, chosen.step + 1)
         _point(folder, "latest", chosen.folder.name)
-        best = None if chosen.best_step is None else folder / f"step-{chosen.best_step:08d}"
-        if best is not None and best.is_dir():
-            _point(folder, "best", best.name)
+        best = None if chosen.best_step is None else _open(folder / f"step-{chosen.best_step:08d}")
+        if best is not None and _is_whole(best):
+            _point(folder, "best", best.folder.name)
         else:
             (folder / "best").unlink(missing_ok=True)
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be put in order: {error.strerror or error}") from None
-    return best is None or best.is_dir()
+    return best is None or _is_whole(best)
+
+
+def _is_whole(saved: Saved) -> bool:
+    """Whether its files are there; a clean-up may leave the folder. Their content is not verified."""
+    try:
+        return (saved.folder / "state.pt").stat().st_size == saved.manifest.get("bytes")
+    except OSError:
+        return False
 
 
 def set_aside(folder: Path, step: int) -> None:

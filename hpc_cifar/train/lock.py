@@ -1,57 +1,223 @@
-"""Two jobs on one run directory exclude each other."""
+"""Two jobs on one run directory exclude each other; a job that was restarted waits for what its node left behind.
+
+<run>/.lock          locked by rank 0 as long as it lives; the kernel, or the file server, frees it
+<run>/.holder.json   which job, segment and process that is; the time of the file is its heartbeat
+<run>/waits.json     present while a restarted job waits for the lock of its earlier segment
+
+After a crash of a node the file server may keep its locks for minutes (NFSv4: a lease of 90 s; Lustre: until it evicts the
+node). Whether a holder lives is judged by its heartbeat: seen twice, it has changed or not. Clocks of nodes are not compared.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import os
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 from .. import files
-from ..errors import RunBusy, RunError
+from ..errors import LockHeld, RunBusy, RunError
+from ..runs import Run
 from .distributed import World
+from .stop import REASONS, StopFlag
+
+VARIABLE = "HPC_CIFAR_LOCK_WAIT_S"  # another WAIT_S
+WAIT_S = 600.0  # for the lock of an earlier segment of the same job
+BEAT_S = 2.0  # between two heartbeats
+WATCH_S = 8.0  # a holder whose heartbeat stays the same so long is silent
+POLL_S = 0.5
+HOLDER = ".holder.json"
+WAITS = "waits.json"
 
 
-def is_held(folder: Path) -> bool:
-    """Whether a process trains the run in this folder right now, as far as the file system can tell."""
+def is_held_by_another(run: Run, job: str) -> bool:
+    """Whether another job trains the run right now, as far as the file system can tell.
+
+    Args:
+        job: of the caller, as ``<job id>.<restart>``; what its own earlier segment left behind does not count.
+    """
     try:
-        with (folder / ".lock").open(encoding="utf-8") as stream:
+        with (run.path / ".lock").open(encoding="utf-8") as stream:
             fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        return True
+        return not is_earlier(run, job, Beat.read(run.path).who)
     except OSError:
         return False
     return False
 
 
+def is_earlier(run: Run, job: str, holder: Mapping[str, Any]) -> bool:
+    """Whether the holder is an earlier segment of the job ``<job id>.<restart>``, or a job of the run that came before it."""
+    here, _, restart = job.rpartition(".")
+    there, _, before = str(holder.get("job", "")).rpartition(".")
+    if here and here == there:
+        return before.isdigit() and restart.isdigit() and int(before) < int(restart)
+    jobs = [str(row.get("job_id")) for row in run.jobs()]
+    return here in jobs and any(name in jobs[: jobs.index(here)] for name in (there, holder.get("segment")))
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What the holder says of itself, and the state of its heartbeat; equal ones mean that it was silent in between."""
+
+    who: dict[str, Any] = field(default_factory=dict)
+    time_ns: int = 0
+
+    @staticmethod
+    def read(folder: Path) -> Beat:
+        try:
+            with (folder / HOLDER).open("rb") as stream:  # to open a file has NFS ask the server for its time
+                time_ns = os.fstat(stream.fileno()).st_mtime_ns
+        except OSError:
+            return Beat()
+        found = files.read_json(folder / HOLDER)
+        return Beat(found if isinstance(found, dict) else {}, time_ns)
+
+    def __str__(self) -> str:
+        return f"process {self.who.get('pid')} on {self.who.get('host')}"
+
+
 class RunLock:
     """Held by rank 0 for as long as the process lives; the kernel frees it however the process ends.
 
+    Args:
+        job: this job and how often it was restarted, as ``<job id>.<restart>``.
+        segment: names this stretch of the run.
+        console: whether rank 0 prints that it waits.
+
+    Attributes:
+        asked: why the ranks agreed to stop while they waited, and do not hold it; else "".
+
     Raises:
-        RunBusy: on every rank, if another process holds it; the message names that process.
+        RunBusy: on every rank, if another process trains the run; the message names that process.
+        LockHeld: on every rank: an earlier segment of this job still had the lock after ``WAIT_S``.
     """
 
-    def __init__(self, folder: Path, world: World) -> None:
-        self._path = folder / ".lock"
-        self._world = world
+    def __init__(self, run: Run, world: World, flag: StopFlag, job: str, segment: str, console: bool = False) -> None:
+        self._run, self._world, self._flag, self._job, self._segment = run, world, flag, job, segment
+        self._console = console and world.main
         self._stream: TextIO | None = None
+        self._begun = self._moved = time.monotonic()  # since when it has tried; when a heartbeat was seen last
+        self._seen: Beat | None = None
+        self._moves = self._waits = False
+        self._stop = threading.Event()
+        self.asked = ""
 
     def __enter__(self) -> RunLock:
-        problem = self._world.share(self._take() if self._world.main else None)
-        if problem is not None:
-            raise problem
-        return self
+        while True:
+            flags = self._world.gather(self._flag.code)  # in short rounds, so that no rank waits long in a collective
+            said = self._world.share(self._look(max(flags)) if flags is not None else None)
+            if isinstance(said, RunError):
+                raise said
+            if said is not None:
+                self.asked = said
+                return self
+            time.sleep(POLL_S)
 
-    def _take(self) -> RunError | None:
+    def _look(self, code: int) -> RunError | str | None:
+        """On rank 0: "" if the lock is ours, why to stop, an error, or None: look again."""
+        if code:
+            self._end_wait()
+            return REASONS[code]
+        beat, now = Beat.read(self._run.path), time.monotonic()
+        if self._seen is not None and beat.who and beat != self._seen:
+            self._moves, self._moved = True, now
+        self._seen = beat
+        silent = now - self._moved > WATCH_S
         try:
-            self._stream = files.hold(self._path)
-        except BlockingIOError as error:
-            return RunBusy(
-                f"{self._path.parent}: this run is being trained already, by {error.strerror}; wait for it or cancel it"
-            )
+            held = not self._lock(free_without_locks=not beat.who or silent)
+            if not held:
+                self._keep()
+                return ""
         except OSError as error:
-            return RunError(f"{self._path}: cannot be locked: {error.strerror or error}")
-        return None
+            return RunError(f"{self._run.path / '.lock'}: cannot be locked: {error.strerror or error}")
+        if not is_earlier(self._run, self._job, beat.who):
+            return self._busy(beat, silent) if self._moves or silent else None
+        if not self._waits:
+            self._begin_wait(beat)
+        text = os.environ.get(VARIABLE, "")
+        limit = float(text) if text.isdigit() else WAIT_S
+        if now - self._begun < limit:
+            return None
+        self._end_wait()
+        if not silent:
+            return self._busy(beat, silent)
+        return LockHeld(
+            f"{self._run.path}: the lock is still that of this job's earlier segment, {beat}, after {limit:.0f} s, though its "
+            "heartbeat does not move; the file server frees the lock of a dead node by itself"
+        )
+
+    def _lock(self, *, free_without_locks: bool) -> bool:
+        """Whether the lock is ours now.
+
+        Args:
+            free_without_locks: whether it is, on a file system that has none.
+        """
+        stream = (self._run.path / ".lock").open("a+", encoding="utf-8")
+        try:
+            if files.flock(stream) or free_without_locks:
+                files.write_holder(stream)
+                self._stream = stream
+        except BlockingIOError:
+            pass
+        finally:
+            if self._stream is None:
+                stream.close()
+        return self._stream is not None
+
+    def _busy(self, beat: Beat, silent: bool) -> RunBusy:
+        holder = str(beat)
+        if not beat.who:
+            with contextlib.suppress(OSError):
+                holder = (self._run.path / ".lock").read_text(encoding="utf-8").strip() or "another process"
+        words = f"{self._run.path}: this run is being trained already, by {holder}; wait for it or cancel it"
+        if silent:
+            words += " (its heartbeat does not move: if it died with its node, the file server frees the lock in some minutes)"
+        return RunBusy(words)
+
+    # ---- waiting -------------------------------------------------------------------------------------------------------
+
+    def _begin_wait(self, beat: Beat) -> None:
+        self._waits = True
+        words = f"waits for the lock of its earlier segment on {beat.who.get('host')} (process {beat.who.get('pid')})"
+        if self._console:
+            print(f"{words}, which the file server frees some time after a crash", flush=True)
+        with contextlib.suppress(OSError):
+            files.write_json(self._run.path / WAITS, {"job": self._job.rpartition(".")[0], "reason": words}, durable=False)
+
+    def _end_wait(self) -> None:
+        with contextlib.suppress(OSError):
+            (self._run.path / WAITS).unlink(missing_ok=True)  # also that of a segment which was killed as it waited
+        if self._waits and self._console:
+            print(f"waited {time.monotonic() - self._begun:.0f} s for the lock", flush=True)
+
+    # ---- holding -------------------------------------------------------------------------------------------------------
+
+    def _keep(self) -> None:
+        """The lock is ours: say so, again and again."""
+        self._end_wait()
+        who = {"job": self._job, "segment": self._segment, "host": os.uname().nodename, "pid": os.getpid()}
+        files.write_json(self._run.path / HOLDER, {**who, "pid_started": _started()}, durable=False)
+        threading.Thread(target=self._beat, name="lock heartbeat", daemon=True).start()
+
+    def _beat(self) -> None:
+        while not self._stop.wait(BEAT_S):
+            with contextlib.suppress(OSError):  # a file system that is away says so to the training
+                os.utime(self._run.path / HOLDER)
 
     def __exit__(self, *_: Any) -> None:
+        self._stop.set()
         if self._stream is not None:
+            with contextlib.suppress(OSError):
+                (self._run.path / HOLDER).unlink(missing_ok=True)  # nobody need wait for its heartbeat
             self._stream.close()
+
+
+def _started() -> int:
+    """Clock ticks after boot at which this process began: field 22 of proc_pid_stat(5)."""
+    return int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])

@@ -12,10 +12,10 @@ from .. import stages
 from ..config.experiment import Experiment
 from ..errors import HpcCifarError, LostRank, NonFiniteLoss, RunError, first_line
 from ..runs import Run
-from . import recovery, rehearsal
+from . import recovery, rehearsal, saved
 from .distributed import World, connected, is_lost_peer
 from .lock import RunLock
-from .stop import StopFlag
+from .stop import StopFlag, word_for
 from .trainer import Trainer
 from .watchdog import OnHang, Watchdog, lost_ranks
 
@@ -29,6 +29,7 @@ def train(
     world: World | None = None,
     begin: Callable[[], None] | None = None,
     segment: str = "",
+    job: str = "",
     on_hang: OnHang | None = None,
     gives_up: Callable[[dict[str, Any]], bool] | None = None,
     trainer: Callable[..., Trainer] = Trainer,
@@ -43,6 +44,7 @@ def train(
         world: the ranks, if they are connected already.
         begin: called on rank 0 as soon as the run belongs to this job alone.
         segment: names this stretch of the run, such as ``<job id>.<restart>``.
+        job: the scheduler's job and how often it was restarted, as ``<job id>.<restart>``, where ``segment`` does not say so.
         on_hang: what the watchdog calls when the ranks hang; the process ends then.
         gives_up: asked on rank 0 with the row of each finished epoch, whether to stop there; state ``stopped``, as ``pruned``.
         trainer: makes the trainer; a benchmark has one that looks at the clock.
@@ -53,21 +55,28 @@ def train(
 
     Raises:
         RunBusy: another job trains it; nothing was touched.
+        LockHeld: an earlier segment of this job has died and its lock is still there.
         HpcCifarError: with the reason, also written to ``state.json`` where that is possible.
     """
     if world is None:  # connected before signals only set a flag: a rank that waits for the others must still be stoppable
         with connected(wants_gpu(run.experiment())) as world:
             options: dict[str, Any] = {"max_steps": max_steps, "data_root": data_root, "console": console, "trainer": trainer}
-            return train(run, **options, world=world, begin=begin, segment=segment, on_hang=on_hang, gives_up=gives_up)
+            options |= {"begin": begin, "segment": segment, "job": job, "on_hang": on_hang, "gives_up": gives_up}
+            return train(run, **options, world=world)
     try:
         stages.done("process group")
-        with StopFlag() as flag, RunLock(run.path, world):
+        segment = world.share(segment or secrets.token_hex(4))
+        with StopFlag() as flag, RunLock(run, world, flag, job or segment, segment, console) as lock:
+            stages.done("lock")
+            if lock.asked:
+                return _stopped(run, world, lock.asked)
             if begin is not None and world.main:
                 begin()
             world.barrier()
-            segment = world.share(segment or secrets.token_hex(4))
 
             def attempt() -> dict[str, Any]:
+                if (problem := world.share(saved.missing(run) if world.main else None)) is not None:
+                    raise problem
                 made = trainer(run, world, flag, max_steps, data_root, console)
                 if gives_up is not None:
                     made.records.on_epoch = lambda row: flag.prune() if gives_up(row) else None
@@ -89,6 +98,14 @@ def train(
 def wants_gpu(experiment: Experiment) -> bool:
     """A job file that asks for no GPUs is trained on the CPU, whatever the machine has."""
     return experiment.resources.gpus_per_node > 0
+
+
+def _stopped(run: Run, world: World, reason: str) -> dict[str, Any]:
+    """The result of a segment that was stopped while it waited for the lock."""
+    result = {"run": run.id, "state": word_for(reason, world.share(run.cancel_marker.exists())), "reason": reason}
+    if world.main:
+        run.write_state(**{**run.state(), "state": result["state"], "reason": reason})
+    return result
 
 
 def _train(run: Run, world: World, attempt: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from .. import files
 from ..config.experiment import Experiment
 from ..errors import OutOfMemory, RunError, first_line
 from ..runs import Run
-from . import checkpoint
+from . import checkpoint, saved
 from .distributed import World
 
 FILE = "left-out.json"
@@ -50,7 +50,10 @@ def leave_out(run: Run, world: World, step: int) -> bool:
                 known = _known(run)
                 steps = sorted({*known["steps"], *(number for number in (step - 1, step) if number > 0)})
                 files.write_json(run.path / FILE, {"steps": steps, "times": known["times"] + 1})
+                before = checkpoint.stored(run.checkpoints)
                 checkpoint.set_aside(run.checkpoints, step - 1)  # they hold an update that is left out
+                if before and not checkpoint.stored(run.checkpoints):
+                    saved.note(run, 0)
         except OSError as error:
             problem = f"{run.path / FILE}: cannot leave out update {step}: {error.strerror or error}"
         except RunError as error:

@@ -21,10 +21,13 @@ class Saver:
     Args:
         folder: see :mod:`hpc_cifar.train.checkpoint`.
         device: where the state is.
+        on_disk: called with the step of each checkpoint that has been written, in the thread that writes.
     """
 
-    def __init__(self, folder: Path, config: Checkpoint, device: torch.device) -> None:
-        self._folder, self._device = folder, device
+    def __init__(
+        self, folder: Path, config: Checkpoint, device: torch.device, on_disk: Callable[[int], None] = lambda step: None
+    ) -> None:
+        self._folder, self._device, self._on_disk = folder, device, on_disk
         self._kept = {"keep_last": config.keep_last, "keep_every_epochs": config.keep_every_epochs}
         self._thread: threading.Thread | None = None
         self._problem: BaseException | None = None
@@ -78,6 +81,7 @@ class Saver:
                 with torch.cuda.stream(stream):
                     state = mapped(state, lambda tensor: tensor.to("cpu"))
             checkpoint.save(self._folder, state, **about)
+            self._on_disk(about["step"])
         except BaseException as error:
             self._problem = error
 

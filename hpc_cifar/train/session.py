@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, first_line
 from . import optim
 from .distributed import World
 from .saver import copy_of
@@ -83,8 +83,8 @@ class Session:
             self.network.load_state_dict(state["model"])
             optim.restore(self.optimizer, state["optimizer"])
         except (RuntimeError, ValueError, KeyError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise CheckpointError(f"the checkpoint does not fit this experiment's network or optimizer: {first}") from None
+            why = first_line(error)
+            raise CheckpointError(f"the checkpoint does not fit this experiment's network or optimizer: {why}") from None
         if self.ema is not None:
             self._restore_average(state)
             self.ema.updates = state["ema"]["updates"]

@@ -23,6 +23,12 @@ def preemption_signal() -> signal.Signals:
     return signal.Signals.__members__.get(name, signal.SIGUSR2)
 
 
+def word_for(reason: str, cancelled: bool) -> str:
+    """The state of a run that stops for ``reason`` before its end."""
+    requeue = reason == "preempted" and "SUBMITIT_EXECUTOR" in os.environ
+    return "cancelled" if cancelled else "requeued" if requeue else "stopped"
+
+
 class StopAsked(Exception):
     """The ranks agreed to stop where no step can be broken off; ``reason`` is the agreement's."""
 

@@ -16,10 +16,11 @@ from ..config.experiment import Experiment
 from ..data import pipeline as data
 from ..data.pipeline import Batch
 from ..data.store import Arrays
-from ..errors import CheckpointError, RunError, UsageError
+from ..errors import CheckpointError, RunError, UsageError, first_line
 from ..runs import Run
 from . import checkpoint
 from .distributed import World, device_for
+from .saved import missing
 from .setup import Prepared, choose_channels_last, choose_precision, make_network, prepare_data, split_digest
 
 BATCH = 500
@@ -84,6 +85,8 @@ def load(run: Run, data_root: Path, which: str = "") -> Trained:
     which = which or ("best" if experiment.checkpoint.select == "best" else "latest")
     saved = checkpoint.named(run.checkpoints, which)
     if saved is None:
+        if problem := missing(run):
+            raise problem
         raise RunError(f"{run.id} has no checkpoint {which!r} (yet); there are: {_names(run)}")
     state = checkpoint.read(saved)
     if state["split_digest"] != split_digest(prepared):
@@ -95,7 +98,7 @@ def load(run: Run, data_root: Path, which: str = "") -> Trained:
     try:
         network.load_state_dict(state["model"])
     except RuntimeError as error:
-        raise CheckpointError(f"{saved.folder} does not fit the run's network: {str(error).splitlines()[0]}") from None
+        raise CheckpointError(f"{saved.folder} does not fit the run's network: {first_line(error)}") from None
     if state["ema"] is not None:
         live = [parameter for parameter in network.parameters() if parameter.requires_grad]
         with torch.no_grad():

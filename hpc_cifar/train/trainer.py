@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import time
 from collections import Counter
 from functools import partial
@@ -21,7 +20,7 @@ from ..models import build
 from ..plan import Plan
 from ..runs import Run, now
 from ..track.rows import is_better, least_improvement
-from . import checkpoint, features, optim
+from . import checkpoint, features, optim, saved
 from .distributed import World, gradient_sync
 from .graph import WARM_UP
 from .records import Records, peak_memory
@@ -41,7 +40,7 @@ from .setup import (
     split_digest,
 )
 from .step import PendingWindow, Stepper, autocast
-from .stop import StopAgreement, StopAsked, StopFlag
+from .stop import StopAgreement, StopAsked, StopFlag, word_for
 from .validation import Validation
 from .watchdog import Watchdog
 
@@ -67,7 +66,7 @@ class Trainer:
         stages.done("network")
         self.validation = Validation(self.experiment, self.prepared, self.session, self.precision, self.channels_last)
         self.shapes: Counter[tuple[torch.Size, int]] = Counter()  # steps made with each, where a shape has to be prepared
-        self.saver = Saver(run.checkpoints, self.experiment.checkpoint, world.device)
+        self.saver = Saver(run.checkpoints, self.experiment.checkpoint, world.device, partial(saved.note, run))
         self.saved_step = -1
         self.left_out = world.share(left_out(run))  # steps that are not made
         self.saving: list[float] = []  # seconds of each checkpoint, in which no step was made
@@ -112,28 +111,31 @@ class Trainer:
         choice: tuple[str | None, list[str], bool] | HpcCifarError = (None, [], True)
         if self.world.main:
             try:
-                saved, damaged = checkpoint.newest_good(folder)
-                if saved is not None:
-                    choice = (saved.folder.name, damaged, checkpoint.settle(folder, saved))
+                good, notes = checkpoint.newest_good(folder)
+                if good is not None:
+                    notes = [f"skipped a damaged checkpoint: {line}" for line in notes] or saved.older(self.run, good.step)
+                    choice = (good.folder.name, notes, checkpoint.settle(folder, good))
+                    saved.note(self.run, good.step)
             except HpcCifarError as error:
                 choice = error
         choice = self.world.share(choice)
         if isinstance(choice, HpcCifarError):
             raise choice
-        name, damaged, has_best = choice
+        name, notes, has_best = choice
         if name is None:
             return []
-        saved = checkpoint.named(folder, name)
-        if saved is None:
+        good = checkpoint.named(folder, name)
+        if good is None:
             raise RunError(f"rank {self.world.rank} cannot read {folder / name}, which rank 0 can: is it on a shared disk?")
-        self.session.restore(checkpoint.read(saved))
+        self.session.restore(checkpoint.read(good))
         if not has_best:  # the next validation gives a new one
+            notes.append(f"the best checkpoint so far, of step {good.best_step}, is gone; the best of what follows counts")
             self.session.best = self.session.best_step = None
-        self.saved_step = saved.step
+        self.saved_step = good.step
         position = self.session.position
         return [
-            *(f"skipped a damaged checkpoint: {line}" for line in damaged),
-            f"resuming at step {saved.step} of {self.plan.total_steps} (epoch {position.epoch + 1}, batch {position.batch})",
+            *notes,
+            f"resuming at step {good.step} of {self.plan.total_steps} (epoch {position.epoch + 1}, batch {position.batch})",
         ]
 
     # ---- the whole run -------------------------------------------------------------------------------------------
@@ -359,7 +361,7 @@ class Trainer:
             return
         best = checkpoint.named(self.run.checkpoints, "best")
         if best is None:
-            raise RunError(f"{self.run.checkpoints}: there is no best checkpoint to select")
+            raise RunError(f"{self.run.checkpoints}: the best checkpoint, which is to be tested, is gone; {saved.WAY_OUT}")
         self.session.use_weights(checkpoint.read(best))
 
     # ---- ending ----------------------------------------------------------------------------------------------------
@@ -383,9 +385,7 @@ class Trainer:
             if position.epoch < self.experiment.epochs:
                 result["reason"] = f"early stopping after epoch {position.epoch} of {self.experiment.epochs}"
         elif reason:
-            cancelled = self.world.share(self.run.cancel_marker.exists())
-            requeue = reason == "preempted" and "SUBMITIT_EXECUTOR" in os.environ
-            result["state"] = "cancelled" if cancelled else "requeued" if requeue else "stopped"
+            result["state"] = word_for(reason, self.world.share(self.run.cancel_marker.exists()))
             result["reason"] = reason
             result |= {f"{name}_after_ms": value for name, value in taken.items() if value is not None}
         else:

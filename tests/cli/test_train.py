@@ -9,7 +9,7 @@ import subprocess
 import pytest
 from launch_site import Site, eventually
 
-from hpc_cifar import runs
+from hpc_cifar import files, runs
 from hpc_cifar.runs import Run
 
 pytestmark = pytest.mark.slow  # real processes, seconds each
@@ -64,7 +64,9 @@ def test_fresh_starts_over_on_every_rank(site: Site) -> None:
     assert [code for code, _, _ in done] == [0, 0]
     assert "starting over" in done[0][1]
     assert [row["step"] for row in site.seen(run)] == [0] == [row["step"] for row in site.seen(run, 1)]
-    assert len(runs.all_runs(site.runs)) == 2  # the old one is set aside
+    old, new = runs.all_runs(site.runs)  # the old one is set aside
+    event = files.read_json_lines(new.metrics_file)[0]
+    assert new == run and (event["event"], event["aside"]) == ("begun again", old.id)
 
 
 def test_the_plan_says_what_was_adapted(site: Site) -> None:

@@ -43,6 +43,7 @@ def train(
     world: Any = None,
     begin: Callable[[], None] | None = None,
     segment: str = "",
+    job: str = "",
     on_hang: Any = None,
     gives_up: Any = None,
 ) -> dict[str, Any]:

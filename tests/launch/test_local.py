@@ -287,3 +287,38 @@ def test_more_processes_than_images_in_a_batch(site: Site, setting: str) -> None
     refused = site.cli("submit", site.job(), "--cluster", "local", "--set", setting, code=2)
     assert "data.batch_size: 1 images for 2 processes" in refused.stderr
     assert not site.runs.exists()
+
+
+def test_resume_asks_for_checkpoints_that_are_gone_or_begins_again(site: Site) -> None:
+    run = site.submit("held", epochs=3)
+    eventually(lambda: site.seen(run) and site.seen(run, 1))
+    site.cli("cancel", run.id)  # where it is held, so that it cannot finish before
+    (site.runs / "go").touch()
+    files.write_json(run.path / "saved.json", {"step": 7, "time": "2026-11-01T00:00:00+00:00"})
+    for path in run.checkpoints.glob("step-*"):
+        path.unlink()
+    (run.path / "metrics.jsonl").write_text('{"kind": "step", "step": 7}\n')
+    before = [run.state(), run.jobs()]
+    refused = site.cli("resume", run.id, code=1).stderr
+    assert "no checkpoint is there, though that of step 7 was written at 2026-11-01T00:00:00+00:00" in refused
+    assert [run.state(), run.jobs()] == before and run.cancel_marker.exists()
+    site.cli("resume", run.id, "--fresh")
+    assert site.cli("wait", run.id).stdout == f"{run.id}: finished\n"
+    assert [row["step"] for row in site.seen(run)] == [0, 0]
+    [aside] = run.path.glob("before-*")
+    assert (aside / "metrics.jsonl").read_text() == '{"kind": "step", "step": 7}\n'
+    assert files.read_json_lines(run.metrics_file)[0]["aside"] == aside.name
+    assert "has finished already" in site.cli("resume", run.id, "--fresh").stdout
+
+
+def test_what_a_restart_waits_for_is_its_reason(site: Site) -> None:
+    """As the training loop says it, for the job that runs now."""
+    run = site.submit("held", epochs=3)
+    eventually(lambda: site.seen(run) and site.seen(run, 1))
+    words = "waits for the lock of its earlier segment on n1 (process 7)"
+    for job, reason in (("another", None), (run.jobs()[-1]["job_id"], words)):
+        files.write_json(run.path / "waits.json", {"job": job, "reason": words})
+        assert (site.status(run)["state"], site.status(run)["reason"]) == ("running", reason)
+    (site.runs / "go").touch()
+    site.cli("wait", run.id)
+    assert site.status(run)["reason"] is None

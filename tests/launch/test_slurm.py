@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import json
 import shlex
 import subprocess
 import sys
@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launch_site import EXPERIMENT, Site, command, run_with
+from launch_site import EXPERIMENT, Site, command, run_with, unmarked
 
 from hpc_cifar import runs
 from hpc_cifar.config.cluster import Cluster
 from hpc_cifar.config.experiment import Experiment
 from hpc_cifar.errors import LaunchError, UsageError
-from hpc_cifar.launch import estimate, script, slurm, status, submit
+from hpc_cifar.launch import interruptions, script, slurm, status, submit
+from hpc_cifar.launch.script import AFTER_SRUN
+from hpc_cifar.runs import Run
 
 SITE = {
     "name": "big",
@@ -43,12 +45,12 @@ def text_of(cluster: dict[str, Any], run: Path = Path("/runs/deep-1"), experimen
 def test_the_script_is_exactly_this() -> None:
     python = shlex.quote(sys.executable)
     assert (
-        text_of(SITE)
+        unmarked(text_of(SITE))
         == f"""#!/bin/bash
 
 # Parameters
 #SBATCH --account=proj-1
-#SBATCH --comment='hpc-cifar run deep-1'
+#SBATCH --comment='hpc-cifar run deep-1, submission MARK'
 #SBATCH --constraint='a100&nvlink'
 #SBATCH --cpus-per-task=3
 #SBATCH --error=/runs/deep-1/submitit/%j_0_log.err
@@ -76,6 +78,9 @@ export PYTHONPATH=/runs/deep-1/code${{PYTHONPATH:+:$PYTHONPATH}}
 export PYTHONSAFEPATH=1
 hpc_cifar_code=/runs/deep-1/code
 set +e
+hpc_cifar_job=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}
+hpc_cifar_pickle=$hpc_cifar_code/../submitit/${{hpc_cifar_job:-$SLURM_JOB_ID}}_submitted.pkl
+[ -e "$hpc_cifar_pickle" ] || cp "$hpc_cifar_code/../submitit/.MARK.pkl" "$hpc_cifar_pickle" 2> /dev/null
 
 # command
 export SUBMITIT_EXECUTOR=slurm
@@ -83,29 +88,24 @@ srun --unbuffered --output /runs/deep-1/submitit/%j_%t_log.out --error /runs/dee
 --cpus-per-task=3 --export=ALL --kill-on-bad-exit=1 --open-mode=append --mpi=none \
 sh -c 'trap "" USR2 TERM; exec "$@"' sh {python} -u -m submitit.core._submit /runs/deep-1/submitit
 
-# A signal ended a task before its program could listen, or a node was not reached: the job begins again, unless it was
-# cancelled or a rank has said why it failed.
 code=$?
-job=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}
-job=${{job:-$SLURM_JOB_ID}}
-run=$hpc_cifar_code/..
-case $code in 140|143|233|234|235|236)
-  if ! grep -qsF "\\"$job.${{SLURM_RESTART_COUNT:-0}}\\"" "$run/failures.jsonl" && [ ! -e "$run/cancelled" ]; then
-    echo x >> "$run/submitit/${{job}}_again"
-    if [ "$(wc -l < "$run/submitit/${{job}}_again")" -le 40 ]; then
-      echo "hpc-cifar: srun ended with $code before the run began; the job begins again" >&2
-      scontrol requeue Incomplete "$job"
-    else
-      echo "hpc-cifar: srun ended with $code before the run began, 40 times already; see the nodes, then resume it" >&2
-    fi
-  fi
-esac
-exit $code
-"""
+early='|140|143|233|234|235|236|' kills='|137|139|135|134|'
+most_early=40 most_kills=5 most_memory=1
+{AFTER_SRUN.read_text()}"""
     )
 
 
 AGAIN = "requeue Incomplete"
+
+
+def segment_of(element: dict[str, str]) -> str:
+    job = f"{element['SLURM_ARRAY_JOB_ID']}_{element['SLURM_ARRAY_TASK_ID']}" if "SLURM_ARRAY_JOB_ID" in element else "7"
+    return f"{job}.{element.get('SLURM_RESTART_COUNT', 0)}"
+
+
+def row_of(event: str, step: int = 0) -> str:
+    """As a rank writes it."""
+    return json.dumps({"time": "x", "segment": "7.0", "event": event, "step": step, "rank": 0, "reason": "it"}) + "\n"
 
 
 @pytest.mark.parametrize(
@@ -117,11 +117,27 @@ AGAIN = "requeue Incomplete"
         (143, {"cancelled": ""}, {}, ""),
         (143, {"failures.jsonl": '{"segment": "7.0", "reason": "no GPU"}'}, {}, ""),
         (143, {"failures.jsonl": '{"segment": "7.0", "reason": "no GPU"}'}, {"SLURM_RESTART_COUNT": "1"}, f"{AGAIN} 7"),
-        (233, {"submitit/7_again": "x\n" * 39}, {}, f"{AGAIN} 7"),
-        (233, {"submitit/7_again": "x\n" * 40}, {}, ""),
+        (233, {"interruptions.jsonl": row_of("early exit") * 39}, {}, f"{AGAIN} 7"),
+        (233, {"interruptions.jsonl": row_of("early exit") * 40}, {}, ""),
         (0, {}, {}, ""),
         (1, {}, {}, ""),
-        (137, {}, {}, ""),
+        (137, {}, {}, f"{AGAIN} 7"),
+        (139, {"interruptions.jsonl": row_of("killed rank") * 4}, {}, f"{AGAIN} 7"),
+        (139, {"interruptions.jsonl": row_of("killed rank") * 5}, {}, ""),
+        (139, {"interruptions.jsonl": row_of("killed rank", 70) * 5}, {}, f"{AGAIN} 7"),
+        (139, {"interruptions.jsonl": row_of("killed rank", 70) * 5, "checkpoints": "step-00000070"}, {}, ""),
+        (137, {"endings/7.0.json": '{\n  "done": true\n}\n'}, {}, ""),
+        (137, {"endings/7.0.json": '{"event": "lost rank"}\n'}, {}, f"{AGAIN} 7"),
+        (137, {"submitit/7_0_log.err": "srun: error: n1: task 0: Out Of Memory\n"}, {}, f"{AGAIN} 7"),
+        (
+            137,
+            {
+                "submitit/7_0_log.err": "srun: error: n1: task 0: Out Of Memory\n",
+                "interruptions.jsonl": row_of("out of memory"),
+            },
+            {},
+            "",
+        ),
     ],
 )
 def test_a_job_whose_tasks_did_not_begin_begins_again(
@@ -136,13 +152,22 @@ def test_a_job_whose_tasks_did_not_begin_begins_again(
     for folder in ("code", "submitit"):
         (run / folder).mkdir(parents=True)
     for name, text in before.items():
-        (run / name).write_text(text)
+        (run / name).parent.mkdir(exist_ok=True)
+        if name == "checkpoints":
+            (run / name).mkdir()
+            (run / name / "latest").symlink_to(text)
+        else:
+            (run / name).write_text(text)
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", **element}
     script_text = text_of({"name": "x", "setup": ["set -e"]}, run)
     done = subprocess.run(["bash", "-c", script_text], env=environment, check=False)
     assert done.returncode == code
     asked = tmp_path / "asked"
     assert (asked.read_text().strip() if asked.exists() else "") == again
+    if code not in (0, 1) and not {"cancelled", "endings/7.0.json", "failures.jsonl"} & set(before):
+        row = interruptions.rows(Run(run))[-1]
+        assert (row["segment"], row["step"]) == (segment_of(element), 70 if "checkpoints" in before else 0)
+        assert f"srun ended with exit code {code}" in row["reason"]
 
 
 def test_a_job_that_may_not_requeue_ends_with_srun() -> None:
@@ -246,8 +271,9 @@ def test_what_sbatch_gets_is_what_the_dry_run_shows(site: Site) -> None:
     shown = site.cli(*arguments, "--dry-run").stdout
     run_id, job_id = site.cli(*arguments, "--parsable").stdout.split()
     assert job_id == "77"
-    shown_id = shown.partition("hpc-cifar run ")[2].partition("'")[0]
-    assert shown[shown.index("#!/bin/bash") :].strip().replace(shown_id, run_id) == (site.folder / "got.sh").read_text().strip()
+    shown_id = shown.partition("hpc-cifar run ")[2].partition(",")[0]
+    text = shown[shown.index("#!/bin/bash") :].strip().replace(shown_id, run_id)
+    assert unmarked(text) == unmarked((site.folder / "got.sh").read_text()).strip()
     environment = (site.folder / "env").read_text().splitlines()
     assert "SLURM_CONF=/etc/s.conf" in environment
     assert not [line for line in environment if line.startswith("SLURM_JOB_ID=")]
@@ -263,6 +289,7 @@ RUNNING = {"state": "running", "step": 5}
         ("7|PENDING|Resources", None, {"state": "pending"}, ("pending", "Resources")),
         ("7|RUNNING|None", None, {"state": "pending"}, ("running", None)),
         ("7|PENDING|BeginTime", None, {"state": "requeued", "step": 5}, ("requeued", "BeginTime")),
+        ("7|EXPEDITING|None", None, {"state": "requeued", "step": 5}, ("requeued", None)),  # of 25.11 and later
         ("7|PENDING|None", None, {"state": "failed", "step": 5, "reason": "peer"}, ("requeued", None)),
         ("7|RUNNING|None", None, {"state": "failed", "step": 5, "reason": "peer"}, ("running", None)),
         ("7|NODE_FAIL|None", None, RUNNING, ("failed", "Slurm: NODE_FAIL")),
@@ -284,77 +311,6 @@ def test_states(
     slurm_says(squeue, sacct)
     seen = status.status(run_with(tmp_path / "runs", state=state))
     assert (seen.state, seen.reason) == expected
-
-
-# As 22.05, 24.11 and 26.05 print it, shortened. 26.05 has a SubmitLine, which may hold anything.
-SHOWN = (
-    "JobId=9 ArrayJobId=9 ArrayTaskId=4 JobName=deep UserId=me(7) QOS=normal JobState={state} Reason={reason} "
-    "Dependency=(null) Requeue=1 Restarts={restarts} BatchFlag=1 Reboot=0 ExitCode=0:15 StartTime=2026-11-28T14:00:00 "
-    "EndTime={ended} Deadline=N/A PreemptEligibleTime=2026-11-28T14:00:00 {preempted}SuspendTime=None "
-    "Partition=gpu SubmitLine=sbatch --comment JobState=FAILED PreemptTime=2020-01-01T00:00:00 Restarts=7"
-)
-
-
-@pytest.mark.parametrize(
-    ("state", "preempted", "ended", "by_preemption"),
-    [
-        ("RUNNING", "None", "2027-11-28T14:00:00", False),
-        ("RUNNING", "2026-11-28T15:00:00", "2026-11-28T15:00:06", True),  # in its grace time
-        ("RUNNING", "2026-11-28T15:00:00", "Unknown", True),
-        ("COMPLETING", "None", "2026-11-28T15:00:00", False),  # cancelled
-        ("COMPLETING", "2026-11-28T15:00:00", "2026-11-28T15:00:00", True),  # without a grace time
-        ("COMPLETING", "2026-11-28T15:00:00", "2026-11-28T15:00:01", True),
-        ("COMPLETING", "2026-11-28T15:00:00", "2026-11-28T15:00:04", False),  # cancelled in its grace time
-        ("CANCELLED", "2026-11-28T15:00:00", "2026-11-28T15:00:00", False),
-        ("PREEMPTED", "2026-11-28T15:00:00", "2026-11-28T15:00:00", True),
-    ],
-)
-def test_evidence_of_a_preemption(slurm_says: Any, state: str, preempted: str, ended: str, by_preemption: bool) -> None:
-    shown = SHOWN.format(state=state, reason="None", restarts=2, ended=ended, preempted=f"PreemptTime={preempted} ")
-    slurm_says("9_4|nonsense", None, shown)
-    told = slurm.evidence("9_4")
-    assert (told.state, told.reason, told.restarts, told.by_preemption) == (state, "", 2, by_preemption)
-    assert (told.preempted is None) == (preempted == "None")
-
-
-def test_evidence_where_scontrol_does_not_answer(tmp_path: Path, slurm_says: Any) -> None:
-    """A job that Slurm has put back into the queue has no time of a preemption, and one that has ended is in squeue at most."""
-    slurm_says("nonsense", None, SHOWN.format(state="COMPLETING", reason="None", restarts=1, ended="Unknown", preempted=""))
-    assert slurm.evidence("9_4") == slurm.Evidence("COMPLETING", restarts=1)
-    slurm_says("COMPLETING TimeLimit", None, None)
-    assert slurm.evidence("9_4") == slurm.Evidence("COMPLETING", "TimeLimit")
-    slurm_says(None, None, None)
-    assert slurm.evidence("9_4") == slurm.Evidence()
-    for name in ("squeue", "scontrol"):
-        (tmp_path / "bin" / name).unlink()
-    assert slurm.evidence("9_4") == slurm.Evidence()
-
-
-@pytest.mark.parametrize(
-    ("words", "nodes", "partition"),
-    [
-        ("using 2 processors on nodes n[1-2] in partition x", "n[1-2]", "x"),
-        ("a using 2 processors on nodes n1 in partition x", "n1", "x"),  # since 25.05
-        ("on cluster here a using 2 processors on nodes n1 in partition x", "n1", "x"),
-        ("on cluster here using 2 processors on nodes n1 in partition x", "n1", "x"),
-        ("using 1 processors", None, None),
-        ("", None, None),
-    ],
-)
-def test_every_wording_of_an_estimate(
-    tmp_path: Path, slurm_says: Any, words: str, nodes: str | None, partition: str | None
-) -> None:
-    slurm_says("", None, f"PartitionName={partition} QoS=N/A MaxTime=00:05:00")
-    told = f"sbatch: Job 1 to start at 2030-01-01T00:00:00 {words}"
-    command(tmp_path / "bin", "sbatch", f"echo {shlex.quote(told)} >&2")
-    cluster = Cluster.model_validate({"name": "x"})
-    plan = submit.plan_for(EXPERIMENT, cluster, 1000)
-    short = dataclasses.replace(plan, time_s=300)
-    text = script.executor(EXPERIMENT, cluster, short, Path("/runs/deep-1")).script()
-    assert estimate.start_of(text, cluster, short) == estimate.Start(slurm.utc_of("2030-01-01T00:00:00"), nodes, partition)
-    if partition:  # whose limit is known, then
-        with pytest.raises(LaunchError, match="partition x has MaxTime=00:05:00"):
-            estimate.start_of(text, cluster, dataclasses.replace(plan, time_s=600))
 
 
 def test_one_call_serves_many_runs_and_finished_ones_need_none(tmp_path: Path, slurm_says: Any) -> None:

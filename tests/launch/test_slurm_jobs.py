@@ -7,16 +7,16 @@ import shlex
 import signal
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from launch_site import EXPERIMENT, Site, command, run_with
 
 from hpc_cifar import runs
-from hpc_cifar.errors import LaunchError, LostRank, RunError
-from hpc_cifar.launch import control, job, requeue, several, slurm, status
+from hpc_cifar.errors import LaunchError, RunError
+from hpc_cifar.launch import control, interruptions, job, own_job, several, slurm, status
 from hpc_cifar.launch.job import TrainJob
+from hpc_cifar.launch.policy import Event
 
 
 def test_one_forgotten_job_hides_no_other_problem_of_scancel(tmp_path: Path, slurm_says: Any) -> None:
@@ -68,69 +68,115 @@ def test_a_refused_link_costs_only_the_links_behind_it(site: Site) -> None:
 
 
 class Rank0:
-    cluster, global_rank, num_tasks, job_id, raw_job_id = "slurm", 0, 1, "9_4", "9"
+    """Of an element of an array."""
+
+    cluster, global_rank, num_tasks, job_id, raw_job_id, num_nodes, local_rank = "slurm", 0, 1, "9_4", "9", 1, 0
+    hostnames = ("n1",)
+
+    @staticmethod
+    def _usr_sig() -> signal.Signals:
+        return signal.SIGUSR2
 
 
-def test_a_time_limit_is_no_cancel(tmp_path: Path, slurm_says: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both end a job by TERM, and Slurm calls both COMPLETING while they do."""
-
-    def submitits_handler(*_: Any) -> None:
-        raise SystemExit("requeued")
-
-    run = run_with(tmp_path / "runs", "9_4", {"state": "stopped"})
-    monkeypatch.setattr(Rank0, "paths", Paths(tmp_path), raising=False)
-    arguments = (signal.SIGUSR2, submitits_handler, {"state": "stopped", "reason": "terminated"})
-    slurm_says("COMPLETING TimeLimit")
-    with pytest.raises(SystemExit, match="requeued"):
-        requeue.requeue(run, Rank0(), *arguments)
-    assert run.state()["state"] == "requeued"
-    slurm_says("COMPLETING None")
-    requeue.requeue(run, Rank0(), *arguments)
-    assert run.state()["state"] == "cancelled"
+STOPPED = {"state": "stopped", "reason": "terminated"}
+PREEMPTED = "2026-11-28T15:00:00"
 
 
-SHOWN = (
-    " JobState={} Reason=None Dependency=(null) Requeue=1 Restarts={} EndTime=2026-11-28T15:00:00 PreemptTime={} Partition=x"
-)
+@pytest.fixture
+def element(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes the job of a run, on a Slurm whose ``scontrol`` notes what it is asked to do."""
+    monkeypatch.setattr(own_job, "LAST_WORD_S", 0.3)
+    for name, value in {"SLURM_JOB_ID": "13", "SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "4"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
 
-
-def test_term_alone_is_a_preemption_where_slurm_says_so(
-    tmp_path: Path, slurm_says: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without a grace time Slurm calls the job COMPLETING, as one that was cancelled."""
-    handed: list[str] = []
-
-    def submitits_handler(*_: Any) -> None:
-        handed.append("over")
-        raise SystemExit("requeued")
-
-    monkeypatch.setattr(Rank0, "paths", Paths(tmp_path), raising=False)
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-
-    def told(restarts: int, preempted: str, state: str = "COMPLETING", chain: bool = False) -> tuple[str, str]:
-        run = run_with(tmp_path / "runs", "9_4", {"state": "stopped", "reason": "terminated"})
-        if chain:
+    def make(
+        state: str, *, reason: str = "None", restarts: int = 0, preempted: str = "None", problem: str = "",
+        profile: str = "{}", link: bool = False, run: runs.Run | None = None,
+    ) -> own_job.OwnJob:  # fmt: skip
+        shown = (
+            f" JobState={state} Reason={reason} Dependency=(null) Requeue=1 Restarts={restarts} EndTime=2026-11-28T15:00:00 "
+            f"PreemptTime={preempted} Partition=x"
+        )
+        refusal = f"echo {shlex.quote(problem)} >&2; exit 1" if problem else f'echo "$@" >> {tmp_path}/asked'
+        told = f"echo {shlex.quote(shown)}" if state else "exit 1"
+        command(tmp_path / "bin", "scontrol", f'case "$*" in *show*) {told} ;; *) {refusal} ;; esac')
+        command(tmp_path / "bin", "scancel", f'echo "scancel $@" >> {tmp_path}/asked')
+        command(tmp_path / "bin", "squeue", "exit 1")
+        (tmp_path / "asked").unlink(missing_ok=True)
+        if run is None:
+            run = run_with(tmp_path / "runs", "9_4", dict(STOPPED))
+        (run.path / "cluster.json").write_text(profile)
+        if link:
             run.add_job(executor="slurm", job_id="10", follows="9_4")
-            (run.path / "cluster.json").write_text('{"requeue": false, "preemptible": true}')
-        slurm_says(f"{state} None", None, SHOWN.format(state, restarts, preempted))
-        handed.clear()
-        result = {"state": "stopped", "reason": "terminated"}
-        try:
-            requeue.requeue(run, Rank0(), signal.SIGUSR2, submitits_handler, result)
-        except SystemExit as left:
-            return f"left with {left.code}", str(run.state()["state"])
-        return "returned", str(run.state()["state"])
+        return own_job.OwnJob(run, Rank0())
 
-    assert told(1, "None") == ("returned", "cancelled")
-    assert told(1, "None", chain=True) == ("returned", "cancelled")
-    assert told(1, "2026-11-28T15:00:00", chain=True) == ("left with 0", "requeued")  # the next link goes on
-    assert told(1, "2026-11-28T15:00:00", state="RUNNING", chain=True) == ("left with 0", "requeued")
-    assert told(2, "None") == ("left with 0", "requeued") and not handed, "Slurm has requeued it already"
-    assert told(1, "2026-11-28T15:00:00") == ("left with requeued", "requeued") and handed
-    assert told(1, "2026-11-28T14:59:00") == ("returned", "cancelled"), "cancelled a minute after the preemption began"
+    return make
 
 
-def test_a_signal_during_the_first_imports_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def asked(tmp_path: Path) -> Any:
+    def read() -> str:
+        path = tmp_path / "asked"
+        return path.read_text() if path.exists() else ""
+
+    return read
+
+
+AGAIN = "requeue Incomplete 9_4\n"  # never the plain number, which is the whole array
+
+
+def outcome(own: own_job.OwnJob, event: Event, result: dict[str, Any] | None = None) -> tuple[str, str]:
+    try:
+        own.stopped(event, dict(result or STOPPED))
+    except SystemExit as left:
+        return f"left with {left.code}", str(own.run.state()["state"])
+    return "returned", str(own.run.state()["state"])
+
+
+CHAIN = {"profile": '{"requeue": false, "preemptible": true}', "link": True}
+
+
+@pytest.mark.parametrize(
+    ("slurm_word", "expected", "requeued"),
+    [
+        # both a time limit and a cancel end a job by TERM, and Slurm calls both COMPLETING while they do
+        ({"state": "COMPLETING", "reason": "TimeLimit"}, ("left with 0", "requeued"), True),
+        ({"state": "COMPLETING"}, ("returned", "cancelled"), False),
+        ({"state": "COMPLETING", **CHAIN}, ("returned", "cancelled"), False),
+        ({"state": "CANCELLED"}, ("returned", "cancelled"), False),
+        # without a grace time Slurm calls a preempted job COMPLETING, as one that was cancelled, and requeues it
+        ({"state": "COMPLETING", "preempted": PREEMPTED}, ("left with 0", "requeued"), False),
+        ({"state": "COMPLETING", "preempted": PREEMPTED, **CHAIN}, ("left with 0", "requeued"), False),
+        ({"state": "COMPLETING", "preempted": "2026-11-28T14:59:00"}, ("returned", "cancelled"), False),
+        ({"state": "RUNNING", "preempted": PREEMPTED}, ("left with 0", "requeued"), True),
+        ({"state": "RUNNING", "preempted": PREEMPTED, **CHAIN}, ("left with 0", "requeued"), False),
+        ({"state": "RUNNING", "restarts": 1}, ("left with 0", "requeued"), False),  # Slurm has requeued it already
+        ({"state": "RUNNING"}, ("left with 0", "requeued"), True),  # a rank was lost
+        ({"state": ""}, ("returned", "stopped"), False),  # Slurm does not answer
+        ({"state": "", "profile": '{"preemptible": true}'}, ("left with 0", "requeued"), True),
+        ({"state": "", **CHAIN}, ("left with 0", "requeued"), False),
+    ],
+)
+def test_term_alone(slurm_word: dict[str, Any], expected: tuple[str, str], requeued: bool, element: Any, asked: Any) -> None:
+    own = element(**slurm_word)
+    assert outcome(own, Event.TERMINATED) == expected
+    # at the time limit Slurm takes the job for complete
+    again = AGAIN.replace("Incomplete ", "") if slurm_word.get("reason") == "TimeLimit" else AGAIN
+    assert asked() == again * requeued
+
+
+def test_a_preemption_that_cannot_be_requeued(element: Any, asked: Any) -> None:
+    own = element("RUNNING", problem="scontrol: error: Requested operation is presently disabled")
+    assert outcome(own, Event.PREEMPTED) == ("left with 1", "failed")
+    assert "could not be requeued (scontrol: error: Requested operation is presently disabled)" in own.run.state()["reason"]
+    own = element("RUNNING", problem="disabled", link=True)
+    assert outcome(own, Event.PREEMPTED) == ("left with 0", "requeued")
+    assert own.run.state()["reason"] == "it goes on as job 10"
+    assert [row["event"] for row in interruptions.rows(own.run)] == ["preempted"]
+
+
+def test_a_signal_during_the_first_imports_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, element: Any) -> None:
     """submitit listens before we do, and would requeue a job that must not be, or fail it where that is forbidden."""
     import submitit
 
@@ -139,91 +185,127 @@ def test_a_signal_during_the_first_imports_is_noted(tmp_path: Path, monkeypatch:
             if name == "hpc_cifar.runs":
                 os.kill(os.getpid(), signal.SIGUSR2)
 
-    class Environment(Rank0):
-        num_nodes, local_rank = 1, 0
-
-        @staticmethod
-        def _usr_sig() -> signal.Signals:
-            return signal.SIGUSR2
-
     seen: list[Any] = []
-    run = run_with(tmp_path / "runs", "9_4", {"state": "pending"})
-    monkeypatch.setattr(submitit, "JobEnvironment", Environment)
-    monkeypatch.setattr(requeue, "requeue", lambda run, env, usr, hand_over, result: seen.append((hand_over, result)))
+    own = element("RUNNING")
+    monkeypatch.setattr(submitit, "JobEnvironment", Rank0)
+    monkeypatch.setattr(own_job.OwnJob, "stopped", lambda self, event, result: seen.append((event, result)) or result)
     monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
     monkeypatch.delitem(sys.modules, "hpc_cifar.runs")
     monkeypatch.delattr("hpc_cifar.runs")
     submitits = lambda *_: seen.append("submitit")  # noqa: E731
     before = {number: signal.signal(number, submitits) for number in (signal.SIGUSR2, signal.SIGTERM)}
     try:
-        TrainJob(run.path, tmp_path)()
+        TrainJob(own.run.path, tmp_path)()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    assert seen == [(submitits, {"state": "requeued"})]
+    assert seen == [(Event.PREEMPTED, {"state": "requeued"})]
 
 
-class Paths:
-    def __init__(self, folder: Path) -> None:
-        self.submitted_pickle = folder / "9_submitted.pkl"
-
-
-def test_a_hung_element_requeues_itself_and_a_cancelled_one_nothing(
-    tmp_path: Path, slurm_says: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hung_element_requeues_itself_and_a_cancelled_one_nothing(element: Any, asked: Any) -> None:
     def hang(state: str) -> tuple[str, str]:
-        slurm_says(state)
-        command(tmp_path / "bin", "scontrol", f'echo "$@" >> {tmp_path}/asked')
-        run = run_with(tmp_path / "runs", "9_4", {"state": "running", "step": 5})
-        (tmp_path / "asked").unlink(missing_ok=True)
-        assert requeue.restart_hung(run, Rank0(), "hung after step 5") == 1
-        asked = tmp_path / "asked"
-        return str(run.state()["state"]), asked.read_text() if asked.exists() else ""
+        own = element(state)
+        own.run.write_state(state="running", step=5)
+        assert own.hung("hung after step 5") == 1
+        return str(own.run.state()["state"]), asked().replace("scancel --signal=CONT 9_4\n", "")
 
-    monkeypatch.setenv("SLURM_JOB_ID", "9")
-    assert hang("RUNNING") == ("requeued", "requeue Incomplete 9_4\n"), "never the plain number, which is the whole array"
-    assert hang("COMPLETING") == ("running", "")
+    assert hang("RUNNING") == ("requeued", AGAIN)
+    assert hang("COMPLETING") == ("cancelled", ""), "without any reason that is what Slurm calls a cancelled job"
     assert hang("CANCELLED") == ("cancelled", "")
 
 
 def test_a_job_that_lost_a_silent_rank_goes_back_to_the_queue(
-    tmp_path: Path, slurm_says: Any, monkeypatch: pytest.MonkeyPatch
+    element: Any, asked: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SLURM_JOB_ID", "9")
-    monkeypatch.setattr(requeue, "LAST_WORD_S", 0.1)
-    slurm_says("RUNNING")
-    command(tmp_path / "bin", "scontrol", f'echo "$@" >> {tmp_path}/asked')
-    run = run_with(tmp_path / "runs", "9_4", {"state": "running", "step": 5})
-    for restart in range(requeue.MAX_HANGS + 1):  # again and again at one step: it is no accident
+    """So often without a checkpoint in between; a checkpoint, or a person who submits the run again, begins the count anew."""
+    run = element("RUNNING").run
+    for restart in range(18):
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
-        assert requeue.restart_after_loss(run, Rank0(), LostRank("connection closed by peer")) is (restart < requeue.MAX_HANGS)
-    assert (tmp_path / "asked").read_text() == "requeue Incomplete 9_4\n" * requeue.MAX_HANGS
-    talking = run_with(tmp_path / "runs", "9_4", {"state": "running", "step": 5})
-    job.record_failure(talking, ValueError("mine"), rank=1, segment=job.segment())
-    assert not requeue.restart_after_loss(talking, Rank0(), LostRank("connection closed by peer")), "it could say why"
-    assert talking.state()["reason"] == "rank 1: ValueError: mine"
+        own = element("RUNNING", restarts=restart, run=run)
+        goes_on = own.lost(Event.RANK_LOST, "connection closed by peer")
+        assert goes_on is (restart not in (5, 11, 17)), f"restart {restart}: {run.state()}"
+        assert asked() == AGAIN * goes_on
+        if restart == 5:
+            assert "connection closed by peer; lost rank: 6 times without a checkpoint" in run.state()["reason"]
+            run.checkpoints.mkdir(exist_ok=True)
+            (run.checkpoints / "latest").symlink_to("step-00000070")
+        if restart == 11:
+            interruptions.begin_anew(run)
 
 
-def test_a_cancel_in_the_moment_of_a_requeue_is_told_to_slurm_again(
-    tmp_path: Path, slurm_says: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_killed_a_rank_is_told(element: Any, asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In srun's words, in the log of the job since this segment began; the rank that is left hears a TERM alone."""
+    killed = "srun: error: n1: task 1: Killed\nsrun: Terminating StepId=9.0\nsrun: error: n1: task 0: Terminated\n"
+    own = element("RUNNING")
+    log = own.run.submitit / "9_4_0_log.err"
+    log.parent.mkdir(exist_ok=True)
+    log.write_text(killed)
+    words = {
+        killed: "rank 1 on n1 was killed by signal 9 (SIGKILL), usually for memory",
+        "srun: error: n1: task 1: Out Of Memory\n": "rank 1 on n1 was killed for memory",
+        f"slurmstepd: error: Detected 1 oom_kill event in StepId=9.0.\n{killed}": "rank 1 on n1 was killed for memory",
+        "srun: error: n2: tasks 2-3: Segmentation fault (core dumped)\n": "ranks 2-3 on n2 was killed by signal 11 (SIGSEGV)",
+    }
+    for restart, (text, reason) in enumerate(words.items()):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+        own = element("RUNNING", restarts=restart, run=own.run)
+        log.write_text(log.read_text() + text)
+        interruptions.begin_anew(own.run)
+        assert outcome(own, Event.TERMINATED) == ("left with 0", "requeued")
+        assert own.run.state()["reason"] == reason.replace("ranks 2-3 on n2 was", "ranks 2-3 on n2 were")
+        [row] = interruptions.rows(own.run)
+        assert row["event"] == ("out of memory" if "for memory" in reason and "usually" not in reason else "killed rank")
+    log.write_text("")
+    own.run.submitit.joinpath("9_4_0_log.err").write_text("")
+
+
+def test_out_of_memory_ends_at_the_second_time(element: Any, asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = None
+    for restart in range(2):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+        own = element("RUNNING", restarts=restart, run=run)
+        run = own.run
+        log = run.submitit / "9_4_0_log.err"
+        log.parent.mkdir(exist_ok=True)
+        with log.open("a") as stream:
+            stream.write("srun: error: n1: task 1: Out Of Memory\n")
+        assert own.lost(Event.RANK_LOST, "connection closed by peer") is (restart == 0)
+    assert run is not None
+    assert run.state()["state"] == "failed"
+    assert "rank 1 on n1 was killed for memory; out of memory: 2 times" in run.state()["reason"]
+    assert "resources.memory_gib_per_node" in run.state()["reason"]
+
+
+def test_one_rank_ends_a_segment_and_the_others_follow(element: Any, asked: Any) -> None:
+    own = element("RUNNING")
+    second = own_job.OwnJob(own.run, Rank0())
+    assert own.lost(Event.RANK_LOST, "closed") and second.lost(Event.RANK_LOST, "closed as well")
+    assert asked() == AGAIN
+    assert second.hung("hung") == 1 and outcome(second, Event.PREEMPTED)[0] == "left with 0"
+    assert asked() == AGAIN + "scancel --signal=CONT 9_4\n"
+
+
+def test_a_rank_that_could_say_why_is_no_lost_one(element: Any, asked: Any) -> None:
+    own = element("RUNNING")
+    job.record_failure(own.run, ValueError("mine"), rank=1, segment=job.segment())
+    assert not own.lost(Event.RANK_LOST, "connection closed by peer")
+    assert own.run.state()["reason"] == "rank 1: ValueError: mine" and asked() == ""
+
+
+def test_a_cancel_in_the_moment_of_a_requeue_is_told_to_slurm_again(tmp_path: Path, element: Any, asked: Any) -> None:
     """Slurm heard of the cancel first, and then of the requeue, which brings the job back."""
-    slurm_says("9_4|RUNNING|None")
-    command(tmp_path / "bin", "scancel", f'echo "$*" >> {tmp_path / "cancelled"}')
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    run = run_with(tmp_path / "runs", "9_4", {"state": "requeued"})
+    own = element("RUNNING")
+    script = (tmp_path / "bin" / "scontrol").read_text()
+    (tmp_path / "bin" / "scontrol").write_text(script.replace(">> ", f"> {own.run.cancel_marker}; echo $@ >> ", 1))
+    assert outcome(own, Event.PREEMPTED) == ("returned", "cancelled")
+    assert asked() == AGAIN + "scancel 9_4\n"
 
-    class Rank0:
-        cluster, job_id, global_rank = "slurm", "9_4", 0
-        paths = SimpleNamespace(submitted_pickle=tmp_path / "job.pkl")
 
-    def as_submitit(number: int, frame: Any) -> None:
-        run.cancel_marker.touch()
-        raise SystemExit(-1)
-
-    with pytest.raises(SystemExit):
-        requeue.requeue(run, Rank0(), signal.SIGUSR2, as_submitit, {"state": "requeued"})
-    assert (tmp_path / "cancelled").read_text() == "9_4\n" and run.state()["state"] == "cancelled"
+def test_a_run_that_has_finished_stays_so(element: Any, asked: Any) -> None:
+    own = element("RUNNING", preempted=PREEMPTED)
+    own.run.write_state(state="finished")
+    own.run.result_file.write_text('{"state": "finished"}')
+    assert outcome(own, Event.TERMINATED) == ("returned", "finished") and asked() == ""
 
 
 def test_hours_left_are_those_of_the_present_job(tmp_path: Path, slurm_says: Any) -> None:

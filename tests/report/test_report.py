@@ -13,8 +13,10 @@ import pytest
 from reported import EVALUATED, left_behind
 
 from hpc_cifar.cli.main import main
+from hpc_cifar.report.charts import charts
 from hpc_cifar.report.facts import gather, shown
 from hpc_cifar.report.groups import changed, comparable, groups_of
+from hpc_cifar.report.page import html
 
 
 def typed(root: Path, *arguments: str, code: int = 0) -> None:
@@ -36,6 +38,59 @@ def test_a_verdict_knows_the_spread_of_the_seeds_and_of_the_test(tmp_path: Path,
     found = group.spreads["test_accuracy"]
     assert (found.mean, found.n) == (pytest.approx(statistics.mean(tests)), len(tests))
     assert found.std == (pytest.approx(statistics.stdev(tests)) if len(tests) > 1 else None)
+
+
+BELOW, ABOVE, BETWEEN = {"at_most": 0.3}, {"at_least": 0.5}, {"at_least": 0.4, "at_most": 0.5}
+LEFT, RIGHT = "triangle-left-open", "triangle-right-open"
+
+
+@pytest.mark.parametrize(
+    ("claim", "measured", "word", "text"),
+    [
+        (BELOW, 0.38, "above", "test accuracy 38.00% (n = 1), claimed below 30%: 8.00 points above"),
+        (BELOW, 0.32, "as claimed", "claimed below 30%: 2.00 points above"),  # 359 digits: 4.8 points are within its interval
+        (BELOW, 0.1, "as claimed", "claimed below 30%: within"),
+        (ABOVE, 0.38, "below", "claimed above 50%: 12.00 points below"),
+        (ABOVE, 0.9, "as claimed", "claimed above 50%: within"),
+        (BETWEEN, 0.3, "below", "claimed 40% to 50%: 10.00 points below"),
+        (BETWEEN, 0.38, "as claimed", "claimed 40% to 50%: 2.00 points below"),
+        (BETWEEN, 0.45, "as claimed", "claimed 40% to 50%: within"),
+        (BETWEEN, 0.6, "above", "claimed 40% to 50%: 10.00 points above"),
+        ({"at_least": 0.365, "at_most": 0.375}, 0.37, "as claimed", "claimed 36.5% to 37.5%: within"),
+    ],
+)
+def test_a_verdict_on_a_claimed_bound_or_range(
+    tmp_path: Path, claim: dict[str, float], measured: float, word: str, text: str
+) -> None:
+    [group] = groups_of([gather(left_behind(tmp_path, test=measured, claim={"source": "x", "test_accuracy": claim}))])
+    assert group.verdict.word == word and group.verdict.text.endswith(text)
+
+
+def test_bounds_and_ranges_are_told_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    claims: list[Any] = [BELOW, ABOVE, BETWEEN, 0.45]
+    made = [
+        left_behind(tmp_path, name=f"net-{number}", test=0.45, claim={"source": "x", "test_accuracy": claim, "val_loss": BELOW})
+        for number, claim in enumerate(claims)
+    ]
+    groups = groups_of([gather(run) for run in made])
+    typed(tmp_path, "report", *(run.id for run in made), "--format", "md")
+    told = capsys.readouterr().out
+    for cell in ("< 30% / 45.00%", "> 50% / 45.00%", "40-50% / 45.00%", "45.00% / 45.00%", "< 0.3 / 0.4200"):
+        assert cell in told
+    typed(tmp_path, "report", *(run.id for run in made), "--format", "json")
+    kept = [system["claim"]["test_accuracy"] for system in json.loads(capsys.readouterr().out)["groups"]]
+    assert kept == claims
+    page = html(groups, "bounds")
+    assert all(f'<td class="soft">{cell}</td>' in page for cell in ("&lt; 30%", "&gt; 50%", "40-50%", "&lt; 0.3"))
+    assert {run.experiment() for run in made} == {group.runs[0].experiment for group in groups}, "a run keeps its claim"
+
+    line, marks, _ = charts(groups)["claims"]["data"]
+    assert (marks["name"], list(marks["x"])) == ("claimed", [0.3, 0.5, 0.4, 0.5, 0.45])
+    assert list(marks["marker"]["symbol"]) == [LEFT, RIGHT, RIGHT, LEFT, "diamond-open"]
+    assert list(marks["customdata"]) == ["below 30%", "above 50%", "40% to 50%", "40% to 50%", "45.00%"]
+    assert list(line["x"]) == [0.4, 0.5, None] and line["y"][0] == line["y"][1] == marks["y"][2]
+    for group, lines in zip(groups, ([0.3], [0.5], [0.4, 0.5], [0.45]), strict=True):
+        assert [shape["y0"] for shape in charts([group])["accuracy"]["layout"]["shapes"]] == lines
 
 
 def test_seeds_and_folds_are_one_group_and_every_other_field_makes_two(tmp_path: Path) -> None:

@@ -84,6 +84,12 @@ class SlurmCluster:
             node, path = self.mounted.pop()
             subprocess.run(["nsenter", f"--mount=/proc/{self.slurmd(node)}/ns/mnt", "umount", "--lazy", path], check=True)
 
+    def elsewhere(self, job_id: str, node: str) -> None:
+        """Have a waiting job start on other nodes. Slurm repeats for a while, to a node that died, that its job is to end:
+        if the node is back by then, with the same job, that one ends.
+        """
+        self.call("scontrol", "update", f"JobId={job_id}", "ReqNodeList=", f"ExcNodeList={node}")
+
     def testbed(self, *arguments: str) -> str:
         return call_testbed(*arguments, "--dir", str(self.folder))
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -197,21 +200,23 @@ def test_five_preemptions_in_a_row_hold_no_job(
     """Newer versions hold a job that ends in its grace time and leaves the rest to Slurm: after MaxBatchRequeue preemptions."""
     assert int(slurm_limit(cluster)) <= PREEMPTIONS
     site = Site(cluster, tmp_path, digits_data)
-    site.step_takes(STEP_S, after_an_epoch=2.5)
     pairs = [site.submit("--partition", partition, "--nodes", "1") for partition in ("low0", "low6")]
-    site.until_epoch(1, *(run for run, _ in pairs))
+    runs = [run for run, _ in pairs]
+    site.until_epoch(1, *runs)
+    site.step_takes(1.5)  # none ends before the last preemption
     for number in range(1, PREEMPTIONS + 1):
         high = cluster.batch("--partition=high", "--nodes=3", "--exclusive", script="true")
         assert cluster.wait(high) == "COMPLETED"
-        for run, job in pairs:
-            cluster.wait(job, {"RUNNING"}, 60)
-            started = lambda run=run: [row["event"] for row in site.rows(run, "event")].count("started")  # noqa: E731
-            cluster.until(lambda count=started, number=number: count() > number, 60, f"{run} trains again")  # type: ignore[misc]
+        cluster.until(lambda: min(starts(site, run) for run in runs) > number, 90, "both train again")  # noqa: B023
     site.hasten()
-    for (run, job), result in zip(pairs, site.finished(*(run for run, _ in pairs)), strict=True):
+    for (_, job), result in zip(pairs, site.finished(*runs), strict=True):
         assert_same(result, undisturbed[1])
         assert result["restarts"] == PREEMPTIONS
         assert cluster.wait(job) == "COMPLETED" and int(cluster.job(job)["Restarts"]) >= PREEMPTIONS
+
+
+def starts(site: Site, run: str) -> int:
+    return [row["event"] for row in site.rows(run, "event")].count("started")
 
 
 def slurm_limit(cluster: SlurmCluster) -> str:
@@ -252,3 +257,67 @@ def test_a_raw_scancel_never_resurrects(slurm_cluster: SlurmCluster, tmp_path: P
     for run, job in pairs:
         assert cluster.state(job) == "CANCELLED" and cluster.job(job)["Restarts"] == str(int(job == requeued))
         assert site.status(run)["state"] == "cancelled"
+
+
+TAKER = """\
+import fcntl, sys
+with open(sys.argv[1], "a") as stream:
+    fcntl.flock(stream, fcntl.LOCK_EX)
+    print("taken", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_the_lock_of_a_crashed_node_is_waited_for(
+    slurm_cluster: SlurmCluster, undisturbed: dict[int, dict[str, Any]], tmp_path: Path, digits_data: Path
+) -> None:
+    """A file server keeps the locks of a dead node for a while: here a process does, which takes it as soon as it is free."""
+    cluster = slurm_cluster
+    site = Site(cluster, tmp_path, digits_data)
+    site.profile("brief", f"{PROFILE}setup: [export HPC_CIFAR_LOCK_WAIT_S=8]\n")
+    [(run, job)] = site.submit_many("--nodes", "1", profile="brief")
+    site.until_epoch(1, run)
+    [node] = cluster.hosts(job)
+    command = [sys.executable, "-c", TAKER, str(site.runs / run / ".lock")]
+    try:
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as taker:
+            assert taker.stdin is not None and taker.stdout is not None
+            cluster.testbed("crash", node)
+            assert taker.stdout.readline() == "taken\n"
+            site.hasten()
+            words = f"waits for the lock of its earlier segment on {node} (process "
+            cluster.until(lambda: str(site.status(run)["reason"]).startswith(words), 200, "a restart that waits")
+            assert site.status(run)["state"] == "running" and site.state(run)["epoch"] < EPOCHS
+            cluster.until(lambda: cluster.job(job)["Restarts"] == "2", 60, "back in the queue")
+            assert "earlier segment" in site.state(run)["reason"] and site.state(run)["state"] == "requeued"
+            taker.stdin.close()
+            [result] = site.finished(run)
+        assert_same(result, undisturbed[1])
+        assert cluster.wait(job) == "COMPLETED" and cluster.job(job)["Restarts"] == "2"
+        log = site.call("logs", run)
+        assert log.count(words) >= 1 and "resuming at step " in log
+    finally:
+        cluster.testbed("boot", node)
+        cluster.until(lambda: f"{node} idle" in cluster.testbed("status"), 60, f"{node} is back")
+
+
+def test_a_restart_whose_checkpoints_were_cleared_away_fails_for_good(
+    slurm_cluster: SlurmCluster, undisturbed: dict[int, dict[str, Any]], tmp_path: Path, digits_data: Path
+) -> None:
+    site = Site(slurm_cluster, tmp_path, digits_data)
+    run, job = site.submit("--nodes", "1")
+    site.until_epoch(2, run)
+    slurm_cluster.call("scontrol", "requeuehold", job)
+    slurm_cluster.wait(job, {"PENDING", "REQUEUE_HOLD"})
+    shutil.rmtree(site.runs / run / "checkpoints")
+    (site.runs / run / "checkpoints").mkdir()
+    site.hasten()
+    slurm_cluster.call("scontrol", "release", job)
+    assert slurm_cluster.wait(job, seconds=200) == "FAILED" and slurm_cluster.job(job)["Restarts"] == "1"
+    seen = site.status(run)
+    assert seen["state"] == "failed" and "no checkpoint is there, though that of step " in seen["reason"], seen
+    assert seen["reason"].endswith("with --fresh (of train, or of resume)")
+    assert "no checkpoint is there" in site.run("resume", run, code=1).stderr
+    site.call("resume", run, "--fresh")
+    [result] = site.finished(run)
+    assert_same(result, undisturbed[1])

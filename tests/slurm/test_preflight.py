@@ -52,10 +52,13 @@ class NodesSite(Site):
         """Put an empty file system over ``path`` on one node."""
         self.cluster.mount(node, "-t", "tmpfs", *options, "over", str(path))
 
-    def failures(self, run: str) -> list[dict[str, Any]]:
-        path = self.runs / run / "failures.jsonl"
-        self.cluster.until(path.exists, 10, "the record of a failure")
+    def failures(self, run: str, name: str = "failures") -> list[dict[str, Any]]:
+        path = self.runs / run / f"{name}.jsonl"
+        self.cluster.until(path.exists, 10, f"{path.name} of {run}")
         return [json.loads(line) for line in path.read_text().splitlines()]
+
+    def interruptions(self, run: str) -> list[dict[str, Any]]:
+        return self.failures(run, "interruptions")
 
     def log(self, run: str, rank: int = 0) -> str:
         return "".join(path.read_text() for path in (self.runs / run / "submitit").glob(f"*_{rank}_log.out"))
@@ -151,14 +154,13 @@ def test_a_node_without_the_data_is_named_and_left(bad: Bad) -> None:
     site, run, job = bad["rank 0 elsewhere"]
     site.requeued(job, excluding={"n1"})
     assert site.result(run)["state"] == "finished"
-    [row] = site.failures(run)
-    assert row["nodes"] == ["n1"]
+    [row] = site.interruptions(run)
+    assert row["nodes"] == ["n1"] and row["event"] == "bad node"
     assert row["reason"].startswith(f"preflight failed: n1: data: {site.data}/digits: dataset 'digits' is not prepared")
     assert row["reason"] in site.log(run)
-    assert f"preflight: job {job} requeued, excluding n1" in site.log(run, 1)
+    assert f"job {job} requeued, excluding n1" in site.log(run, 1)
     assert "preflight: n2, n3 good in" in site.log(run)
     assert site.cluster.job(job)["NodeList"] == "n[2-3]"
-    assert not list((site.runs / run / "submitit").glob("*_preflight.json"))
 
 
 def test_the_profiles_own_exclusion_is_kept_and_rank_0_may_be_the_bad_one(bad: Bad) -> None:
@@ -170,12 +172,14 @@ def test_the_profiles_own_exclusion_is_kept_and_rank_0_may_be_the_bad_one(bad: B
 
 def test_a_second_failure_ends_the_run(bad: Bad) -> None:
     site, run, job = bad["no other choice"]
-    first, second = site.failures(run)
+    first, second = site.interruptions(run)
     assert first["reason"].startswith("preflight failed: n2: data: ")
-    assert second["reason"] == f"{first['reason']}; the job had been requeued for that once already"
+    ended = "bad node: 2 times without a checkpoint in between, so it is not restarted: see the nodes that are named"
+    assert second["reason"].startswith(first["reason"]) and ended in second["reason"]
+    [failure] = site.failures(run)
     assert site.state(run)["state"] == "failed"
-    assert site.state(run)["reason"] == second["reason"]
-    assert f"preflight: job {job} requeued, excluding nothing: there are too few other nodes" in site.log(run)
+    assert site.state(run)["reason"] == second["reason"] == failure["reason"]
+    assert f"job {job} requeued, excluding nothing: there are too few other nodes" in site.log(run)
     site.cluster.until(lambda: site.cluster.state(job) == "FAILED", 30, "the job has failed")
     assert site.cluster.job(job)["Restarts"] == "1"
 
@@ -184,6 +188,6 @@ def test_a_node_that_does_not_answer_is_named(bad: Bad) -> None:
     """Its processes were frozen before they reached the others."""
     site, run, job = bad["no answer"]
     site.requeued(job, excluding={"n2"})
-    assert "n2: no answer within 20 s" in site.failures(run)[0]["reason"]
+    assert "n2: no answer within 20 s" in site.interruptions(run)[0]["reason"]
     assert site.result(run)["state"] == "finished"
     assert site.cluster.job(job)["NodeList"] == "n[1,3]"

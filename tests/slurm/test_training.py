@@ -55,6 +55,7 @@ def disturbed(
         for name in ("lost a node", "lost all"):
             job = made[name][1]
             site.cluster.until(lambda job=job: site.cluster.job(job)["Restarts"] == "1", 90, "the job is requeued")  # type: ignore[misc]
+        site.cluster.elsewhere(made["lost all"][1], node)
         assert {row["state"] for row in site.statuses()} <= {"pending", "requeued", "running", "finished"}
         site.cluster.wait(both_job, {"RUNNING", "COMPLETED"}, 60)
         assert node not in site.cluster.hosts(both_job)
@@ -90,7 +91,8 @@ def test_a_job_that_is_sent_to_a_node_that_died_begins_again(site: Site, undistu
     try:
         [(run, job)] = site.submit_many("--nodes", "2", profile="there")
         site.cluster.until(lambda: site.cluster.job(job)["Restarts"] != "0", 90, "the job is requeued")
-        assert "srun ended with 233 before the run began; the job begins again" in site.logs()
+        assert "early exit: srun ended with exit code 233; the job begins again" in site.logs()
+        site.cluster.elsewhere(job, "n3")
     finally:
         site.cluster.testbed("boot", "n3")
     site.hasten()

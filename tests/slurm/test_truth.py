@@ -138,7 +138,7 @@ def test_a_job_that_runs(slurm_cluster: SlurmCluster, site: Site) -> None:
     assert row["eta_s"] > 1000
     assert (row["estimated_start"], row["reason"]) == (None, None)
     listed = slurm_cluster.call("squeue", "--noheader", "--format=%j|%k")
-    assert listed == f"tiny|hpc-cifar run {run.id}"
+    assert listed == f"tiny|hpc-cifar run {run.id}, submission {run.jobs()[0]['submission']}"
 
     with site.start("submit", site.job(**LONG), "--cluster", "slurm", "--follow") as following:
         other = eventually(lambda: next((one for one in all_runs(site.runs) if one != run), None))

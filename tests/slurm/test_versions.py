@@ -6,7 +6,6 @@ import datetime
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 from slurm_site import SlurmCluster, running_cluster
@@ -19,6 +18,10 @@ from hpc_cifar.launch import discover, estimate, profile, script, slurm, submit
 pytestmark = [pytest.mark.slow, pytest.mark.component("slurm")]
 
 EXPERIMENT = {
+    "name": "tiny",
+    "epochs": 1,
+    "data": {"dataset": "digits", "batch_size": 64},
+    "optimizer": {"name": "sgd", "lr": 0.1},
     "model": {"family": "sequential", "layers": ["flatten", {"dense": {"units": 10}}]},
     "resources": {"nodes": 2, "processes_per_node": 1, "time": "00:10:00"},
 }
@@ -35,8 +38,8 @@ def test_every_state_of_this_slurm_is_known(slurm_cluster: SlurmCluster) -> None
     assert words - slurm.WAITING - slurm.ACTIVE == ENDED
 
 
-def answer(**options: Any) -> estimate.Start:
-    experiment, cluster = Experiment.model_validate(EXPERIMENT), SLURM.model_copy(update={"gpu_request": "none", **options})
+def answer() -> estimate.Start:
+    experiment, cluster = Experiment.model_validate(EXPERIMENT), SLURM
     plan = submit.plan_for(experiment, cluster, 1000)
     return estimate.start_of(script.executor(experiment, cluster, plan, Path("/nowhere/tiny-1")).script(), cluster, plan)
 

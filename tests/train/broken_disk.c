@@ -1,6 +1,6 @@
-/* A file system that fails, for LD_PRELOAD: write, fsync and rename of the paths that hold BROKEN_PATH.
+/* A file system that fails, for LD_PRELOAD: write, fsync, rename and flock of the paths that hold BROKEN_PATH.
 
-   BROKEN_CALL  write, fsync or rename: it fails with BROKEN_ERRNO; short: write takes a third; slow: each takes BROKEN_MS.
+   BROKEN_CALL  write, fsync, rename or flock: it fails with BROKEN_ERRNO; short: write takes a third; slow: each takes BROKEN_MS.
 */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -49,6 +49,11 @@ ssize_t write(int fd, const void *data, size_t size) {
 int fsync(int fd) {
     int (*real)(int) = dlsym(RTLD_NEXT, "fsync");
     return concerned_fd(fd) && broken("fsync") ? -1 : real(fd);
+}
+
+int flock(int fd, int operation) {
+    int (*real)(int, int) = dlsym(RTLD_NEXT, "flock");
+    return concerned_fd(fd) && broken("flock") ? -1 : real(fd, operation);
 }
 
 int rename(const char *from, const char *to) {

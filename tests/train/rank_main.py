@@ -2,7 +2,7 @@
 
 With SEEN_FILE, every rank appends what it was given: ``epoch batch hash,hash,...``, one hash per image of its shard. With
 GIVES_UP_AFTER_EPOCH in its environment, the run is given up there; with DAMAGED_BATCHES, such as ``0:3,1:0``, the images of
-these batches (of an epoch, from 0) are not numbers; LIMITED_TO_MIB is memory that it may take.
+these batches (of an epoch, from 0) are not numbers; LIMITED_TO_MIB is memory that it may take; SEGMENT is its job and restart.
 """
 
 from __future__ import annotations
@@ -78,6 +78,7 @@ def as_rank(arguments: list[str], environment: dict[str, str], log: str) -> None
         damage_batches(places)
     last = int(os.environ.get("GIVES_UP_AFTER_EPOCH", 0))
     options: dict[str, Any] = {"gives_up": lambda row: row["epoch"] >= last} if last else {}
+    options["segment"] = os.environ.get("SEGMENT", "")
     try:
         train(Run(Path(run)), max_steps=int(max_steps) if max_steps else None, data_root=Path(root), console=True, **options)
     except HpcCifarError as error:

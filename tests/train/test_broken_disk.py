@@ -91,3 +91,26 @@ def test_what_is_told_of_a_run_cannot_be_written(
     assert name in done.stderr and os.strerror(errno.EIO) in done.stderr, done.stderr
     ranks.complete(run, digits_data, 1)
     assert_same(run, calm)
+
+
+def test_without_locks_two_jobs_exclude_each_other_by_the_heartbeat(library: Path, tmp_path: Path, digits_data: Path) -> None:
+    run = ranks.new_run(tmp_path, ranks.experiment(epochs=200))
+    first = ranks.start(run, digits_data, 1)
+    ranks.wait_for_step(run, 1, first)
+    program = "import sys, rank_main; rank_main.as_rank(sys.argv[1:4], {}, sys.argv[4])"
+    broken = {"LD_PRELOAD": str(library), "BROKEN_CALL": "flock", "BROKEN_PATH": "/.lock", "BROKEN_ERRNO": str(errno.ENOLCK)}
+    environment = {**os.environ, **broken, "PYTHONPATH": str(Path(__file__).parent), "HPC_CIFAR_THREADS": "1"}
+
+    def second() -> tuple[int, str]:
+        log = tmp_path / "second.log"
+        command = [sys.executable, "-c", program, str(run.path), str(digits_data), "40", str(log)]
+        return subprocess.run(command, env=environment, timeout=200, check=False).returncode, log.read_text()
+
+    try:
+        code, said = second()
+        assert code == 1 and f"is being trained already, by process {first[0].pid} on " in said, said
+        assert first[0].poll() is None and run.state()["state"] == "running"
+    finally:
+        ranks.kill_all(first)
+    code, said = second()
+    assert code == 0 and (run.result() or {})["state"] == "stopped", said

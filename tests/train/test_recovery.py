@@ -46,6 +46,12 @@ def test_before_the_first_checkpoint_it_begins_anew(tmp_path: Path, digits_data:
     assert files.read_json(run.path / FILE) == {"steps": [1], "times": 1}
 
 
+def test_where_all_checkpoints_are_left_out_too_it_begins_anew(tmp_path: Path, digits_data: Path) -> None:
+    run = new_run(tmp_path, experiment(**CONFIG))
+    assert complete(run, digits_data, 1, environment={"DAMAGED_BATCHES": "0:4"})["state"] == "finished"
+    assert files.read_json(run.path / FILE) == {"steps": [4, 5], "times": 1} and "resuming" not in logs(run)
+
+
 def test_more_of_them_than_allowed_end_the_run(tmp_path: Path, digits_data: Path) -> None:
     run = new_run(tmp_path, experiment(**CONFIG))
     processes = start(run, digits_data, 2, environment={"DAMAGED_BATCHES": "0:2,0:5,0:8"})

@@ -13,6 +13,7 @@ import ranks
 from rich.console import Console
 
 from hpc_cifar import files
+from hpc_cifar.config.claim import bounds
 from hpc_cifar.config.experiment import Experiment
 from hpc_cifar.config.load import load_experiment
 from hpc_cifar.config.packaged import job_files
@@ -95,5 +96,7 @@ def test_a_published_system_in_full(cifar_data: Path, tmp_path: Path) -> None:
     last = [row for row in files.read_json_lines(run.metrics_file) if row["kind"] == "epoch"][-1]
     assert experiment.claim is not None and experiment.claim.train_accuracy is not None
     assert (result["state"], result["epochs"], result["steps"]) == ("finished", 10, 10 * math.ceil(50_000 / 32))
-    assert last["train_accuracy"] == pytest.approx(experiment.claim.train_accuracy, abs=0.04)
+    low, high = bounds(experiment.claim.train_accuracy)
+    assert low is not None and high is not None  # "about 37 %"
+    assert low - 0.035 <= last["train_accuracy"] <= high + 0.035
     assert 0.30 < last["val_accuracy"] == result["test_accuracy"] < last["train_accuracy"] + 0.01
