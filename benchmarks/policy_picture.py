@@ -150,8 +150,9 @@ def picture() -> str:
         made += [box(x, y - 11, 14, 14, colour), text(x + 20, y, state or "as it was", anchor="start")]
     made.append(text(8, y, "state after it", anchor="start", weight="bold"))
     notes = (
-        "Second line: in a chain, where jobs may not go back to the queue, if that is different. A cancel of the run with hpc-cifar",
-        "ends it in every case. Restarts: without a checkpoint in between; then the run has failed.",
+        "Second line: in a chain, where jobs may not go back to the queue, if that is different. A cancel of the run with",
+        "hpc-cifar ends it in every case. Restarts: without a checkpoint in between; then the run has failed.",
     )
-    made += [text(8, y + 24 + 14 * line, words, anchor="start") for line, words in enumerate(notes)]
+    for line, words in enumerate(notes):
+        made.append(text(8, y + 24 + 14 * line, words, anchor="start"))
     return "\n".join([*made, "</svg>"]) + "\n"

@@ -30,7 +30,7 @@ def test_the_last_words() -> None:
     action = policy.decide(Event.OUT_OF_MEMORY, known, "rank 1 on n1 was killed for memory")
     assert action.state == "failed"
     assert action.reason == (
-        "rank 1 on n1 was killed for memory; out of memory: 2 times without a checkpoint in between, so it is not restarted. "
+        "rank 1 on n1 was killed for memory; out of memory: 2 times without a checkpoint in between, so it is not restarted: "
         "raise the memory of the job (resources.memory_gib_per_node) or lower data.micro_batch_size"
     )
 
