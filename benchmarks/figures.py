@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import data
+import histories_table
 import plots
+import policy_picture
 import published
 import restart
 import step
@@ -32,6 +34,7 @@ from hpc_cifar.train import stall
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "docs/performance.md", "docs/systems.md")
+WITH_REGIONS = (*PAGES, "docs/resume.md")  # also a page that may state figures of its own
 MACHINES = ("gpu", "2-cores")  # the ends of the names of files
 REGION = re.compile(r"(<!-- figures: (?P<name>[a-z-]+) -->\n).*?(<!-- end of figures -->\n)", re.DOTALL)
 
@@ -290,6 +293,10 @@ REGIONS = {
 
 def region(name: str, results: Path) -> str:
     """What stands between the marks."""
+    if name == "policy":
+        return "![What follows an interruption: states, events and actions](results/policy.svg)\n"
+    if name == "histories":
+        return "\n".join(histories_table.lines(files.read_json(results / "histories.json") or {})) + "\n"
     chosen = REGIONS[name]
     found = [one for kind in chosen.kinds for one in measured(results, kind)]
     lines = [line for file, result in found for line in (*chosen.lines(file, result), "")][:-1]
@@ -310,8 +317,9 @@ def everything(root: Path) -> dict[Path, bytes]:
         root / name: REGION.sub(
             lambda found: f"{found[1]}{region(found['name'], results)}{found[3]}", (root / name).read_text()
         ).encode()
-        for name in PAGES
+        for name in WITH_REGIONS
     }
+    made[results / "policy.svg"] = policy_picture.picture().encode()
     for name, drawn in plots.drawn(lambda kind: measured(results, kind)).items():
         made[results / f"{name}.svg"] = drawn
     return made

@@ -75,8 +75,8 @@ class Scheduler(Protocol):
         """Send the job back to the queue, without some nodes from now on; "", or the problem.
 
         Args:
-            at_limit: Slurm ends the job at its time limit. ``scontrol requeue Incomplete`` says nothing and does nothing then;
-                without that word the job goes back, as one that was cancelled would.
+            at_limit: Slurm ends the job at its time limit. ``scontrol requeue Incomplete`` says nothing and does nothing then
+                (22.05); without that word the job goes back, as one that was cancelled would, so it is tried second.
         """
 
     def cancel(self) -> None:
@@ -161,9 +161,8 @@ def _carry_out(
         records.note({**noted, "nodes": list(exclude)} if exclude else noted)
     _say(action, records)  # first: what follows may end this process
     if action.act is Act.REQUEUE and scheduler.slurm:
-        at_limit = known.word is Word.TIME_LIMIT
-        problem = scheduler.requeue(exclude, at_limit)
-        if not problem and not at_limit and scheduler.word() is Word.TIME_LIMIT:  # which came in between
+        problem = scheduler.requeue(exclude, False)
+        if not problem and scheduler.word() is Word.TIME_LIMIT:
             problem = scheduler.requeue(exclude, True)
         if problem:
             action = policy.after_refusal(action, known, scheduler.word(), problem)
