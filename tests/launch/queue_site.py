@@ -40,8 +40,8 @@ case $what in
   loses) echo "{TIMED_OUT}" >&2; exit 1 ;;
   away) echo "{UNREACHABLE}" >&2; exit 1 ;;
   refuses) echo "{FULL}" >&2; exit 1 ;;
-  hangs) sleep 1000 ;;
-  takes-and-hangs) take "$1"; touch hanging; sleep 1000 ;;
+  hangs) sleep 60 ;;
+  takes-and-hangs) take "$1"; touch hanging; sleep 60 ;;
   slow) touch hanging; sleep 3; take "$1"; echo "Submitted batch job $number" ;;
 esac""",
         )

@@ -89,6 +89,7 @@ def test_interrupted_between_links_the_run_stays_queued(site: Site, queue: Queue
 @pytest.mark.parametrize("options", [(), ("--seeds", "3")])
 def test_a_submission_whose_process_was_killed_is_found_again(site: Site, queue: Queue, options: tuple[str, ...]) -> None:
     queue.behaves("takes-and-hangs", "works")
+    queue.set(SBATCH_LIMIT_S="60.0")
     child = site.start("submit", site.job(processes=1), "--cluster", "slurm", *options)
     eventually((queue.folder / "hanging").exists, 30)
     made = runs.all_runs(site.runs)
