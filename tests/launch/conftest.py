@@ -11,6 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "launch"))
 
 from launch_site import Site, command
+from queue_site import Queue
 
 
 @pytest.fixture
@@ -18,6 +19,11 @@ def site(tmp_path: Path) -> Iterator[Site]:
     made = Site(tmp_path)
     yield made
     made.close()
+
+
+@pytest.fixture
+def queue(site: Site) -> Queue:
+    return Queue(site)
 
 
 @pytest.fixture
