@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launch_site import EXPERIMENT, Site, command, run_with
+from launch_site import EXPERIMENT, Site, command, guarded, run_with
 
 from hpc_cifar import runs
 from hpc_cifar.config.cluster import Cluster
 from hpc_cifar.config.experiment import Experiment
 from hpc_cifar.errors import LaunchError, UsageError
-from hpc_cifar.launch import estimate, script, slurm, status, submit
+from hpc_cifar.launch import estimate, first_words, script, slurm, status, submit
+from hpc_cifar.launch.policy import REMEDIES, Event
 
 SITE = {
     "name": "big",
@@ -69,12 +70,15 @@ def test_the_script_is_exactly_this() -> None:
 #SBATCH --time=21
 
 # setup
-module load cuda/12.4
+hpc_cifar_code=/runs/deep-1/code
+. "$hpc_cifar_code/hpc_cifar/launch/guard.sh" big 1 '140 143' || exit 1
+hpc_cifar_module cuda/12.4
+hpc_cifar_first=$LINENO
 source /opt/env.sh
 export NCCL_DEBUG='it'"'"'s $(here)'
 export PYTHONPATH=/runs/deep-1/code${{PYTHONPATH:+:$PYTHONPATH}}
 export PYTHONSAFEPATH=1
-hpc_cifar_code=/runs/deep-1/code
+hpc_cifar_unguard
 set +e
 
 # command
@@ -133,8 +137,8 @@ def test_a_job_whose_tasks_did_not_begin_begins_again(
         path.write_text(f"#!/bin/sh\n{line}\n")
         path.chmod(0o755)
     run = tmp_path / "runs of one" / "deep-1"
-    for folder in ("code", "submitit"):
-        (run / folder).mkdir(parents=True)
+    (run / "submitit").mkdir(parents=True)
+    guarded(run / "code")
     for name, text in before.items():
         (run / name).write_text(text)
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", **element}
@@ -178,6 +182,7 @@ def test_a_cluster_without_gpus_is_adapted_to() -> None:
 
 def test_the_script_does_what_it_says_in_a_shell(tmp_path: Path) -> None:
     run = tmp_path / "with space" / "deep-1"
+    guarded(run / "code")
     text = text_of({**SITE, "modules": [], "setup": []}, run)
     printing = text.replace("srun ", 'printf \'%s\\n\' "$NCCL_DEBUG" "$PYTHONPATH"; exit\nsrun ', 1)
     done = subprocess.run(["bash", "-c", printing], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"}, check=True)
@@ -257,6 +262,45 @@ def test_what_sbatch_gets_is_what_the_dry_run_shows(site: Site) -> None:
 RUNNING = {"state": "running", "step": 5}
 
 
+START = "hpc-cifar: start 0 of job 7 on n1\n"
+LOG = " (log: submitit/7_0_log.err)"
+
+
+@pytest.mark.parametrize(
+    ("squeue", "state", "log", "reason"),
+    [
+        ("7|FAILED|NonZeroExitCode", {}, "sh: 1: exec: /no/python: not found\n",
+         f"the job ended before training began: sh: 1: exec: /no/python: not found{LOG}"),
+        ("7|FAILED|NonZeroExitCode", {"step": 3}, "error: of the day\n", "Slurm: FAILED (NonZeroExitCode)"),
+        ("7|FAILED|NonZeroExitCode", {"step": 3}, "Fatal Python error: Segmentation fault\n",
+         f"the job ended: Fatal Python error: Segmentation fault{LOG}"),
+        ("7|FAILED|NonZeroExitCode", {}, "", "Slurm: FAILED (NonZeroExitCode)"),
+        ("7|FAILED|NonZeroExitCode", {"state": "failed", "reason": "why"}, "error: x\n", "why"),
+        ("7|OUT_OF_MEMORY|OutOfMemory", {"step": 3}, "srun: error: n1: task 1: Out Of Memory\n",
+         f"rank 1 on n1 was killed for memory: {REMEDIES[Event.OUT_OF_MEMORY]}{LOG}"),
+        ("7|FAILED|NonZeroExitCode", {"step": 3}, "srun: error: n1: task 1: Killed\n",
+         f"rank 1 on n1 was killed by signal 9 (SIGKILL), usually for memory: {REMEDIES[Event.KILLED]}{LOG}"),
+        ("7|NODE_FAIL|NodeDown", {}, "Loading the site's software: error 3\n", "Slurm: NODE_FAIL (NodeDown)"),
+        ("7|COMPLETED|None", {}, "hpc-cifar: setup line 1 of profile x ended the job with exit code 0: `exit 0`\n",
+         "the job ended before training began: setup line 1 of profile x ended the job with exit code 0: `exit 0`" + LOG),
+        ("", {}, "No module named submitit\n", f"the job ended before training began: No module named submitit{LOG}"),
+        ("", {}, "", status.VANISHED),
+        ("", {}, None, status.NEVER_STARTED),
+    ],
+)  # fmt: skip
+def test_the_first_words_of_a_job_are_the_reason(
+    tmp_path: Path, slurm_says: Any, squeue: str, state: dict[str, Any], log: str | None, reason: str
+) -> None:
+    """Slurm has often forgotten a job by the time somebody asks."""
+    slurm_says(squeue, None)
+    run = run_with(tmp_path / "runs", state={"state": "pending", **state})
+    if log is not None:
+        run.submitit.mkdir()
+        (run.submitit / "7_0_log.err").write_text("error: of an earlier start\n" + START + log)
+    seen = status.status(run)
+    assert (seen.state, seen.reason) == ("failed", reason)
+
+
 @pytest.mark.parametrize(
     ("squeue", "sacct", "state", "expected"),
     [
@@ -270,7 +314,7 @@ RUNNING = {"state": "running", "step": 5}
         ("7|CANCELLED|None", None, RUNNING, ("cancelled", "cancelled with scancel")),
         ("7|COMPLETED|None", None, RUNNING, ("failed", "processes ended without a result")),
         ("7|FAILED|None", None, {"state": "failed", "reason": "why"}, ("failed", "why")),
-        ("8|RUNNING|None", "7|OUT_OF_MEMORY|None", RUNNING, ("failed", "Slurm: OUT_OF_MEMORY")),
+        ("8|RUNNING|None", "7|OUT_OF_MEMORY|None", RUNNING, ("failed", first_words.FOR_MEMORY)),
         ("8|RUNNING|None", "7|CANCELLED by 0|None", RUNNING, ("cancelled", "cancelled with scancel")),
         ("", None, RUNNING, ("failed", "processes ended without a result")),
         ("", None, {"state": "pending"}, ("failed", status.NEVER_STARTED)),
