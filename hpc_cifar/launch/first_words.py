@@ -1,7 +1,7 @@
 """Why a job ended before its training could say so, in its own first words: what its logs hold.
 
-A job's script and rank 0 write into ``<job>_0_log.err`` and ``.out``, the other ranks into ``<job>_<rank>_log.*``; a requeued job
-appends to them. The line ``start_mark`` stands where a start of the job begins (see ``launch/script.py``).
+A job's script and rank 0 write into ``<job>_0_log.err`` and ``.out``, the other ranks into ``<job>_<rank>_log.*``; a requeued
+job appends to them. A line that begins with ``START`` stands where a start of the job begins (see ``launch/guard.sh``).
 """
 
 from __future__ import annotations

@@ -135,7 +135,7 @@ def _status(run: Run, job: dict[str, Any], answer: slurm.Answer) -> Status:
             reason = _with_words(run, str(job["job_id"]), str(reason), state, known)
     elif alive is False and word not in ENDED:
         cancelled = run.cancel_marker.exists()
-        word, reason = ("cancelled", reason) if cancelled else ("failed", VANISHED)
+        word, reason = ("cancelled", reason) if cancelled else ("failed", _vanished(run, job))
     elif word == "failed" and job.get("executor") == "local" and process.is_alive(controller_of(run, job)):
         word, reason = "running", None  # a rank has said so; its job ends the others now, who may still write
     elif alive is None and word in ("running", "requeued"):
@@ -218,6 +218,12 @@ def _with_words(run: Run, job_id: str, reason: str, state: dict[str, Any], job: 
     else:
         about = f"{reason}: {words.text}"
     return f"{about} (log: {words.log.relative_to(run.path)})" if words.log.exists() else about
+
+
+def _vanished(run: Run, job: dict[str, Any]) -> str:
+    """A job of this machine that ended without a word in the run directory; its controller may have left some."""
+    words = first_words.of_logs([run.submitit / f"{job.get('job_id')}_controller.log"], certain=True)
+    return f"{VANISHED}: {words.text}" if words else VANISHED
 
 
 def _age_s(stamp: Any) -> float:

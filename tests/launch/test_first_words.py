@@ -44,8 +44,10 @@ slurmstepd: error: pyxis:     [ERROR] URL https://registry returned error code: 
         ("", ""),
         ("\n \n", ""),
         ("sh: 1: exec: /no/python: not found\n", "sh: 1: exec: /no/python: not found"),
-        ("slurmstepd: error: execve(): /no/python: No such file or directory\n",) * 1
-        + ("slurmstepd: error: execve(): /no/python: No such file or directory",),
+        (
+            "slurmstepd: error: execve(): /no/python: No such file or directory\n",
+            "slurmstepd: error: execve(): /no/python: No such file or directory",
+        ),
         (
             "/usr/bin/python3: Error while finding module specification for 'a.b' (ModuleNotFoundError: No module named 'a')\n",
             "/usr/bin/python3: Error while finding module specification for 'a.b' (ModuleNotFoundError: No module named 'a')",
@@ -86,7 +88,7 @@ slurmstepd: error: pyxis:     [ERROR] URL https://registry returned error code: 
         (ENDED, "srun: error: n1: task 0: Exited with exit code 1"),
         (f"{SETUP}\n", SETUP.removeprefix("hpc-cifar: ")),
         (
-            f"ls: cannot access '/x': No such file\nhpc-cifar: setup line 1 of profile mine failed with exit code 2: `ls /x`\n",
+            "ls: cannot access '/x': No such file\nhpc-cifar: setup line 1 of profile mine failed with exit code 2: `ls /x`\n",
             "setup line 1 of profile mine failed with exit code 2: `ls /x`: ls: cannot access '/x': No such file",
         ),
         (GOES_ON, "module load cuda/99 failed with exit code 1"),
@@ -95,8 +97,8 @@ slurmstepd: error: pyxis:     [ERROR] URL https://registry returned error code: 
             "ModuleNotFoundError: No module named 'torch' (before that, module load cuda/99 failed with exit code 1)",
         ),
         (LMOD + GOES_ON + "all is well\n", "all is well (before that, module load cuda/99 failed with exit code 1)"),
-        (f"error: old\nhpc-cifar: start 1 of job 7 on n1\nerror: new\n", "error: new"),
-        (f"hpc-cifar: start 0 of job 7 on n1\nerror: new\n", "error: new"),
+        ("error: old\nhpc-cifar: start 1 of job 7 on n1\nerror: new\n", "error: new"),
+        ("hpc-cifar: start 0 of job 7 on n1\nerror: new\n", "error: new"),
     ],
 )  # fmt: skip
 def test_what_programs_print(text: str, words: str) -> None:
