@@ -37,8 +37,8 @@ ifneq ($(strip $(ARGS)),)
 	.venv/bin/python -m pytest $(ARGS)
 else # test clusters, the other tests spread over the processors, and what measures times, each with the machine for itself
 	failed=; \
-	HPC_CIFAR_REQUIRE="$(filter slurm accounting,$(REQUIRED))" .venv/bin/python -m pytest tests/slurm -m "not alone" $(CLUSTERS) || failed=yes; \
-	HPC_CIFAR_REQUIRE="$(filter-out slurm accounting,$(REQUIRED))" .venv/bin/python -m pytest --ignore tests/slurm -m "not alone" $(PARALLEL) || failed=yes; \
+	HPC_CIFAR_REQUIRE="$(filter slurm accounting modules,$(REQUIRED))" .venv/bin/python -m pytest tests/slurm -m "not alone" $(CLUSTERS) || failed=yes; \
+	HPC_CIFAR_REQUIRE="$(filter-out slurm accounting modules,$(REQUIRED))" .venv/bin/python -m pytest --ignore tests/slurm -m "not alone" $(PARALLEL) || failed=yes; \
 	HPC_CIFAR_REQUIRE="$(filter slurm browser,$(REQUIRED))" .venv/bin/python -m pytest -m alone || failed=yes; \
 	[ -z "$$failed" ]
 endif

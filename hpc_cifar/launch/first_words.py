@@ -45,6 +45,7 @@ _DUE_TO = re.compile(r"CANCELLED AT \S+ DUE TO ([A-Z][A-Z ]+)")
 _SETUP = re.compile(rf"{OURS}.+ (?:failed|ended the job) with exit code \d+")
 _BASHS = re.compile(r"/\S*/(?:slurm_script|guard\.sh): line \d+: ")  # what bash puts before its words
 _PYTHONHOME = re.compile(r"\s*PYTHONHOME = '")
+_LMOD = "Lmod has detected the following error:"
 TRACEBACK = "Traceback (most recent call last):"
 
 
@@ -212,9 +213,16 @@ def _likely(text: str) -> str:
     lines = text.splitlines()
     for number, line in enumerate(lines):
         if _LOOKS_WRONG.search(line) and not _NOISE.search(line) and not _SLURMS.match(line):
-            more = lines[number + 1 : number + 2] if line.rstrip().endswith(":") else []  # as Lmod and conda break theirs
-            return " ".join([line, *more])
+            return " ".join([line, *_rest_of_it(line, lines[number + 1 :])])
     return ""
+
+
+def _rest_of_it(line: str, after: Sequence[str]) -> Sequence[str]:
+    """The lines over which a program has broken its one sentence."""
+    if line.startswith(_LMOD):
+        ends = (number for number, more in enumerate(after) if not more.strip() or more.startswith("While processing"))
+        return after[: next(ends, len(after))]
+    return after[:1] if line.rstrip().endswith(":") else []
 
 
 def _last(text: str) -> str:

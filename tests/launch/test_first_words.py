@@ -61,6 +61,16 @@ slurmstepd: error: pyxis:     [ERROR] URL https://registry returned error code: 
         (PYTHONHOME, "Fatal Python error: init_fs_encoding: failed to get the Python codec of the filesystem encoding "
          "(PYTHONHOME = '/bad')"),
         (LMOD, 'Lmod has detected the following error: The following module(s) are unknown: "cuda/99"'),
+        (
+            "Lmod has detected the following error: These module(s) or extension(s) exist\nbut cannot be loaded as requested: "
+            '"quits/1.0"\n   Try: "module spider quits/1.0"\n\nmore\n',
+            "Lmod has detected the following error: These module(s) or extension(s) exist but cannot be loaded as requested: "
+            '"quits/1.0" Try: "module spider quits/1.0"',
+        ),
+        (
+            "Lmod has detected the following error: /m/bad/1.0:\n(bad/1.0): no licence \nWhile processing the following module(s):",
+            "Lmod has detected the following error: /m/bad/1.0: (bad/1.0): no licence",
+        ),
         ("ERROR: Unable to locate a modulefile for 'cuda/99'\n", "ERROR: Unable to locate a modulefile for 'cuda/99'"),
         (
             "\nEnvironmentNameNotFound: Could not find conda environment: nope\nYou can list them.\n",
