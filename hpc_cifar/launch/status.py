@@ -213,10 +213,10 @@ def _with_words(run: Run, job_id: str, reason: str, state: dict[str, Any], job: 
         return VANISHED if reason == NEVER_STARTED and (run.submitit / f"{job_id}_0_log.err").exists() else reason
     if words.death:
         about = words.text
-    elif own_end:
-        about = f"the job ended{'' if began else ' before training began'}: {words.text}"
-    else:
+    elif not own_end:
         about = f"{reason}: {words.text}"
+    else:
+        about = f"the job ended: {words.text}" if began else f"the job ended before training began: {words.text}"
     return f"{about} (log: {words.log.relative_to(run.path)})" if words.log.exists() else about
 
 

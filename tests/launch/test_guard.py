@@ -15,7 +15,7 @@ from hpc_cifar.launch import first_words, script
 TRAINS = "srun was reached"
 
 
-def run(folder: Path, files: dict[str, str] | None = None, **profile: object) -> tuple[int, str, str]:
+def run(folder: Path, files: dict[str, str] | None = None, init: str = "", **profile: object) -> tuple[int, str, str]:
     """Exit code, standard output and the words of the log of a script with this profile; 9 is the code of its ``srun``."""
     code = guarded(folder / "code")
     for name, text in (files or {}).items():
@@ -26,7 +26,7 @@ def run(folder: Path, files: dict[str, str] | None = None, **profile: object) ->
     path.write_text(text)
     done = subprocess.run(
         [str(shutil.which("bash")), str(path)], cwd=folder, capture_output=True, text=True, check=False,
-        env={"PATH": "/usr/bin:/bin", "HOME": str(folder), "SLURM_JOB_ID": "7"},
+        env={"PATH": "/usr/bin:/bin", "HOME": str(folder), "SLURM_JOB_ID": "7", "BASH_ENV": init},
     )  # fmt: skip
     assert done.stderr.startswith("hpc-cifar: start 0 of job 7 on ")
     return done.returncode, done.stdout, first_words.of_text(done.stderr)
@@ -116,3 +116,28 @@ def test_a_variable_that_cannot_be_set(tmp_path: Path) -> None:
 def test_a_module_where_there_are_none(tmp_path: Path) -> None:
     code, printed, said = run(tmp_path, modules=["cuda/99"])
     assert (code, printed, said) == (127, "", "module load cuda/99 failed with exit code 127: module: command not found")
+
+
+# a stand-in: environment-modules 3.2, which says what is wrong and returns 0, and knows no `module is-loaded`
+OLD_MODULES = """
+export MODULESHOME=/usr/share/modules
+module() {
+  case $1:$2 in
+    load:good*) export LOADEDMODULES=good/1.0 _LMFILES_=/m/good/1.0 ;;
+    show:good*) echo "/m/good/1.0:" >&2 ;;
+    *) echo "ModuleCmd_Load.c(213):ERROR:105: Unable to locate a modulefile for '$2'" >&2 ;;
+  esac
+}
+"""
+
+
+def test_a_module_that_fails_with_code_0(tmp_path: Path) -> None:
+    files = {"modules.bash": OLD_MODULES}
+    (tmp_path / "bad").mkdir()
+    code, printed, said = run(tmp_path / "bad", files, modules=["good", "good/1.0", "cuda/99"], init="modules.bash")
+    words = "module load cuda/99 failed with exit code 0 and loaded nothing: "
+    error = "ModuleCmd_Load.c(213):ERROR:105: Unable to locate a modulefile for 'cuda/99'"
+    assert (code, printed, said) == (1, "", words + error)
+    (tmp_path / "good").mkdir()
+    code, printed, said = run(tmp_path / "good", files, modules=["good", "good/1.0"], init="modules.bash")
+    assert (code, printed, said) == (9, f"{TRAINS}\n", "")

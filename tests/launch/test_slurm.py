@@ -17,7 +17,6 @@ from hpc_cifar.config.cluster import Cluster
 from hpc_cifar.config.experiment import Experiment
 from hpc_cifar.errors import LaunchError, UsageError
 from hpc_cifar.launch import estimate, first_words, script, slurm, status, submit
-from hpc_cifar.launch.policy import REMEDIES, Event
 
 SITE = {
     "name": "big",
@@ -260,45 +259,6 @@ def test_what_sbatch_gets_is_what_the_dry_run_shows(site: Site) -> None:
 
 
 RUNNING = {"state": "running", "step": 5}
-
-
-START = "hpc-cifar: start 0 of job 7 on n1\n"
-LOG = " (log: submitit/7_0_log.err)"
-
-
-@pytest.mark.parametrize(
-    ("squeue", "state", "log", "reason"),
-    [
-        ("7|FAILED|NonZeroExitCode", {}, "sh: 1: exec: /no/python: not found\n",
-         f"the job ended before training began: sh: 1: exec: /no/python: not found{LOG}"),
-        ("7|FAILED|NonZeroExitCode", {"step": 3}, "error: of the day\n", "Slurm: FAILED (NonZeroExitCode)"),
-        ("7|FAILED|NonZeroExitCode", {"step": 3}, "Fatal Python error: Segmentation fault\n",
-         f"the job ended: Fatal Python error: Segmentation fault{LOG}"),
-        ("7|FAILED|NonZeroExitCode", {}, "", "Slurm: FAILED (NonZeroExitCode)"),
-        ("7|FAILED|NonZeroExitCode", {"state": "failed", "reason": "why"}, "error: x\n", "why"),
-        ("7|OUT_OF_MEMORY|OutOfMemory", {"step": 3}, "srun: error: n1: task 1: Out Of Memory\n",
-         f"rank 1 on n1 was killed for memory: {REMEDIES[Event.OUT_OF_MEMORY]}{LOG}"),
-        ("7|FAILED|NonZeroExitCode", {"step": 3}, "srun: error: n1: task 1: Killed\n",
-         f"rank 1 on n1 was killed by signal 9 (SIGKILL), usually for memory: {REMEDIES[Event.KILLED]}{LOG}"),
-        ("7|NODE_FAIL|NodeDown", {}, "Loading the site's software: error 3\n", "Slurm: NODE_FAIL (NodeDown)"),
-        ("7|COMPLETED|None", {}, "hpc-cifar: setup line 1 of profile x ended the job with exit code 0: `exit 0`\n",
-         "the job ended before training began: setup line 1 of profile x ended the job with exit code 0: `exit 0`" + LOG),
-        ("", {}, "No module named submitit\n", f"the job ended before training began: No module named submitit{LOG}"),
-        ("", {}, "", status.VANISHED),
-        ("", {}, None, status.NEVER_STARTED),
-    ],
-)  # fmt: skip
-def test_the_first_words_of_a_job_are_the_reason(
-    tmp_path: Path, slurm_says: Any, squeue: str, state: dict[str, Any], log: str | None, reason: str
-) -> None:
-    """Slurm has often forgotten a job by the time somebody asks."""
-    slurm_says(squeue, None)
-    run = run_with(tmp_path / "runs", state={"state": "pending", **state})
-    if log is not None:
-        run.submitit.mkdir()
-        (run.submitit / "7_0_log.err").write_text("error: of an earlier start\n" + START + log)
-    seen = status.status(run)
-    assert (seen.state, seen.reason) == ("failed", reason)
 
 
 @pytest.mark.parametrize(
