@@ -1,4 +1,4 @@
-"""Why a job ended, from the text of its logs. The texts are what the programs print; tests/slurm/test_reasons.py has real jobs."""
+"""Why a job ended, from its logs. The texts are what the programs print; tests/slurm/test_reasons.py has real jobs."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ slurmstepd: error: pyxis:     [ERROR] URL https://registry returned error code: 
             '"quits/1.0" Try: "module spider quits/1.0"',
         ),
         (
-            "Lmod has detected the following error: /m/bad/1.0:\n(bad/1.0): no licence \nWhile processing the following module(s):",
+            "Lmod has detected the following error: /m/bad/1.0:\n(bad/1.0): no licence \nWhile processing the:",
             "Lmod has detected the following error: /m/bad/1.0: (bad/1.0): no licence",
         ),
         ("ERROR: Unable to locate a modulefile for 'cuda/99'\n", "ERROR: Unable to locate a modulefile for 'cuda/99'"),

@@ -18,7 +18,6 @@ from hpc_cifar.launch import control, controller, deaths, process
 from hpc_cifar.launch.local import process_file
 from hpc_cifar.launch.policy import REMEDIES, Event
 from hpc_cifar.launch.status import status
-from hpc_cifar.runs import Run
 
 pytestmark = pytest.mark.slow  # real processes, seconds each
 

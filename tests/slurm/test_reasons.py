@@ -6,7 +6,6 @@ Their modules are those of the real Lmod and the real environment-modules; conda
 from __future__ import annotations
 
 import dataclasses
-import glob
 import json
 import shutil
 import subprocess
@@ -147,9 +146,8 @@ def module_program(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         if not LMOD.exists():
             pytest.skip("Lmod is not installed (Debian: lmod)")
         return str(LMOD)
-    command = next(
-        (path for root in ("", "/opt/environment-modules") for path in glob.glob(f"{root}/usr/lib/*/modulecmd.tcl")), None
-    )
+    roots = (Path("/usr/lib"), Path("/opt/environment-modules/usr/lib"))
+    command = next((path for root in roots for path in root.glob("*/modulecmd.tcl")), None)
     tclsh = shutil.which("tclsh")
     if command is None or tclsh is None:
         pytest.skip("environment-modules is neither installed nor in /opt/environment-modules (scripts/system_packages.sh)")
