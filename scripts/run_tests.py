@@ -65,7 +65,7 @@ def counts(report: Path) -> dict[str, int]:
 
 def sessions(full: bool, versions: list[str]) -> list[Session]:
     """In the order in which they run; ``versions`` are those of which there is a root."""
-    here = frozenset({"slurm", "accounting", f"slurm-{roots.host_version()}"})
+    here = frozenset({"slurm", "accounting", "modules", f"slurm-{roots.host_version()}"})
     made = [Session(f"slurm {roots.host_version() or 'here'}", ("tests/slurm", "-m", "not alone", *CLUSTERS), here)]
     files = ("tests/slurm",) if full else tuple(f"tests/slurm/test_{name}.py" for name in CELLS)
     for version in versions:

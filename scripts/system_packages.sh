@@ -12,6 +12,7 @@ need() { # PACKAGE COMMAND...: the package is there if the command succeeds
 }
 program() { command -v "$1"; }
 any_program() { local name; for name in "$@"; do if command -v "$name"; then return; fi; done; return 1; }
+any_file() { local name; for name in "$@"; do if [ -e "$name" ]; then return; fi; done; return 1; }
 programs() { local name; for name in "$@"; do command -v "$name" || return 1; done; }
 
 need slurm-wlm programs slurmctld slurmd sbatch srun scontrol
@@ -24,15 +25,22 @@ need g++ program g++
 need pkg-config program pkg-config
 need libopencv-dev pkg-config --exists opencv4
 need libturbojpeg0-dev pkg-config --exists libturbojpeg
+# Lmod and environment-modules exclude each other as packages: the second is unpacked, and neither takes the place of the other
+need lmod any_file /usr/share/lmod/lmod/init/bash /usr/lib/*/modulecmd.tcl
+unpacked=/opt/environment-modules
+unpack="cd \$(mktemp -d) && apt-get download -q environment-modules && dpkg -x environment-modules_*.deb $unpacked"
+any_file /usr/lib/*/modulecmd.tcl "$unpacked"/usr/lib/*/modulecmd.tcl && unpack=
 
-[ ${#missing[@]} -gt 0 ] || exit 0
-command="apt-get install --no-install-recommends -y ${missing[*]}"
+[ ${#missing[@]} -gt 0 ] || [ -n "$unpack" ] || exit 0
+command=${missing[*]:+apt-get install --no-install-recommends -y ${missing[*]}}
+command=$command${command:+${unpack:+ && }}$unpack
+missing+=(${unpack:+environment-modules})
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
   echo "system packages: installing ${missing[*]}" >&2
   export DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 # RUNLEVEL: install the daemons, do not start them
   log=$(mktemp)
   trap 'rm -f "$log"' EXIT
-  if { apt-get update -q && $command; } >"$log" 2>&1; then exit 0; fi
+  if { apt-get update -q && bash -c "$command"; } >"$log" 2>&1; then exit 0; fi
   tail -n 5 "$log" >&2
   echo "system packages: apt-get failed; the tests that need ${missing[*]} cannot run" >&2
 else

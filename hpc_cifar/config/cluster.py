@@ -99,7 +99,9 @@ class Cluster(Model):
     modules: tuple[Annotated[str, Field(max_length=256), AfterValidator(_module)], ...] = ()
     """Loaded in this order before the program starts."""
     setup: tuple[Line, ...] = ()
-    """Shell lines, after the modules."""
+    """Shell lines, after the modules; one that fails is named and ends the job."""
+    setup_may_fail: Flag = False
+    """Jobs go on though a module, a line of ``setup`` or a variable failed; it is named in their log."""
     environment: dict[str, Line] = Field(default_factory=dict)
     """Variables of the jobs; keys and tokens are refused."""
     python: Annotated[str, Field(max_length=1024), AfterValidator(_python)] | None = None
@@ -171,9 +173,14 @@ class Cluster(Model):
         return self
 
     @model_validator(mode="after")
-    def _containers_are_for_jobs(self) -> Cluster:
-        if self.executor == "local" and self.container is not None and self.container.runtime != "none":
+    def _for_jobs_of_slurm(self) -> Cluster:
+        if self.executor != "local":
+            return self
+        if self.container is not None and self.container.runtime != "none":
             raise ValueError(f"container: runtime {self.container.runtime} needs executor: slurm, not local")
+        for name in ("python", "modules", "setup"):
+            if getattr(self, name):
+                raise ValueError(f"{name}: needs executor: slurm, not local, which runs jobs as hpc-cifar itself was started")
         return self
 
     def variables(self) -> dict[str, str]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from .. import files
-from . import process
+from . import deaths, first_words, process
 from .job import LOCAL_REQUEUE as REQUEUE
 from .job import port_for
 from .policy import REMEDIES, Event
@@ -81,6 +81,8 @@ class Controller:
         self.peer_grace_s = float(spec.get("peer_grace_s", PEER_GRACE_S))
         self.term_grace_s = float(spec.get("term_grace_s", TERM_GRACE_S))
         self.tasks: list[subprocess.Popen[bytes]] = []
+        self.log_begins: dict[Path, int] = {}  # of this segment
+        self.killed_for_memory: dict[str, int] = {}  # before it
         self.terminated_at: float | None = None
         self.prepare_child = _die_with_parent()
 
@@ -112,6 +114,7 @@ class Controller:
 
     def start(self, restart: int) -> None:
         port = str(free_port(self.job_id, restart))
+        self.killed_for_memory = deaths.killed_for_memory()
         for rank in range(self.tasks_count):
             env = {
                 **os.environ,
@@ -133,7 +136,9 @@ class Controller:
                 )
 
     def _log(self, rank: int, kind: str) -> IO[bytes]:
-        return (self.folder / f"{self.job_id}_{rank}_log.{kind}").open("ab")
+        log = (self.folder / f"{self.job_id}_{rank}_log.{kind}").open("ab")
+        self.log_begins[Path(log.name)] = log.tell()
+        return log
 
     def watch(self) -> tuple[list[int], str]:
         """Wait for the ranks to end; their exit codes, and why the segment failed, or ""."""
@@ -163,17 +168,25 @@ class Controller:
                 self.kill()
             time.sleep(POLL_S)
 
-    @staticmethod
-    def _reason(codes: list[int | None]) -> str:
+    def _reason(self, codes: list[int | None]) -> str:
         """What went wrong first; a rank that was killed explains why its peers lost their connections."""
         bad = [(rank, code) for rank, code in enumerate(codes) if code not in (None, 0, REQUEUE)]
         for rank, code in sorted(bad, key=lambda item: (item[1] or 0) > 0):
             assert code is not None
             if code < 0:
-                memory = f", usually for memory: {REMEDIES[Event.OUT_OF_MEMORY]}" if -code == signal.SIGKILL else ""
-                return f"rank {rank} was killed by {signal.Signals(-code).name}{memory}"
-            return f"rank {rank} ended with exit code {code}"
+                return self._killed(rank, signal.Signals(-code))
+            began = self._state().get("step") is not None
+            logs = [self.folder / f"{self.job_id}_{rank}_log.{kind}" for kind in ("err", "out")]
+            words = first_words.of_logs(logs, self.log_begins, certain=began)
+            return f"rank {rank} ended with exit code {code}" + (f": {words.text} (log: {words.log.name})" if words else "")
         return ""
+
+    def _killed(self, rank: int, number: signal.Signals) -> str:
+        counts = deaths.killed_for_memory()
+        if number == signal.SIGKILL and any(counts[path] > self.killed_for_memory.get(path, 0) for path in counts):
+            return f"rank {rank} was killed for memory: {REMEDIES[Event.OUT_OF_MEMORY]}"
+        usually = f", usually for memory: {REMEDIES[Event.KILLED]}" if number == signal.SIGKILL else ""
+        return f"rank {rank} was killed by {number.name}{usually}"
 
     def kill(self) -> None:
         """End whatever the ranks left behind, data workers too."""
@@ -236,7 +249,7 @@ class Controller:
     @staticmethod
     def _cause(reason: str, rows: list[dict[str, Any]]) -> str:
         """What the ranks themselves reported says more than an exit code, but not more than a kill."""
-        if "killed by" in reason or "time limit" in reason:
+        if " was killed " in reason or "time limit" in reason:
             return reason
         if not rows:
             return reason

@@ -21,7 +21,7 @@ from ..config.cluster import Cluster
 from ..config.experiment import Experiment
 from ..errors import HpcCifarError, LaunchError
 from ..findings import Finding, ok, problem, warning
-from . import discover, estimate, handover, local, machine, script, slurm, snapshot, submit
+from . import discover, estimate, first_words, handover, local, machine, script, slurm, snapshot, submit
 
 REINSTALL = {
     "torch": "pip install --force-reinstall torch torchvision",
@@ -240,11 +240,10 @@ def _wait(folder: Path, job_id: str, say: Callable[[str], None]) -> dict[str, An
         elif seen.reachable:
             gone = gone or asked
             if asked - gone > (NODE_S if job is None or job.state == "COMPLETED" else ASK_S):
-                raise LaunchError(f"job {job_id} ended without an answer{_last_words(folder)}; its files are in {folder}")
+                raise LaunchError(f"job {job_id} ended without an answer{_words(folder, job_id)}; its files are in {folder}")
     return answer
 
 
-def _last_words(folder: Path) -> str:
-    logs = sorted((folder / "submitit").glob("*_log.*"), key=lambda path: path.suffix == ".err")
-    lines = [line.strip() for path in logs for line in path.read_text(errors="replace").splitlines() if line.strip()]
-    return f": {lines[-1][:300]}" if lines else ""
+def _words(folder: Path, job_id: str) -> str:
+    words = first_words.of_job(folder / "submitit", job_id)
+    return f": {words.text}" if words else ""

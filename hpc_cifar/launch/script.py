@@ -24,6 +24,7 @@ from .job import MAX_TIMEOUTS
 
 PLAIN_PATH = re.compile(r"[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff%\\'\"`$]+")
 KEPT_SLURM_VARIABLES = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT")
+GUARD = "hpc_cifar/launch/guard.sh"  # in the code snapshot
 DEFAULTS = ("ACCOUNT", "PARTITION", "QOS", "CONSTRAINT", "RESERVATION")
 """Options for which a user may have set SBATCH_... variables as defaults; they count where the script says nothing."""
 NO_CONFIGURATION = ("fetch_config", "fetch config")
@@ -82,8 +83,11 @@ def _begins_again() -> list[int]:
     It is 128 and the number of the signal that ended one, or the last 8 bits of Slurm's own error, such as
     SLURM_COMMUNICATIONS_CONNECTION_ERROR (1001), of a node that died and that nobody has missed yet.
     """
-    signals = (signal.Signals["SIG" + preemption_signal_name()], signal.SIGTERM)
-    return [*(128 + number for number in signals), *(error & 0xFF for error in COMMUNICATION_ERRORS)]
+    return [*(128 + number for number in _stop_signals()), *(error & 0xFF for error in COMMUNICATION_ERRORS)]
+
+
+def _stop_signals() -> tuple[signal.Signals, ...]:
+    return signal.Signals["SIG" + preemption_signal_name()], signal.SIGTERM
 
 
 def check_path(path: Path, what: str) -> str:
@@ -99,13 +103,20 @@ def check_path(path: Path, what: str) -> str:
 
 
 def setup_lines(cluster: Cluster, code: Path, mark: str = "") -> list[str]:
-    """What the script does before ``srun``: modules, the profile's own lines, variables, the code snapshot, the pickle."""
-    lines = [f"module load {shlex.quote(module)}" for module in cluster.modules]
-    lines += cluster.setup
+    """What the script does before ``srun``: modules, the profile's own lines, variables, the code snapshot, the pickle.
+
+    ``launch/guard.sh`` names what fails of it, and ends the job there unless the profile says otherwise.
+    """
+    signals = " ".join(str(128 + number) for number in _stop_signals())
+    options = [cluster.name, str(len(cluster.setup)), signals, *(["may-fail"] if cluster.setup_may_fail else [])]
+    lines = [f"hpc_cifar_code={shlex.quote(str(code))}"]  # the line after srun finds the run by it too
+    lines += [f'. "$hpc_cifar_code/{GUARD}" {shlex.join(options)} || exit 1']
+    lines += [f"hpc_cifar_module {shlex.quote(module)}" for module in cluster.modules]
+    if cluster.setup:  # one text: its lines may belong together
+        lines += ["hpc_cifar_first=$LINENO", *cluster.setup]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in cluster.variables().items()]
     lines += container.export_lines(cluster.container, code, cluster.variables())
-    # where the line after srun finds the run; a profile's own `set -e` would end the script before it
-    lines += [f"hpc_cifar_code={shlex.quote(str(code))}", "set +e"]
+    lines += ["hpc_cifar_unguard", "set +e"]  # a profile's own `set -e` would end the script before what follows srun
     # whoever submitted gives the pickle the job's number, unless it was cut off before
     lines.append("hpc_cifar_job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}")
     lines.append("hpc_cifar_pickle=$hpc_cifar_code/../submitit/${hpc_cifar_job:-$SLURM_JOB_ID}_submitted.pkl")

@@ -12,7 +12,7 @@ from typing import Any
 
 from .. import files
 from ..runs import Run
-from . import handover, interruptions, local, process, slurm
+from . import first_words, handover, interruptions, local, process, slurm
 
 ENDED = frozenset(("finished", "failed", "cancelled", "stopped"))
 VANISHED = "processes ended without a result"
@@ -157,10 +157,13 @@ def _status(run: Run, job: dict[str, Any], answer: slurm.Answer) -> Status:
     known = answer.jobs.get(str(job["job_id"])) if job.get("executor") == "slurm" else None
     word, reason = str(state.get("state") or "pending"), state.get("reason")
     if job.get("executor") == "slurm":
+        said = word in ENDED
         word, reason = _with_slurm(run, word, reason, state, known, answer.reachable)
+        if word == "failed" and not said:
+            reason = _with_words(run, str(job["job_id"]), str(reason), state, known)
     elif alive is False and word not in ENDED:
         cancelled = run.cancel_marker.exists()
-        word, reason = ("cancelled", reason) if cancelled else ("failed", VANISHED)
+        word, reason = ("cancelled", reason) if cancelled else ("failed", _vanished(run, job))
     elif word == "failed" and job.get("executor") == "local" and process.is_alive(controller_of(run, job)):
         word, reason = "running", None  # a rank has said so; its job ends the others now, who may still write
     elif alive is None and word in ("running", "requeued"):
@@ -235,6 +238,29 @@ def _with_slurm(
     words = {"TIMEOUT": "the time limit was reached before a checkpoint was saved", "COMPLETED": VANISHED}
     detail = f" ({job.reason})" if job.reason else ""
     return "failed", words.get(job.state, f"Slurm: {job.state}{detail}")
+
+
+def _with_words(run: Run, job_id: str, reason: str, state: dict[str, Any], job: slurm.JobState | None) -> str:
+    """Why a job failed whose ranks have not said so: what its first logs say, beside Slurm's word on it."""
+    began = state.get("step") is not None
+    own_end = job is None or job.state in ("FAILED", "OUT_OF_MEMORY", "COMPLETED")  # else a node or the time ended it
+    for_memory = job is not None and job.state == "OUT_OF_MEMORY"
+    words = first_words.of_job(run.submitit, job_id, for_memory=for_memory, certain=began or not own_end)
+    if words is None:
+        return VANISHED if reason == NEVER_STARTED and (run.submitit / f"{job_id}_0_log.err").exists() else reason
+    if words.death:
+        about = words.text
+    elif not own_end:
+        about = f"{reason}: {words.text}"
+    else:
+        about = f"the job ended: {words.text}" if began else f"the job ended before training began: {words.text}"
+    return f"{about} (log: {words.log.relative_to(run.path)})" if words.log.exists() else about
+
+
+def _vanished(run: Run, job: dict[str, Any]) -> str:
+    """A job of this machine that ended without a word in the run directory; its controller may have left some."""
+    words = first_words.of_logs([run.submitit / f"{job.get('job_id')}_controller.log"], certain=True)
+    return f"{VANISHED}: {words.text}" if words else VANISHED
 
 
 def _age_s(stamp: Any) -> float:

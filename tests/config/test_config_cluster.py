@@ -228,6 +228,15 @@ def test_containers_accepted() -> None:
         Cluster.model_validate({"name": "x", "executor": "local", "container": IMAGE})
 
 
+@pytest.mark.parametrize(("field", "value"), [("python", "/opt/python"), ("modules", ["cuda"]), ("setup", ["true"])])
+def test_what_this_machine_s_own_jobs_do_not_do_is_refused(field: str, value: object) -> None:
+    assert Cluster.model_validate({"name": "x", field: value}).executor == "slurm"
+    with pytest.raises(
+        ValidationError, match=f"{field}: needs executor: slurm, not local, which runs jobs as hpc-cifar itself"
+    ):
+        Cluster.model_validate({"name": "x", "executor": "local", field: value})
+
+
 def test_a_container_s_problem_has_a_line(empty_site: Path) -> None:
     put(empty_site / "here.yaml", "executor: slurm\ncontainer:\n  runtime: apptainer\n  imgae: /x.sif\n")
     with pytest.raises(ConfigError) as caught:

@@ -19,7 +19,7 @@ from typing import Any
 import hpc_cifar
 from hpc_cifar import files, runs
 from hpc_cifar.config.experiment import Experiment
-from hpc_cifar.launch import process
+from hpc_cifar.launch import process, script
 from hpc_cifar.launch.local import process_file
 from hpc_cifar.runs import Run
 
@@ -141,6 +141,13 @@ def command(folder: Path, name: str, body: str) -> None:
 def unmarked(text: str) -> str:
     """A script without what names its submission."""
     return re.sub(r"\d{8}-\d{6}-[0-9a-f]{8}", "MARK", text)
+
+
+def guarded(code: Path) -> Path:
+    """A code snapshot with as much as a job's script needs before ``srun``."""
+    (code / script.GUARD).parent.mkdir(parents=True)
+    shutil.copy(PACKAGE.parent / script.GUARD, code / script.GUARD)
+    return code
 
 
 def run_with(root: Path, job_id: str = "7", state: dict[str, Any] | None = None) -> runs.Run:

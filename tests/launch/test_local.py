@@ -7,14 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 from launch_site import Site, eventually
 
 from hpc_cifar import files
-from hpc_cifar.launch import control, process
+from hpc_cifar.launch import control, controller, deaths, process
 from hpc_cifar.launch.local import process_file
+from hpc_cifar.launch.policy import REMEDIES, Event
 from hpc_cifar.launch.status import status
 
 pytestmark = pytest.mark.slow  # real processes, seconds each
@@ -117,9 +119,51 @@ def test_follow_prints_epochs_and_the_result(site: Site) -> None:
 def test_a_dead_rank_ends_the_job(site: Site) -> None:
     run = site.submit("die=1", "step_s=0.1", epochs=100)
     began = time.monotonic()
-    assert f"{run.id}: failed (rank 1 was killed by SIGKILL)\n" == site.cli("wait", run.id, code=1).stdout
+    words = f"rank 1 was killed by SIGKILL, usually for memory: {REMEDIES[Event.KILLED]}"
+    assert f"{run.id}: failed ({words})\n" == site.cli("wait", run.id, code=1).stdout
     assert time.monotonic() - began < 40
     eventually(lambda: not process.survivors(site.controller(run)), what="the end of its controller, which told of the failure")
+
+
+def test_a_rank_that_the_kernel_killed_for_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = {"/a": 3, "/": 5}
+    monkeypatch.setattr(deaths, "killed_for_memory", counts.copy)
+    spec = {"folder": str(tmp_path), "job_id": "local-1", "command": "false", "tasks": 0, "timeout_s": 9, "signal_delay_s": 1}
+    made = controller.Controller(spec | {"signal": "SIGUSR2"})
+    made.start(0)  # no task, but a look at the counts
+    assert made._reason([-9]) == f"rank 0 was killed by SIGKILL, usually for memory: {REMEDIES[Event.KILLED]}"
+    counts["/a"] += 1
+    assert made._reason([None, -9]) == f"rank 1 was killed for memory: {REMEDIES[Event.OUT_OF_MEMORY]}"
+    assert made._reason([1, -11]) == "rank 1 was killed by SIGSEGV"
+
+
+def test_a_rank_that_ends_before_it_speaks(site: Site) -> None:
+    """The ranks' Python lacks a package, as that of a broken environment does."""
+    text = 'import os, sys\nif "SUBMITIT_EXECUTOR" in os.environ:\n    sys.modules["submitit"] = None\n'
+    (site.package.parent / "sitecustomize.py").write_text(text)
+    run = site.submit()
+    said = site.cli("wait", run.id, code=1).stdout
+    assert said.startswith(f"{run.id}: failed (rank ")
+    assert "Error while finding module specification for 'submitit.core._submit' (ModuleNotFoundError: " in said
+    assert site.status(run)["reason"] in said
+
+
+def test_a_start_that_ended_before_is_not_the_reason(tmp_path: Path) -> None:
+    spec = {"folder": str(tmp_path / "submitit"), "job_id": "local-1", "command": "sh -c 'exec /no/python'", "tasks": 1}
+    made = controller.Controller({**spec, "timeout_s": 9, "signal_delay_s": 1, "signal": "SIGUSR2"})
+    made.folder.mkdir()
+    log = made.folder / "local-1_0_log.err"
+    log.write_text("Traceback (most recent call last):\nOSError: of an earlier start\n")
+    made.start(0)
+    made.tasks[0].wait(20)
+    assert made._reason([127]).startswith("rank 0 ended with exit code 127: sh: 1: exec: /no/python: not found (log: ")
+
+
+def test_a_controller_that_breaks(site: Site) -> None:
+    (site.package / "launch" / "controller.py").write_text("import not_there\n")
+    run = site.submit()
+    words = "processes ended without a result: ModuleNotFoundError: No module named 'not_there'"
+    assert site.cli("wait", run.id, code=1).stdout == f"{run.id}: failed ({words})\n"
 
 
 def test_an_exception_becomes_one_line(site: Site) -> None:

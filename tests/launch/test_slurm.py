@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launch_site import EXPERIMENT, Site, command, run_with, unmarked
+from launch_site import EXPERIMENT, Site, command, guarded, run_with, unmarked
 
 from hpc_cifar import runs
 from hpc_cifar.config.cluster import Cluster
 from hpc_cifar.config.experiment import Experiment
 from hpc_cifar.errors import LaunchError, UsageError
-from hpc_cifar.launch import interruptions, script, slurm, status, submit
+from hpc_cifar.launch import first_words, interruptions, script, slurm, status, submit
 from hpc_cifar.launch.script import AFTER_SRUN
 from hpc_cifar.runs import Run
 
@@ -71,12 +71,15 @@ def test_the_script_is_exactly_this() -> None:
 #SBATCH --time=21
 
 # setup
-module load cuda/12.4
+hpc_cifar_code=/runs/deep-1/code
+. "$hpc_cifar_code/hpc_cifar/launch/guard.sh" big 1 '140 143' || exit 1
+hpc_cifar_module cuda/12.4
+hpc_cifar_first=$LINENO
 source /opt/env.sh
 export NCCL_DEBUG='it'"'"'s $(here)'
 export PYTHONPATH=/runs/deep-1/code${{PYTHONPATH:+:$PYTHONPATH}}
 export PYTHONSAFEPATH=1
-hpc_cifar_code=/runs/deep-1/code
+hpc_cifar_unguard
 set +e
 hpc_cifar_job=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}
 hpc_cifar_pickle=$hpc_cifar_code/../submitit/${{hpc_cifar_job:-$SLURM_JOB_ID}}_submitted.pkl
@@ -149,8 +152,8 @@ def test_a_job_whose_tasks_did_not_begin_begins_again(
         path.write_text(f"#!/bin/sh\n{line}\n")
         path.chmod(0o755)
     run = tmp_path / "runs of one" / "deep-1"
-    for folder in ("code", "submitit"):
-        (run / folder).mkdir(parents=True)
+    (run / "submitit").mkdir(parents=True)
+    guarded(run / "code")
     for name, text in before.items():
         (run / name).parent.mkdir(exist_ok=True)
         if name == "checkpoints":
@@ -203,6 +206,7 @@ def test_a_cluster_without_gpus_is_adapted_to() -> None:
 
 def test_the_script_does_what_it_says_in_a_shell(tmp_path: Path) -> None:
     run = tmp_path / "with space" / "deep-1"
+    guarded(run / "code")
     text = text_of({**SITE, "modules": [], "setup": []}, run)
     printing = text.replace("srun ", 'printf \'%s\\n\' "$NCCL_DEBUG" "$PYTHONPATH"; exit\nsrun ', 1)
     done = subprocess.run(["bash", "-c", printing], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"}, check=True)
@@ -297,7 +301,7 @@ RUNNING = {"state": "running", "step": 5}
         ("7|CANCELLED|None", None, RUNNING, ("cancelled", "cancelled with scancel")),
         ("7|COMPLETED|None", None, RUNNING, ("failed", "processes ended without a result")),
         ("7|FAILED|None", None, {"state": "failed", "reason": "why"}, ("failed", "why")),
-        ("8|RUNNING|None", "7|OUT_OF_MEMORY|None", RUNNING, ("failed", "Slurm: OUT_OF_MEMORY")),
+        ("8|RUNNING|None", "7|OUT_OF_MEMORY|None", RUNNING, ("failed", first_words.FOR_MEMORY)),
         ("8|RUNNING|None", "7|CANCELLED by 0|None", RUNNING, ("cancelled", "cancelled with scancel")),
         ("", None, RUNNING, ("failed", "processes ended without a result")),
         ("", None, {"state": "pending"}, ("failed", status.NEVER_STARTED)),

@@ -72,7 +72,10 @@ def test_gpus_that_are_there_for_slurm_only(site: Site) -> None:
 
 
 def test_a_job_that_cannot_answer_says_where_its_words_are(site: Site) -> None:
-    with pytest.raises(LaunchError, match=r"ended without an answer.*; its files are in .*/\.doctor/"):
+    with pytest.raises(
+        LaunchError,
+        match=r"answer: setup line 1 of profile bad ended the job with exit code 3: `exit 3`; its files are in .*/\.doctor/",
+    ):
         look(site, "bad", "partition: low\ngpu_request: none\nsetup: ['exit 3']\n")
     with pytest.raises(LaunchError, match="invalid partition"):
         look(site, "none", "partition: nowhere\ngpu_request: none\n")

@@ -304,7 +304,8 @@ def test_accounting_knows_what_squeue_has_forgotten(accounting_cluster: SlurmClu
     assert accounting_cluster.call("squeue", "--noheader", "--states=all") == ""
     (gone.path / "jobs.jsonl").write_text(json.dumps({"executor": "slurm", "job_id": "4000000"}) + "\n")
     told = {row["run"]: (row["state"], row["reason"]) for row in json.loads(site.cli("status", "--json").stdout)}
-    assert told[killed.id][0] == "failed" and told[killed.id][1].startswith("Slurm: FAILED")
+    assert told[killed.id][0] == "failed" and told[killed.id][1].startswith("rank 0 on n")
+    assert "was killed by signal 9 (SIGKILL), usually for memory: raise the memory of the job" in told[killed.id][1]
     assert told[gone.id] == ("failed", "processes ended without a result")
     assert told[fine.id][0] == "cancelled"
     assert f"{gone.id} is not running: it is failed" in site.cli("cancel", gone.id).stdout, "nobody knows its job"
