@@ -207,6 +207,7 @@ def variables() -> set[str]:
     sources = [
         *(ROOT / "hpc_cifar").rglob("*.py"),
         *(ROOT / "slurm").rglob("*.py"),
+        *(ROOT / "tests/life").rglob("*.py"),
         ROOT / "Makefile",
         ROOT / "tests/conftest.py",
     ]

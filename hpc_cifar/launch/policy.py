@@ -233,11 +233,13 @@ REMEDIES: Mapping[Event, str] = {
 
 
 def _last_words(event: Event, known: Knowledge, detail: str) -> str:
-    count = sum(known.faults.values()) + 1
-    kind = known.faults.get(event, 0) + 1
-    times = f"{kind} times" if kind == count else f"{kind} of {count} faults"
-    since = "" if count <= 1 else f"; {event.value}: {times} without a checkpoint in between, so it is not restarted"
-    return f"{said(event, detail)}{since}: {REMEDIES[event]}"
+    about, remedy = said(event, detail), REMEDIES[event]
+    count, kind = sum(known.faults.values()) + 1, known.faults.get(event, 0) + 1
+    if count == 1:
+        return f"{about}: {remedy}"
+    if kind == count:
+        return f"{about}; {event.value}: {kind} times without a checkpoint in between, so it is not restarted: {remedy}"
+    return f"{about}; {event.value}, {kind} of {count} faults without a checkpoint in between, so it is not restarted: {remedy}"
 
 
 # ---- the start of a job --------------------------------------------------------------------------------------------------

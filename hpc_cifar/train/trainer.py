@@ -133,10 +133,8 @@ class Trainer:
             self.session.best = self.session.best_step = None
         self.saved_step = good.step
         position = self.session.position
-        return [
-            *notes,
-            f"resuming at step {good.step} of {self.plan.total_steps} (epoch {position.epoch + 1}, batch {position.batch})",
-        ]
+        place = f"epoch {position.epoch + 1}, batch {position.batch}"
+        return [*notes, f"resuming at step {good.step} of {self.plan.total_steps} ({place})"]
 
     # ---- the whole run -------------------------------------------------------------------------------------------
 
@@ -307,10 +305,9 @@ class Trainer:
         if self.experiment.data.validation == "test":
             return False
         monitor = self.experiment.checkpoint.monitor
-        value = row[monitor]
-        better = is_better(value, self.session.best, monitor, least_improvement(self.experiment))
+        better = is_better(row[monitor], self.session.best, monitor, least_improvement(self.experiment))
         if better:
-            self.session.best, self.session.best_step = value, self.session.position.step
+            self.session.best, self.session.best_step = row[monitor], self.session.position.step
         return better
 
     def _save(self, best: bool = False) -> None:

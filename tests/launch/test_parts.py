@@ -58,7 +58,7 @@ def test_visible_gpus_respect_what_is_set(monkeypatch: pytest.MonkeyPatch, value
 def test_the_pickled_job_is_tiny_and_light() -> None:
     made = job.TrainJob(Path("/runs/x"), Path("/data"))
     assert len(pickle.dumps(made)) < 200
-    assert vars(pickle.loads(pickle.dumps(made))) == {"run": "/runs/x", "data_root": "/data"}
+    assert vars(pickle.loads(pickle.dumps(made))) == {"run": "/runs/x", "data_root": "/data", "mark": ""}
     code = "import sys, hpc_cifar.launch.job; print([m for m in ('torch', 'pydantic', 'yaml', 'submitit') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
@@ -214,6 +214,6 @@ def test_a_signal_during_an_import_waits_for_the_next_one(tmp_path: Path, monkey
 
 def test_a_failure_counts_for_its_own_segment(tmp_path: Path) -> None:
     run = Run(tmp_path)
-    assert not job.has_failed(run, "7.0")
-    (tmp_path / "failures.jsonl").write_text('{"segment": "7.0", "reason": "no GPU"}\n')
-    assert job.has_failed(run, "7.0") and not job.has_failed(run, "7.1")
+    assert not job.first_failure(run, "7.0")
+    (tmp_path / "failures.jsonl").write_text('{"segment": "7.0", "rank": 1, "reason": "no GPU"}\n')
+    assert job.first_failure(run, "7.0") == "rank 1: no GPU" and not job.first_failure(run, "7.1")

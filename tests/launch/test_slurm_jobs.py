@@ -161,8 +161,8 @@ CHAIN = {"profile": '{"requeue": false, "preemptible": true}', "link": True}
 def test_term_alone(slurm_word: dict[str, Any], expected: tuple[str, str], requeued: bool, element: Any, asked: Any) -> None:
     own = element(**slurm_word)
     assert outcome(own, Event.TERMINATED) == expected
-    # at the time limit Slurm takes the job for complete
-    again = AGAIN.replace("Incomplete ", "") if slurm_word.get("reason") == "TimeLimit" else AGAIN
+    # at the time limit Slurm takes the job for complete, and does nothing with the first request
+    again = AGAIN + AGAIN.replace("Incomplete ", "") if slurm_word.get("reason") == "TimeLimit" else AGAIN
     assert asked() == again * requeued
 
 

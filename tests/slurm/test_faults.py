@@ -71,7 +71,7 @@ def test_a_job_whose_only_rank_is_killed_goes_on(site: Site, undisturbed: dict[i
     site.step_takes(0.05)
     run, job = site.submit("--nodes", "1")
     site.until_epoch(1, run)
-    os.kill(rank(site, run, 0, 0), signal.SIGKILL)
+    os.kill(int(site.state(run)["pid"]), signal.SIGKILL)
     site.cluster.until(lambda: interruptions(site, run), 60, site.logs())
     site.hasten()
     site.call("wait", run)
@@ -82,53 +82,37 @@ def test_a_job_whose_only_rank_is_killed_goes_on(site: Site, undisturbed: dict[i
 
 
 @pytest.fixture
-def small_memory() -> Iterator[Path]:
-    """A cgroup of little memory, of the kernel that runs here."""
-    folder = MEMORY / f"hpc-cifar-test-{os.getpid()}"
+def small_node(slurm_cluster: SlurmCluster) -> Iterator[Path]:
+    """The cgroup of a node's jobs, with too little memory for one that trains; made by the kernel that runs here."""
+    slurmd = slurm_cluster.slurmd("n2")
+    folder, before = MEMORY / f"hpc-cifar-test-{os.getpid()}", own_cgroup(slurmd)
     try:
         folder.mkdir()
     except OSError as error:
         pytest.skip(f"no cgroup of memory can be made here: {error}")
+    (folder / "memory.limit_in_bytes").write_text(str(200 << 20))  # torch alone takes more
+    (folder / "cgroup.procs").write_text(str(slurmd))
     yield folder
-    for pid in (folder / "cgroup.procs").read_text().split():
-        os.kill(int(pid), signal.SIGKILL)
-    for _ in range(100):
-        try:
-            folder.rmdir()
-        except OSError:
-            signal.sigtimedwait([], 0.1)
-        else:
-            return
-    raise AssertionError(f"{folder} cannot be removed")
+    (before / "cgroup.procs").write_text(str(slurmd))
+    slurm_cluster.until(lambda: not (folder / "cgroup.procs").read_text(), 60, "the jobs of the node end")
+    folder.rmdir()
 
 
-def test_a_rank_that_the_kernel_kills_for_memory_is_named(site: Site, small_memory: Path) -> None:
-    """One rank of two, by a real cgroup, again and again."""
-    run, _ = site.submit(*TWO, *WITHOUT_CHECKPOINTS)
-    for restart in range(ALLOWED + 1):
-        pid = rank(site, run, 1, restart)
-        before = oom_kills(small_memory)
-        (small_memory / "memory.limit_in_bytes").write_text(str(1 << 30))
-        (small_memory / "memory.move_charge_at_immigrate").write_text("1")
-        (small_memory / "cgroup.procs").write_text(str(pid))
-        (small_memory / "memory.oom_control").write_text("0")
-        shrink(small_memory)
-        site.cluster.until(lambda count=before: oom_kills(small_memory) > count, 60, "the kernel kills it")  # type: ignore[misc]
-        site.cluster.until(lambda count=restart: len(interruptions(site, run)) > count, 60, site.logs())  # type: ignore[misc]
-    site.call("wait", run, code=1)
-    reason = site.status(run)["reason"]
-    assert "rank 1 on n2 was killed" in reason and "memory" in reason and "resources.memory_gib_per_node" in reason, reason
-    assert len(interruptions(site, run)) <= ALLOWED + 1
+def own_cgroup(pid: int) -> Path:
+    lines = [line.split(":", 2) for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines()]
+    return MEMORY / next((path.lstrip("/") for _, names, path in lines if "memory" in names.split(",")), "")
 
 
 def oom_kills(folder: Path) -> int:
     return int(dict(line.split() for line in (folder / "memory.oom_control").read_text().splitlines())["oom_kill"])
 
 
-def shrink(folder: Path) -> None:
-    """Less than the process touches all the time; the kernel refuses a limit that it cannot reach at once."""
-    for mebibytes in (512, 256, 128, 64, 32, 16, 8, 4):
-        try:
-            (folder / "memory.limit_in_bytes").write_text(str(mebibytes << 20))
-        except OSError:
-            return
+def test_a_rank_that_the_kernel_kills_for_memory_is_named(site: Site, small_node: Path) -> None:
+    """One rank of two, by a real cgroup, again and again, at the start of the job."""
+    run, job = site.submit(*TWO, *WITHOUT_CHECKPOINTS)
+    site.call("wait", run, code=1)
+    rows, reason = interruptions(site, run), site.status(run)["reason"]
+    assert oom_kills(small_node) == len(rows) == ALLOWED + 1, rows
+    assert all("rank 1 on n2 was killed" in row["reason"] and "memory" in row["reason"] for row in rows), rows
+    assert "rank 1 on n2 was killed" in reason and "resources.memory_gib_per_node" in reason, reason
+    assert site.cluster.job(job)["Restarts"] == str(ALLOWED)

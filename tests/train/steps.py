@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+import ranks
 import torch
 from torch import nn
 
@@ -35,3 +37,20 @@ def batches(count: int) -> Iterator[Batch]:
     for number in range(count):
         images = torch.randn(12, 3, 8, 8, generator=generator)
         yield Batch(images, torch.randint(0, 10, (12,), generator=generator), number, 12)
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 16), nn.Tanh(), nn.Linear(16, 10))
+
+
+def configured(optimizer: dict[str, Any], **changes: Any) -> Any:
+    common: dict[str, Any] = {
+        "data": {"batch_size": 12},
+        "schedule": {"name": "constant", "warmup_epochs": 0},
+        "training": {"ema_decay": None, "log_every_steps": 100},
+    }
+    config = ranks.experiment(**ranks.merge(common, changes))
+    values = config.model_dump()
+    values["optimizer"] = optimizer
+    return type(config).model_validate(values)
