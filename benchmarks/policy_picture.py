@@ -23,7 +23,6 @@ WHAT = {
     Act.REQUEUE: "requeue", Act.HAND_OVER: "hand over to the link", Act.LEAVE_TO_SLURM: "leave it to Slurm", Act.STOP: "stop",
     Act.END: "end",
 }  # fmt: skip
-CHAIN = {"requeue_allowed": False, "link_waits": True}
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Cell:
 
 def cell(event: Event, word: Word | None) -> Cell:
     known = Knowledge(slurm=word is not None, word=word or Word.NONE)
-    return Cell(policy.decide(event, known), policy.decide(event, replace(known, **CHAIN)))
+    return Cell(policy.decide(event, known), policy.decide(event, replace(known, requeue_allowed=False, link_waits=True)))
 
 
 def restarts(event: Event) -> int | None:
@@ -51,17 +50,12 @@ def ways_into() -> dict[str, list[str]]:
     """The events that can lead to each state, whatever is known."""
     found: dict[str, list[str]] = {}
     for event in Event:
-        for slurm, word, link, requeue, preemptible, spent in itertools.product(
-            (True, False), Word, *[(False, True)] * 3, (0, policy.DEFAULT_RESTARTS)
-        ):
-            known = Knowledge(
-                slurm=slurm, word=word, link_waits=link, requeue_allowed=requeue, preemptible=preemptible, faults={event: spent}
-            )
-            if word is Word.CANCELLED:
-                continue
-            state = policy.decide(event, known).state
-            if state is not None and event.value not in found.setdefault(state, []):
-                found[state].append(event.value)
+        for word, spent in itertools.product(Word, (0, policy.DEFAULT_RESTARTS)):
+            for slurm, link, requeue, preemptible in itertools.product((False, True), repeat=4):
+                known = Knowledge(slurm, word, False, link, requeue, True, preemptible, {event: spent})
+                state = None if word is Word.CANCELLED else policy.decide(event, known).state
+                if state is not None and event.value not in found.setdefault(state, []):
+                    found[state].append(event.value)
     return found
 
 

@@ -30,9 +30,10 @@ def knowledge(event: Event) -> Iterator[Knowledge]:
         counts = [{Event.RANK_LOST: mine} for mine in range(ALLOWED + 2)]
     elif event in INTERRUPTIONS:
         counts = [{}, {Event.RANK_LOST: ALLOWED + 1}]
-    for slurm, word, mark, link, requeue, scontrol, preemptible in itertools.product((True, False), Word, *[(False, True)] * 5):
-        for faults in counts:
-            yield Knowledge(slurm, word, mark, link, requeue, scontrol, preemptible, faults, ALLOWED)
+    for slurm, word in itertools.product((True, False), Word):
+        for mark, link, requeue, scontrol, preemptible in itertools.product((False, True), repeat=5):
+            for faults in counts:
+                yield Knowledge(slurm, word, mark, link, requeue, scontrol, preemptible, faults, ALLOWED)
 
 
 def is_cancelled(event: Event, known: Knowledge) -> bool:

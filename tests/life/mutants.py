@@ -43,9 +43,6 @@ MUTANTS: dict[str, tuple[Any, str, str, str]] = {
     "the time limit is taken for a running job": (ending, "_carry_out", "scheduler.word() is Word.TIME_LIMIT", "False"),
     "faults before a checkpoint count": (ending, "faults", 'row.get("step") == step', "True"),
     "nothing is counted": (ending, "_carry_out", "if action.event in _COUNTED:", "if False:"),
-    "a run that has finished is called something else": (
-        ending, "_say", 'records.finished() and action.state != "finished"', "False",
-    ),
 }  # fmt: skip
 
 

@@ -120,7 +120,8 @@ def ended_well(world: World, run: OneRun) -> Iterator[tuple[str, str]]:
 
 def left_alone(world: World, run: OneRun) -> bool:
     """Whether there was no way on: the last link has ended, and jobs may not go back to the queue."""
-    return not world.site.requeue and not any(job.alive for job in run.jobs) and run.jobs[-1].ends_as != "" and not run.unused
+    can = world.site.requeue and world.site.scontrol
+    return not can and not any(job.alive for job in run.jobs) and run.jobs[-1].ends_as != "" and not run.unused
 
 
 def rightly_failed(world: World, run: OneRun) -> bool:
@@ -130,7 +131,7 @@ def rightly_failed(world: World, run: OneRun) -> bool:
     rows = run.store.records("").interruptions()
     if not rows:  # the behaviour before, which kept none, and allowed less
         most = min(most, 3)
-    said = [FACTS.get(Event(str(row["event"])), "") for row in rows[-1:]]
+    said = [FACTS.get(Event(str(row["event"])), "") for row in rows if row["step"] == rows[-1]["step"]]
     allowed = [min(most, fewer.get(kind, most)) for kind in (*said, *(run.every_fault if not said else ()))]
     return bool(allowed) and sum(run.every_fault.values()) > min(allowed)
 

@@ -76,6 +76,7 @@ class OneRun:
     trains_in: Segment | None = None
     trained: int = 0
     idle: int = 0
+    by_script: int = 0  # restarts since the last checkpoint
     unused: int = 0  # starts that found nothing to do
     gave_up: str = ""  # why it may have ended without a word: an edge that the policy is no part of
     not_told: bool = False  # its grace time was used up, which Slurm does not tell from a cancel in it: taken for the latter
@@ -230,7 +231,7 @@ class World:
             run.store.save(step)
             run.faults.clear()
             run.every_fault.clear()
-            run.idle = 0
+            run.idle = run.by_script = 0
 
     def leaves_at_once(self, segment: Segment) -> str:
         run, records = segment.run, self.records(segment.job)
@@ -314,7 +315,8 @@ class World:
             return None
         self.say(f"{segment.name}: rank {rank.number} {event.value}: {action.act.value}, {action.state}: {action.reason}")
         segment.settled.append(action)
-        if segment.fault and event is not Event.PREEMPTED and not segment.truth:
+        told = segment.fault != "term" or policy.Word.NONE not in segment.words  # else the profile says what a TERM is
+        if segment.fault and event is not Event.PREEMPTED and not segment.truth and told:
             run.faults[segment.fault] += 1
         if len(segment.settled) > 1:
             self.breaks("one action a segment", f"{segment.name}: {[one.act.value for one in segment.settled]}")
@@ -338,13 +340,13 @@ class World:
         if self.slurm.down:
             segment.run.unheard = True
             return "Unable to contact slurm controller (connect failure)"
-        before = segment.job.restarts
+        before, cancelled = segment.job.restarts, segment.job.ends_as == "CANCELLED"
         problem = self.slurm.requeue(segment.job, incomplete=incomplete)
         if segment.job.restarts > before:
             segment.sent_back += 1
             if segment.sent_back > 1:
                 self.breaks("one action a segment", f"{segment.name} is sent back to the queue twice")
-            if segment.run.cancelled_by_slurm or segment.job.ends_as == "CANCELLED":
+            if cancelled:
                 self.breaks("cancelled never returns", f"{segment.name} is sent back to the queue after scancel")
         return problem
 
@@ -365,6 +367,7 @@ class World:
             run.faults[segment.fault] += 1
         speaks = job.state == "RUNNING" and self.site.requeue and code == 137 and not run.marked
         if speaks and self._script(self, segment, code):
+            run.by_script += 1
             self.sent_back(segment)
         if job.state == "COMPLETING" and job.ends_as in ("TIMEOUT", "PREEMPTED", "NODE_FAIL") and not segment.settled:
             run.gave_up = run.gave_up or f"no rank could speak before Slurm ended the job ({job.ends_as})"
@@ -376,6 +379,6 @@ class World:
     def check_bound(self, run: OneRun) -> None:
         total = sum(run.faults.values())
         # the lines behind srun count each kind alone, and each link finds out for itself that nothing can be done
-        more = (2 + self.site.links) if run.gave_up else 0
+        more = run.by_script + (self.site.links if run.gave_up else 0)
         if total > self.site.restarts_allowed + 1 + more + self.site.starts_again:
             self.breaks("bounded", f"{total} faults without a checkpoint in between: {dict(run.faults)}")
