@@ -315,7 +315,7 @@ class World:
             return None
         self.say(f"{segment.name}: rank {rank.number} {event.value}: {action.act.value}, {action.state}: {action.reason}")
         segment.settled.append(action)
-        told = segment.fault != "term" or policy.Word.NONE not in segment.words  # else the profile says what a TERM is
+        told = event is not Event.TERMINATED or policy.Word.NONE not in segment.words  # else the profile says what a TERM is
         if segment.fault and event is not Event.PREEMPTED and not segment.truth and told:
             run.faults[segment.fault] += 1
         if len(segment.settled) > 1:
