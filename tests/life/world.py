@@ -315,7 +315,7 @@ class World:
             return None
         self.say(f"{segment.name}: rank {rank.number} {event.value}: {action.act.value}, {action.state}: {action.reason}")
         segment.settled.append(action)
-        told = segment.fault != "term" or policy.Word.NONE not in segment.words  # else the profile says what a TERM is
+        told = event is not Event.TERMINATED or policy.Word.NONE not in segment.words  # else the profile says what a TERM is
         if segment.fault and event is not Event.PREEMPTED and not segment.truth and told:
             run.faults[segment.fault] += 1
         if len(segment.settled) > 1:
@@ -378,7 +378,8 @@ class World:
 
     def check_bound(self, run: OneRun) -> None:
         total = sum(run.faults.values())
-        # the lines behind srun count each kind alone, and each link finds out for itself that nothing can be done
-        more = run.by_script + (self.site.links if run.gave_up else 0)
+        # the lines behind srun count each kind alone, each link finds out for itself that nothing can be done, and a Slurm that
+        # did not answer may preempt a job afterwards which has ended
+        more = run.unheard + run.by_script + (self.site.links if run.gave_up else 0)
         if total > self.site.restarts_allowed + 1 + more + self.site.starts_again:
             self.breaks("bounded", f"{total} faults without a checkpoint in between: {dict(run.faults)}")
