@@ -18,7 +18,7 @@ CLUSTERS := -n 2 --dist loadfile --no-loadscope-reorder
 PARALLEL := -n $(shell n=$$(nproc); echo $$((n < 8 ? n : 8))) --dist worksteal
 
 .PHONY: help run test test-full test-slurm unit unit-all coverage lint format lock ffcv-wheel container-base container \
-  container-test container-apptainer slurm-up slurm-down soak faults systems figures clean env env-dev
+  container-test container-apptainer slurm-up slurm-down soak faults histories systems figures clean env env-dev
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 21
@@ -113,6 +113,9 @@ faults: env-dev ## runs killed at 200 random moments, compared with one that was
 
 systems: env-dev ## train every published system that needs no downloaded weights, in the background of other work; ARGS=--list
 	HPC_CIFAR_RUNS="$(SYSTEMS_RUNS)" .venv/bin/python benchmarks/systems.py --background $(ARGS)
+
+histories: env-dev ## 100,000 histories of runs in virtual time, 2,000 of them again over real run directories (HISTORIES=100000)
+	HPC_CIFAR_HISTORIES=$(or $(HISTORIES),100000) HPC_CIFAR_HISTORIES_ON_DISK=2000 .venv/bin/python -m pytest tests/life $(PARALLEL) $(ARGS)
 
 figures: env-dev ## make every table and plot of the docs again from the JSON in docs/results
 	.venv/bin/python benchmarks/figures.py

@@ -380,6 +380,6 @@ class World:
         total = sum(run.faults.values())
         # the lines behind srun count each kind alone, each link finds out for itself that nothing can be done, and a Slurm that
         # did not answer may preempt a job afterwards which has ended
-        more = run.unheard + run.by_script + (self.site.links if run.gave_up else 0)
+        more = ("controller down" in self.met) + run.by_script + (self.site.links if run.gave_up else 0)
         if total > self.site.restarts_allowed + 1 + more + self.site.starts_again:
             self.breaks("bounded", f"{total} faults without a checkpoint in between: {dict(run.faults)}")
