@@ -15,14 +15,16 @@ if [ -n "$event" ] && [ ! -e "$run/cancelled" ] && ! grep -qs '"done": true' "$r
   step=$(readlink "$run/checkpoints/latest" 2>/dev/null | sed -n 's/^step-0*\([0-9]\)/\1/p')
   step=${step:-0}
   before=$(grep -F "\"event\": \"$event\", \"step\": $step," "$run/interruptions.jsonl" 2>/dev/null | wc -l)
+  faults=$(grep -F ", \"step\": $step," "$run/interruptions.jsonl" 2>/dev/null | grep -cv '"event": "\(preempted\|time limit\)"')
+  case $event in "early exit") faults=-1 ;; esac # has a limit of its own
   printf '{"time": "%s", "segment": "%s", "event": "%s", "step": %d, "rank": null, "reason": "%s"}\n' \
     "$(date -u +%FT%T+00:00)" "$segment" "$event" "$step" "srun ended with exit code $code${said:+ ($said)}" \
     >>"$run/interruptions.jsonl"
-  if [ "$before" -lt "$most" ]; then
+  if [ "$before" -lt "$most" ] && [ "$faults" -lt "$most_kills" ]; then
     echo "hpc-cifar: $event: srun ended with exit code $code; the job begins again" >&2
-    scontrol requeue Incomplete "$job"
+    scontrol requeue Incomplete "$job" || { sleep 5 && scontrol requeue Incomplete "$job"; }
   else
-    echo "hpc-cifar: $event: srun ended with exit code $code, after $before restarts without a checkpoint in between" >&2
+    echo "hpc-cifar: $event: srun ended with exit code $code, after $((before > faults ? before : faults)) restarts without a checkpoint in between" >&2
   fi
 fi
 exit $code

@@ -279,13 +279,19 @@ def one_line(error: BaseException, limit: int = 500) -> str:
     return line[:limit]
 
 
-def first_failure(run: Run, segment: str) -> str:
-    """Why this stretch of the run failed, as the first rank that could say so has said it; "" if none has."""
+def first_failure(run: Run, segment: str, *, hangs: bool = True) -> str:
+    """Why this stretch of the run failed, as the first rank that could say so has said it; "" if none has.
+
+    Args:
+        hangs: whether a hang, after which the run goes on, counts.
+    """
     from .. import files
 
-    row = next((row for row in files.read_json_lines(run.path / "failures.jsonl") if row.get("segment") == segment), None)
-    if row is None:
+    reports = files.read_json_lines(run.path / "failures.jsonl")
+    ours = [row for row in reports if row.get("segment") == segment and (hangs or not row.get("hang"))]
+    if not ours:
         return ""
+    row = ours[0]
     return str(row.get("reason")) if not row.get("rank") else f"rank {row['rank']}: {row.get('reason')}"
 
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 SCONTROL_S = 30.0
 LAST_WORD_S = 3.0  # for a rank that failed to say why, after its peers have lost it, and for srun to say what killed it
 OUTCOME_S = 60.0  # for the rank that ends the segment
+PAUSES_S = (2.0, 5.0)  # before a request that nobody answered is made again; KillWait is 30 s where nobody set it
+QUIET = ("requeued", "cancelled", "finished")  # states of a run with which a rank has nothing to complain about
 # a TERM that follows the first signal must not kill the program that sends the job back to the queue
 UNDISTURBED = ("sh", "-c", 'trap "" TERM INT HUP USR1 USR2; exec "$@"', "sh")
 
@@ -64,7 +66,7 @@ class OwnJob:
         while True:
             if found := deaths.in_log(deaths.since(self._log, self._log_begin)):
                 return found.event, str(found)
-            if reason := first_failure(self.run, segment()):
+            if reason := first_failure(self.run, segment(), hangs=False):
                 return Event.FAILED, reason
             if time.monotonic() >= deadline:
                 break
@@ -80,9 +82,13 @@ class OwnJob:
         excluded = self._exclusion(list(exclude)) if exclude else ""
         # by the id of the element: the plain number of an array's elements may mean the whole array; Incomplete: if it runs
         only = () if at_limit else ("Incomplete",)
-        code, said = _command(*UNDISTURBED, "scontrol", "requeue", *only, self.job_id)
-        if code != 0:
-            return said
+        for pause in (*PAUSES_S, 0.0):
+            reply = slurm.ask([*UNDISTURBED, "scontrol", "requeue", *only, self.job_id], timeout_s=SCONTROL_S)
+            if not reply.unanswered or not self.has_scontrol:
+                break
+            time.sleep(pause)
+        if reply.code != 0:
+            return _line(reply)
         # Slurm 22.05 changes this of pending jobs only, and knows no "+=". The job's processes have KillWait seconds left.
         done = "on any nodes"
         if excluded:
@@ -143,7 +149,7 @@ class OwnJob:
         records = RunRecords(self.run, self.job_id)
         while (found := records.outcome(segment())) is None and time.monotonic() < deadline:
             time.sleep(0.2)
-        return found is None or found.get("state") == "requeued" or found.get("action") == Act.LEAVE_TO_SLURM.value
+        return found is None or found.get("state") in QUIET or found.get("action") == Act.LEAVE_TO_SLURM.value
 
     def stopped(self, event: Event, result: dict[str, Any]) -> dict[str, Any]:
         """After the ranks have stopped and saved: leave the process, or give the result of a run that goes no further."""
@@ -159,7 +165,7 @@ class OwnJob:
         return {**result, "state": action.state or result.get("state")}
 
     def lost(self, event: Event, detail: str) -> bool:
-        """After a fault: whether the run goes on by itself, and this rank leaves quietly; else the fault has ended it."""
+        """After a fault: whether this rank leaves quietly, since the run goes on, or has ended otherwise; else it fails."""
         action = self.settle(event, detail)
         if action is None:
             return self.follow()
@@ -167,7 +173,7 @@ class OwnJob:
             return False
         if action.state == "failed":
             self._note_failure(action.reason)
-        return action.goes_on or action.act is Act.LEAVE_TO_SLURM
+        return action.state in QUIET or action.act is Act.LEAVE_TO_SLURM
 
     def hung(self, reason: str) -> int:
         """A rank noticed that the ranks hang: the exit code of all. Called from a thread, while main threads are stuck."""
@@ -197,4 +203,9 @@ def _hostnames(listed: str | None) -> list[str]:
 def _command(*command: str) -> tuple[int, str]:
     """Exit code, and what was printed or, after a failure, said on one line."""
     reply = slurm.ask(list(command), timeout_s=SCONTROL_S)
-    return (0, reply.out) if reply.code == 0 else (reply.code or 1, " ".join((reply.err or reply.out).split())[:300])
+    return (0, reply.out) if reply.code == 0 else (reply.code or 1, _line(reply))
+
+
+def _line(reply: slurm.Reply) -> str:
+    """The words of a command that failed, on one line."""
+    return " ".join((reply.err or reply.out).split())[:300]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from launch_site import EXPERIMENT, Site, command, run_with
 
-from hpc_cifar import runs
+from hpc_cifar import files, runs
 from hpc_cifar.errors import LaunchError, RunError
 from hpc_cifar.launch import control, interruptions, job, own_job, several, slurm, status
 from hpc_cifar.launch.job import TrainJob
@@ -290,6 +290,30 @@ def test_a_rank_that_could_say_why_is_no_lost_one(element: Any, asked: Any) -> N
     job.record_failure(own.run, ValueError("mine"), rank=1, segment=job.segment())
     assert not own.lost(Event.RANK_LOST, "connection closed by peer")
     assert own.run.state()["reason"] == "rank 1: ValueError: mine" and asked() == ""
+
+
+def test_a_hang_is_no_word_of_a_rank_and_a_cancel_no_failure(element: Any, asked: Any) -> None:
+    own = element("RUNNING")
+    files.append_json_line(
+        own.run.path / "failures.jsonl", {"segment": job.segment(), "rank": 0, "reason": "hung", "hang": True}
+    )
+    assert own.lost(Event.RANK_LOST, "connection closed by peer") and asked() == AGAIN
+    own = element("CANCELLED")
+    assert own.lost(Event.RANK_LOST, "connection closed by peer"), "the rank leaves quietly, and nobody calls the run failed"
+    assert own_job.OwnJob(own.run, Rank0()).follow() and own.run.state()["state"] == "cancelled"
+
+
+def test_a_requeue_that_nobody_answered_is_asked_for_again(
+    tmp_path: Path, element: Any, asked: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(own_job, "PAUSES_S", (0.1, 0.1))
+    own = element("RUNNING")
+    scontrol = tmp_path / "bin" / "scontrol"
+    busy = f'if [ "$(cat {tmp_path}/asked 2>/dev/null | wc -l)" -lt 2 ]; then echo $@ >> {tmp_path}/asked; '
+    busy += "echo 'Socket timed out on send/recv operation' >&2; exit 1; fi; "
+    scontrol.write_text(scontrol.read_text().replace(";; *) ", f";; *) {busy}"))
+    assert outcome(own, Event.PREEMPTED) == ("left with 0", "requeued")
+    assert asked() == AGAIN * 3
 
 
 def test_a_cancel_in_the_moment_of_a_requeue_is_told_to_slurm_again(tmp_path: Path, element: Any, asked: Any) -> None:

@@ -23,14 +23,15 @@ def script_goes_on(world: World, segment: Segment, code: int) -> bool:
         return False
     event = Event.OUT_OF_MEMORY if segment.lost_how == "oom" else Event.KILLED
     most = min(site.restarts_allowed, policy.FEWER_RESTARTS.get(event, site.restarts_allowed))
-    before = ending.faults(records.interruptions(), records.saved_step())[event]
+    faults = ending.faults(records.interruptions(), records.saved_step())
+    before, goes_on = faults[event], faults[event] < most and faults.total() < site.restarts_allowed
     records.note(
         {"segment": segment.name, "event": event.value, "step": records.saved_step(), "rank": None, "reason": f"srun {code}"}
     )
     world.met.add(f"the script: {event.value}")
-    if before >= most:
+    if not goes_on:
         run.gave_up = f"{event.value}, {before + 1} times"
-    return before < most
+    return goes_on
 
 
 def controller(world: World, segment: Segment, codes: list[int]) -> None:

@@ -30,7 +30,7 @@ MUTANTS: dict[str, tuple[Any, str, str, str]] = {
         'reason = ""\n    if sum(known.faults.values()) >= 5:\n        return Action(Act.END, "failed", "too many", event)',
     ),
     "links are forgotten": (policy, "_go_on", "    if known.link_waits:", "    if False:"),
-    "an end has no remedy": (policy, "_last_words", "{REMEDIES[event]}", ""),
+    "an end has no remedy": (policy, "_last_words", "REMEDIES[event]", '""'),
     "a cancelled run begins again": (policy, "leaves_at_once", "if found.cancel_mark:", "if False:"),
     "a link takes up what was cancelled": (policy, "leaves_at_once", 'found.state == "cancelled"', "False"),
     "a pruned run begins again": (policy, "leaves_at_once", 'found.reason == "pruned"', "False"),
