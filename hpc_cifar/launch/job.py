@@ -84,7 +84,8 @@ class TrainJob:
         self.data_root = str(data_root)
         if after:
             self.after = tuple(str(path) for path in after)
-        self.mark = mark
+        if mark:
+            self.mark = mark
 
     def of(self, mark: str) -> TrainJob:
         """The same for another submission."""
