@@ -66,7 +66,7 @@ def read(path: Path) -> dict[str, Any]:
 
 def figures(repository: Path, results: Path, folder: Path) -> dict[str, str]:
     """The pages made of the JSON in ``results`` alone; it leaves its plots in ``folder``."""
-    for page in ("README.md", "docs/performance.md", "docs/systems.md"):
+    for page in ("README.md", "docs/performance.md", "docs/systems.md", "docs/resume.md"):
         (folder / page).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(repository / page, folder / page)
     (folder / "docs" / "results").mkdir()

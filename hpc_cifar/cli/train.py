@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import secrets
 import time
@@ -67,8 +68,8 @@ def train(
     experiment = load_experiment(find_job(job), sets or [])
     _check_ranks()
     data_root = data.expanduser().absolute() if data else files.data_root()
-    name = name or run_name(experiment)
     root = files.runs_root()
+    name = name or run_name(experiment, root)
 
     if _whole("LOCAL_RANK", 0) == 0:
         launch_job.read_ahead(Run(root / name), data_root, experiment)
@@ -107,12 +108,22 @@ def train(
             raise typer.Exit(1)
 
 
-def run_name(experiment: Experiment) -> str:
-    """``<name>-<first 8 hex digits of the experiment's digest>``."""
-    from .. import runs
+def run_name(experiment: Experiment, root: Path) -> str:
+    """``<name>-<first 8 hex digits of the experiment's digest>``, or the run of this experiment that an earlier version began.
 
-    digest = hashlib.sha256(runs.experiment_text(experiment).encode()).hexdigest()
-    return f"{experiment.name}-{digest[:8]}"
+    Fields that have their default do not count, so that a field which a later version adds changes no name.
+    """
+    from ..errors import RunError
+    from ..runs import Run
+
+    values = json.dumps(experiment.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
+    name = f"{experiment.name}-{hashlib.sha256(values.encode()).hexdigest()[:8]}"
+    if not (root / name).exists():
+        for path in sorted(root.glob(f"{experiment.name}-{'[0-9a-f]' * 8}")):
+            with contextlib.suppress(RunError):
+                if Run(path).experiment() == experiment:
+                    return path.name
+    return name
 
 
 def _whole(name: str, default: int) -> int:

@@ -8,14 +8,15 @@ event=
 case $early in *"|$code|"*) event="early exit" most=$most_early ;; esac
 case $kills in *"|$code|"*) event="killed rank" most=$most_kills ;; esac
 if [ -n "$event" ] && [ ! -e "$run/cancelled" ] && ! grep -qs '"done": true' "$run/endings/$segment.json" &&
-  ! grep -qsF "\"$segment\"" "$run/failures.jsonl"; then
-  said=$(tail -n 20 "$run/submitit/${job}_0_log.err" 2>/dev/null | grep -o 'srun: error: .*task.*' | head -n 1 |
+  ! grep -qs '"state": "finished"' "$run/result.json" &&
+  ! grep -sF "\"$segment\"" "$run/failures.jsonl" | grep -qv '"hang": true'; then
+  said=$(tail -n 200 "$run/submitit/${job}_0_log.err" 2>/dev/null | sed -n '/^hpc-cifar: start /{h;d;};H;${x;p;}' | grep -o 'srun: error: .*task.*' | head -n 1 |
     cut -c 14-200 | tr -d '"\\' | tr -c '[:print:]' ' ')
   case $said in *"Out Of Memory"*) event="out of memory" most=$most_memory ;; esac
   step=$(readlink "$run/checkpoints/latest" 2>/dev/null | sed -n 's/^step-0*\([0-9]\)/\1/p')
   step=${step:-0}
   before=$(grep -F "\"event\": \"$event\", \"step\": $step," "$run/interruptions.jsonl" 2>/dev/null | wc -l)
-  faults=$(grep -F ", \"step\": $step," "$run/interruptions.jsonl" 2>/dev/null | grep -cv '"event": "\(preempted\|time limit\)"')
+  faults=$(grep -F ", \"step\": $step," "$run/interruptions.jsonl" 2>/dev/null | grep -cv '"event": "\(preempted\|time limit\|early exit\)"')
   case $event in "early exit") faults=-1 ;; esac # has a limit of its own
   printf '{"time": "%s", "segment": "%s", "event": "%s", "step": %d, "rank": null, "reason": "%s"}\n' \
     "$(date -u +%FT%T+00:00)" "$segment" "$event" "$step" "srun ended with exit code $code${said:+ ($said)}" \

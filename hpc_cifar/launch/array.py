@@ -56,6 +56,7 @@ def executor(
     plain = script.executor(first.experiment, cluster, first.plan, links / "0", after=job_ids, folders=folders)
     made = script.SlurmExecutor(element / "submitit", max_num_timeout=plain.max_num_timeout, python=plain.python)
     made.mark = links.name
+    made.restarts_allowed = plain.restarts_allowed
     parameters = script.parameters(
         first.experiment, cluster, first.plan, element, folders=folders, after=job_ids, mark=made.mark
     )

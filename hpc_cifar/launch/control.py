@@ -218,7 +218,7 @@ def resume(
     """
     from . import estimate, submission, submit
 
-    if run.finished():
+    if run.finished() and not fresh:
         return Resumed(run, None)
     with _alone(run):
         was_open = submission.read(run)
@@ -274,6 +274,8 @@ def last_cluster(run: Run) -> Cluster:
     from ..config.cluster import LOCAL
 
     saved = files.read_json(run.path / "cluster.json")
+    if isinstance(saved, dict) and saved.get("executor") == "local":  # an earlier version took these, and ignored them
+        saved = {name: value for name, value in saved.items() if name not in ("python", "modules", "setup")}
     return Cluster.model_validate(saved) if isinstance(saved, dict) else LOCAL
 
 

@@ -253,7 +253,7 @@ class Controller:
             return reason
         if not rows:
             return reason
-        first = rows[0]
+        first = next((row for row in rows if row.get("final")), rows[0])  # of a hang, what came of it
         return str(first["reason"]) if first.get("rank") == 0 else f"rank {first.get('rank')}: {first['reason']}"
 
     def cancelled(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import signal
 from dataclasses import dataclass
@@ -46,13 +47,14 @@ def signal_of(words: str) -> int | None:
 
 def in_log(text: str) -> Death | None:
     """The first rank that was killed, in what srun printed; for memory before others, whose TERM says nothing."""
+    announced = signal.Signals.__members__.get(f"SIG{os.environ.get('SUBMITIT_PREEMPT_SIGNAL', 'USR2')}", signal.SIGUSR2)
     found = [(match[2], match[1], match[3]) for match in _TASK.finditer(text)]
     for ranks, node, words in found:
         if _OOM.search(words):
             return Death(ranks, node, None)
     for ranks, node, words in found:
         number = signal_of(words)
-        if number is not None and number not in (signal.SIGTERM, signal.SIGUSR2):
+        if number is not None and number not in (signal.SIGTERM, announced):
             memory = number == signal.SIGKILL and _OOM.search(text)
             return Death(ranks, node, None if memory else number)
     return None
@@ -77,7 +79,8 @@ def since(log: Path, begin: int) -> str:
 
 
 def killed_for_memory() -> dict[str, int]:
-    """How many processes the kernel has killed for memory in each cgroup that this process is in, by path.
+    """How many processes the kernel has killed for memory in each cgroup of this job, by path: from this process's own up to
+    the job's, or its own alone where Slurm made none. What lies above is other jobs' too.
 
     cgroup v2 counts below a cgroup too (``memory.events``), v1 in the cgroup alone (``memory.oom_control``).
     """
@@ -92,12 +95,11 @@ def killed_for_memory() -> dict[str, int]:
                 root, name = CGROUPS / "memory", "memory.oom_control"
             else:
                 continue
-            folder = root / inner.lstrip("/")
-            while folder.is_relative_to(root):
+            parts = inner.strip("/").split("/")
+            top = next((depth for depth, part in enumerate(parts, 1) if part.startswith("job_")), len(parts))
+            for depth in range(len(parts), top - 1, -1):
+                folder = root.joinpath(*parts[:depth])
                 with contextlib.suppress(OSError, ValueError):
                     fields = dict(row.split() for row in (folder / name).read_text(encoding="utf-8").splitlines())
                     counts[str(folder)] = int(fields.get("oom_kill", 0))
-                if folder == root:
-                    break
-                folder = folder.parent
     return counts

@@ -195,6 +195,8 @@ def on_node(cluster: Cluster, data_root: Path, runs_root: Path, say: Callable[[s
 def _asked(made: script.SlurmExecutor, folder: Path, look: Look, name: str, say: Callable[[str], None]) -> Machine:
     """Submit the job, and wait for its answer."""
     snapshot.take(folder / "code")
+    (folder / "submitit").mkdir(exist_ok=True)
+    shutil.copyfile(script.GUARD, folder / "submitit" / script.GUARD.name)
     job_id = handover.submit(made, [look])
     say(f"job {job_id} looks at a node of {name}; Ctrl-C gives it up")
     try:

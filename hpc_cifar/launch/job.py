@@ -144,7 +144,12 @@ class TrainJob:
             lifetime.collect_again()  # where training did not begin
             ignore_signals()
         if (event := interruption_of(result, own.slurm)) is not None:
-            result = own.stopped(event, result)
+            try:
+                result = own.stopped(event, result)
+            except SystemExit as end:
+                if end.code == 1:  # a fault has ended the run
+                    trials.ended(run, env.global_rank, {"state": "failed"})
+                raise
         trials.ended(run, env.global_rank, result)
         return result
 

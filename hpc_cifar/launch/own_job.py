@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 SCONTROL_S = 30.0
 LAST_WORD_S = 3.0  # for a rank that failed to say why, after its peers have lost it, and for srun to say what killed it
 OUTCOME_S = 60.0  # for the rank that ends the segment
-PAUSES_S = (2.0, 5.0)  # before a request that nobody answered is made again; KillWait is 30 s where nobody set it
+REQUEUE_S, PAUSE_S = 25.0, 2.0  # for all tries of a requeue, which the other ranks wait for; between two of them
 QUIET = ("requeued", "cancelled", "finished")  # states of a run with which a rank has nothing to complain about
 # a TERM that follows the first signal must not kill the program that sends the job back to the queue
 UNDISTURBED = ("sh", "-c", 'trap "" TERM INT HUP USR1 USR2; exec "$@"', "sh")
@@ -82,11 +82,13 @@ class OwnJob:
         excluded = self._exclusion(list(exclude)) if exclude else ""
         # by the id of the element: the plain number of an array's elements may mean the whole array; Incomplete: if it runs
         only = () if at_limit else ("Incomplete",)
-        for pause in (*PAUSES_S, 0.0):
-            reply = slurm.ask([*UNDISTURBED, "scontrol", "requeue", *only, self.job_id], timeout_s=SCONTROL_S)
-            if not reply.unanswered or not self.has_scontrol:
+        command = [*UNDISTURBED, "scontrol", "requeue", *only, self.job_id]
+        deadline = time.monotonic() + REQUEUE_S
+        while True:
+            reply = slurm.ask(command, timeout_s=max(1.0, deadline - time.monotonic()))
+            if not reply.unanswered or not self.has_scontrol or time.monotonic() + PAUSE_S > deadline:
                 break
-            time.sleep(pause)
+            time.sleep(PAUSE_S)
         if reply.code != 0:
             return _line(reply)
         # Slurm 22.05 changes this of pending jobs only, and knows no "+=". The job's processes have KillWait seconds left.
@@ -124,7 +126,7 @@ class OwnJob:
 
     def wake(self) -> None:
         """Let ranks that were stopped go on, on whatever node: each writes what it was doing, and leaves with the others."""
-        _command("scancel", "--signal=CONT", self.job_id)
+        slurm.ask(["scancel", "--signal=CONT", self.job_id])
         deadline = time.monotonic() + LAST_WORD_S
         stacks = self.run.path / "hangs" / segment()
         while time.monotonic() < deadline and len(list(stacks.glob("rank-*[0-9].txt"))) < self.env.num_tasks:

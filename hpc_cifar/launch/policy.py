@@ -213,7 +213,12 @@ def too_many(event: Event, known: Knowledge) -> bool:
     if event not in FAULTS:
         return False
     allowed = min(known.restarts_allowed, FEWER_RESTARTS.get(event, known.restarts_allowed))
-    return known.faults.get(event, 0) >= allowed or sum(known.faults.values()) >= known.restarts_allowed
+    return known.faults.get(event, 0) >= allowed or faults_of(known) >= known.restarts_allowed
+
+
+def faults_of(known: Knowledge) -> int:
+    """Faults of all kinds; early exits are the script's, which has a limit of its own for them."""
+    return sum(count for kind, count in known.faults.items() if kind is not Event.EARLY_EXIT)
 
 
 def said(event: Event, detail: str) -> str:
@@ -234,7 +239,7 @@ REMEDIES: Mapping[Event, str] = {
 
 def _last_words(event: Event, known: Knowledge, detail: str) -> str:
     about, remedy = said(event, detail), REMEDIES[event]
-    count, kind = sum(known.faults.values()) + 1, known.faults.get(event, 0) + 1
+    count, kind = faults_of(known) + 1, known.faults.get(event, 0) + 1
     if count == 1:
         return f"{about}: {remedy}"
     if kind == count:

@@ -24,7 +24,7 @@ from .job import MAX_TIMEOUTS
 
 PLAIN_PATH = re.compile(r"[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff%\\'\"`$]+")
 KEPT_SLURM_VARIABLES = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT")
-GUARD = "hpc_cifar/launch/guard.sh"  # in the code snapshot
+GUARD = Path(__file__).with_name("guard.sh")  # lies beside the logs, too: the code snapshot may be of an earlier version
 DEFAULTS = ("ACCOUNT", "PARTITION", "QOS", "CONSTRAINT", "RESERVATION")
 """Options for which a user may have set SBATCH_... variables as defaults; they count where the script says nothing."""
 NO_CONFIGURATION = ("fetch_config", "fetch config")
@@ -110,7 +110,7 @@ def setup_lines(cluster: Cluster, code: Path, mark: str = "") -> list[str]:
     signals = " ".join(str(128 + number) for number in _stop_signals())
     options = [cluster.name, str(len(cluster.setup)), signals, *(["may-fail"] if cluster.setup_may_fail else [])]
     lines = [f"hpc_cifar_code={shlex.quote(str(code))}"]  # the line after srun finds the run by it too
-    lines += [f'. "$hpc_cifar_code/{GUARD}" {shlex.join(options)} || exit 1']
+    lines += [f'. "$hpc_cifar_code/../submitit/{GUARD.name}" {shlex.join(options)} || exit 1']
     lines += [f"hpc_cifar_module {shlex.quote(module)}" for module in cluster.modules]
     if cluster.setup:  # one text: its lines may belong together
         lines += ["hpc_cifar_first=$LINENO", *cluster.setup]

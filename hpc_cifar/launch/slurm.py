@@ -184,7 +184,8 @@ class Evidence:
     on 22.05, 24.11 and 26.05: a cancelled job has ``PreemptTime=None``; a preempted one that is not requeued has the time
     there; one that Slurm has put back into the queue has no such field, but one restart more. The next start knows no time.
 
-    ``preempted`` and ``ended`` are these times (UTC, ISO 8601); ``restarts`` is how often the job was requeued.
+    ``preempted`` and ``ended`` are these times (UTC, ISO 8601); ``restarts`` is how often the job was requeued. They are known
+    only if the answer is ``whole``, and not ``squeue``'s.
     """
 
     state: str = ""
@@ -192,6 +193,7 @@ class Evidence:
     preempted: str | None = None
     ended: str | None = None
     restarts: int = 0
+    whole: bool = True
 
     @property
     def by_preemption(self) -> bool:
@@ -224,7 +226,7 @@ def evidence(job_id: str) -> Evidence:
         return Evidence(found[1], _plain(found[2]), preempted, ended, int(restarts) if restarts.isdigit() else 0)
     told = ask(["squeue", "--noheader", "--states=all", "--format=%T %r", "--jobs", job_id])
     state, _, reason = (told.out.strip().splitlines() or [""])[0].strip().partition(" ")
-    return Evidence(state, _plain(reason)) if told.code == 0 else Evidence()
+    return Evidence(state, _plain(reason), whole=False) if told.code == 0 else Evidence(whole=False)
 
 
 def word_of(seen: Evidence, restarts: int) -> Word:
@@ -250,6 +252,8 @@ def word_of(seen: Evidence, restarts: int) -> Word:
         return Word.RUNNING
     if seen.reason == "NodeDown":
         return Word.NODE_LOST
+    if not seen.whole:  # a preemption and a cancel look the same
+        return Word.NONE
     return Word.ENDING if seen.reason or seen.preempted else Word.CANCELLED
 
 

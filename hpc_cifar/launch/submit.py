@@ -304,6 +304,7 @@ def make_ready(run: Run, cluster: Cluster, code: Path | None = None) -> None:
     files.write_json(run.path / "cluster.json", cluster.model_dump(mode="json"), durable=code is None)
     snapshot.take(run.code) if code is None else snapshot.share(run.code, code)
     run.submitit.mkdir(exist_ok=True)
+    shutil.copyfile(script.GUARD, run.submitit / script.GUARD.name)
     interruptions.begin_anew(run)
     waiting = {key: value for key, value in run.state().items() if key != "reason"}
     run.write_state(**{**waiting, "state": "pending"})

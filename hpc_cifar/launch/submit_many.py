@@ -52,6 +52,7 @@ def groups_of(planned: Sequence[Planned], cluster: Cluster) -> list[list[Planned
     for one in planned:
         asked = script.parameters(one.experiment, cluster, one.plan, Path("/run"), folders=[])
         request = json.dumps({name: value for name, value in asked.items() if name not in EACH_ITS_OWN}, sort_keys=True)
+        request += f" {one.experiment.resources.fault_restarts}"  # stands in the script
         groups.setdefault(request, []).append(one)
     return [
         group[first : first + array.largest()] for group in groups.values() for first in range(0, len(group), array.largest())

@@ -92,6 +92,7 @@ class RunLock:
 
     Attributes:
         asked: why the ranks agreed to stop while they waited, and do not hold it; else "".
+        held_by_another: on rank 0, whether another job held it when they were asked to.
 
     Raises:
         RunBusy: on every rank, if another process trains the run; the message names that process.
@@ -107,6 +108,7 @@ class RunLock:
         self._moves = self._waits = False
         self._stop = threading.Event()
         self.asked = ""
+        self.held_by_another = False
 
     def __enter__(self) -> RunLock:
         while True:
@@ -123,6 +125,7 @@ class RunLock:
         """On rank 0: "" if the lock is ours, why to stop, an error, or None: look again."""
         if code:
             self._end_wait()
+            self.held_by_another = is_held_by_another(self._run, self._job)
             return REASONS[code]
         beat, now = Beat.read(self._run.path), time.monotonic()
         if self._seen is not None and beat.who and beat != self._seen:

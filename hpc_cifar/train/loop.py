@@ -69,7 +69,7 @@ def train(
         with StopFlag() as flag, RunLock(run, world, flag, job or segment, segment, console) as lock:
             stages.done("lock")
             if lock.asked:
-                return _stopped(run, world, lock.asked)
+                return _stopped(run, world, lock.asked, ours=not lock.held_by_another)
             if begin is not None and world.main:
                 begin()
             world.barrier()
@@ -100,10 +100,14 @@ def wants_gpu(experiment: Experiment) -> bool:
     return experiment.resources.gpus_per_node > 0
 
 
-def _stopped(run: Run, world: World, reason: str) -> dict[str, Any]:
-    """The result of a segment that was stopped while it waited for the lock."""
+def _stopped(run: Run, world: World, reason: str, *, ours: bool) -> dict[str, Any]:
+    """The result of a segment that was stopped while it waited for the lock.
+
+    Args:
+        ours: whether no other job trains the run; its state is that one's then.
+    """
     result = {"run": run.id, "state": word_for(reason, world.share(run.cancel_marker.exists())), "reason": reason}
-    if world.main:
+    if world.main and ours:
         run.write_state(**{**run.state(), "state": result["state"], "reason": reason})
     return result
 

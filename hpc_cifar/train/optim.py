@@ -111,6 +111,7 @@ def restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
             "go on with that version, or train the job anew under another name"
         )
     for group, saved in zip(groups, saved_groups, strict=True):
+        saved["weight_decay"] = group["weight_decay"]  # an earlier version had the L2 of layers in it
         if "capturable" in group:
             saved["capturable"] = group["capturable"]
     optimizer.load_state_dict(state)

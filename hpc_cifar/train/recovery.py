@@ -52,8 +52,9 @@ def leave_out(run: Run, world: World, step: int) -> bool:
                 files.write_json(run.path / FILE, {"steps": steps, "times": known["times"] + 1})
                 before = checkpoint.stored(run.checkpoints)
                 checkpoint.set_aside(run.checkpoints, step - 1)  # they hold an update that is left out
-                if before and not checkpoint.stored(run.checkpoints):
-                    saved.note(run, 0)
+                left = checkpoint.stored(run.checkpoints)
+                if before:  # else those would be missed
+                    saved.note(run, left[0].step if left else 0)
         except OSError as error:
             problem = f"{run.path / FILE}: cannot leave out update {step}: {error.strerror or error}"
         except RunError as error:

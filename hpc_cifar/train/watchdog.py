@@ -274,10 +274,3 @@ def _proc_state(pid: int) -> str:
     """``T (stopped)``, ``D (disk sleep)``, ...."""
     line = next((line for line in _read(pid, "status").splitlines() if line.startswith("State:")), "State: unknown")
     return line.removeprefix("State:").strip()
-
-
-def hangs_at(run: Path, segment: str) -> int:
-    """How many segments of the run have hung at the step that this one hangs at."""
-    alarms = {path.parent.name: files.read_json(path) for path in (run / "hangs").glob("*/alarm.json")}
-    steps = {name: alarm.get("step") for name, alarm in alarms.items() if isinstance(alarm, dict)}
-    return list(steps.values()).count(steps.get(segment))

@@ -144,9 +144,10 @@ def unmarked(text: str) -> str:
 
 
 def guarded(code: Path) -> Path:
-    """A code snapshot with as much as a job's script needs before ``srun``."""
-    (code / script.GUARD).parent.mkdir(parents=True)
-    shutil.copy(PACKAGE.parent / script.GUARD, code / script.GUARD)
+    """A code snapshot, and beside it what a job's script needs before ``srun``."""
+    code.mkdir(parents=True, exist_ok=True)
+    (code.parent / "submitit").mkdir(exist_ok=True)
+    shutil.copy(script.GUARD, code.parent / "submitit")
     return code
 
 

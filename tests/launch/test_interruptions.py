@@ -86,7 +86,7 @@ def test_the_kernel_counts_what_it_kills_for_memory(
     root = tmp_path if version == "v2" else tmp_path / "memory"
     step = root / "job_9" / "step_0"
     (step / "task_1").mkdir(parents=True)
-    for folder, count in ((step / "task_1", 0), (step, 1)):
+    for folder, count in ((step / "task_1", 0), (step, 1), (root, 7)):  # above the job: of others, too
         (folder / name).write_text(text.format(count))
     listed = tmp_path / "cgroup"
     listed.write_text(f"3:cpu:/\n{line}\n")

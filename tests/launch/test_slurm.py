@@ -72,7 +72,7 @@ def test_the_script_is_exactly_this() -> None:
 
 # setup
 hpc_cifar_code=/runs/deep-1/code
-. "$hpc_cifar_code/hpc_cifar/launch/guard.sh" big 1 '140 143' || exit 1
+. "$hpc_cifar_code/../submitit/guard.sh" big 1 '140 143' || exit 1
 hpc_cifar_module cuda/12.4
 hpc_cifar_first=$LINENO
 source /opt/env.sh
@@ -136,6 +136,18 @@ def row_of(event: str, step: int = 0) -> str:
         (137, {"endings/7.0.json": '{"event": "lost rank"}\n'}, {}, f"{AGAIN} 7"),
         (137, {"submitit/7_0_log.err": "srun: error: n1: task 0: Out Of Memory\n"}, {}, f"{AGAIN} 7"),
         (
+            139,
+            {
+                "submitit/7_0_log.err": "hpc-cifar: start 0 of job 7 on n1\nsrun: error: n1: task 0: Out Of Memory\n"
+                "hpc-cifar: start 1 of job 7 on n1\nsrun: error: n1: task 0: Segmentation fault\n",
+                "interruptions.jsonl": row_of("out of memory"),
+            },
+            {},
+            f"{AGAIN} 7",
+        ),
+        (139, {"result.json": '{\n  "state": "finished"\n}\n'}, {}, ""),
+        (137, {"failures.jsonl": '{"segment": "7.0", "reason": "hung", "hang": true}\n'}, {}, f"{AGAIN} 7"),
+        (
             137,
             {
                 "submitit/7_0_log.err": "srun: error: n1: task 0: Out Of Memory\n",
@@ -170,7 +182,7 @@ def test_a_job_whose_tasks_did_not_begin_begins_again(
     assert done.returncode == code
     asked = tmp_path / "asked"
     assert (asked.read_text().strip() if asked.exists() else "") == again
-    if code not in (0, 1) and not {"cancelled", "endings/7.0.json", "failures.jsonl"} & set(before):
+    if code not in (0, 1) and not {"cancelled", "endings/7.0.json", "failures.jsonl", "result.json"} & set(before):
         row = interruptions.rows(Run(run))[-1]
         assert (row["segment"], row["step"]) == (segment_of(element), 70 if "checkpoints" in before else 0)
         assert f"srun ended with exit code {code}" in row["reason"]

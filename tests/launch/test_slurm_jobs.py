@@ -285,6 +285,15 @@ def test_one_rank_ends_a_segment_and_the_others_follow(element: Any, asked: Any)
     assert asked() == AGAIN + "scancel --signal=CONT 9_4\n"
 
 
+@pytest.mark.parametrize("event", [Event.PREEMPTED, Event.TERMINATED])
+def test_what_squeue_alone_says_of_an_end_is_no_cancel(tmp_path: Path, element: Any, event: Event) -> None:
+    """It calls a job that was preempted COMPLETING, too; scontrol is away, or does not answer."""
+    own = element("RUNNING", **CHAIN)
+    command(tmp_path / "bin", "scontrol", "exit 1")
+    command(tmp_path / "bin", "squeue", "echo COMPLETING None")
+    assert outcome(own, event) == ("left with 0", "requeued")
+
+
 def test_a_rank_that_could_say_why_is_no_lost_one(element: Any, asked: Any) -> None:
     own = element("RUNNING")
     job.record_failure(own.run, ValueError("mine"), rank=1, segment=job.segment())
@@ -306,7 +315,7 @@ def test_a_hang_is_no_word_of_a_rank_and_a_cancel_no_failure(element: Any, asked
 def test_a_requeue_that_nobody_answered_is_asked_for_again(
     tmp_path: Path, element: Any, asked: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(own_job, "PAUSES_S", (0.1, 0.1))
+    monkeypatch.setattr(own_job, "PAUSE_S", 0.1)
     own = element("RUNNING")
     scontrol = tmp_path / "bin" / "scontrol"
     busy = f'if [ "$(cat {tmp_path}/asked 2>/dev/null | wc -l)" -lt 2 ]; then echo $@ >> {tmp_path}/asked; '

@@ -26,6 +26,7 @@ def knowledge(event: Event) -> Iterator[Knowledge]:
     counts: list[dict[Event, int]] = [{}]
     if event in FAULTS:
         counts = [{event: mine, other: others} for mine in range(ALLOWED + 2) for others in (0, 1, ALLOWED - 1, ALLOWED)]
+        counts += [{event: 0, Event.EARLY_EXIT: ALLOWED}] if event is not Event.EARLY_EXIT else []
     elif event is Event.TERMINATED:
         counts = [{Event.RANK_LOST: mine} for mine in range(ALLOWED + 2)]
     elif event in INTERRUPTIONS:
@@ -54,7 +55,8 @@ def way_on(known: Knowledge) -> bool:
 
 
 def used_up(event: Event, known: Knowledge) -> bool:
-    mine, every = known.faults.get(event, 0), sum(known.faults.values())
+    """Early exits have a limit of their own, in the script."""
+    mine, every = known.faults.get(event, 0), sum(known.faults[kind] for kind in known.faults if kind is not Event.EARLY_EXIT)
     return mine >= BOUNDS.get(event, ALLOWED) or every >= ALLOWED
 
 

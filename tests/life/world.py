@@ -76,7 +76,6 @@ class OneRun:
     trains_in: Segment | None = None
     trained: int = 0
     idle: int = 0
-    by_script: int = 0  # restarts since the last checkpoint
     unused: int = 0  # starts that found nothing to do
     gave_up: str = ""  # why it may have ended without a word: an edge that the policy is no part of
     not_told: bool = False  # its grace time was used up, which Slurm does not tell from a cancel in it: taken for the latter
@@ -231,7 +230,7 @@ class World:
             run.store.save(step)
             run.faults.clear()
             run.every_fault.clear()
-            run.idle = run.by_script = 0
+            run.idle = 0
 
     def leaves_at_once(self, segment: Segment) -> str:
         run, records = segment.run, self.records(segment.job)
@@ -367,7 +366,6 @@ class World:
             run.faults[segment.fault] += 1
         speaks = job.state == "RUNNING" and self.site.requeue and code == 137 and not run.marked
         if speaks and self._script(self, segment, code):
-            run.by_script += 1
             self.sent_back(segment)
         if job.state == "COMPLETING" and job.ends_as in ("TIMEOUT", "PREEMPTED", "NODE_FAIL") and not segment.settled:
             run.gave_up = run.gave_up or f"no rank could speak before Slurm ended the job ({job.ends_as})"
@@ -378,8 +376,8 @@ class World:
 
     def check_bound(self, run: OneRun) -> None:
         total = sum(run.faults.values())
-        # the lines behind srun count each kind alone, each link finds out for itself that nothing can be done, and a Slurm that
-        # did not answer may preempt a job afterwards which has ended
-        more = ("controller down" in self.met) + run.by_script + (self.site.links if run.gave_up else 0)
+        # each link finds out for itself that nothing can be done, and a Slurm that did not answer may preempt a job afterwards
+        # which has ended
+        more = ("controller down" in self.met) + (self.site.links if run.gave_up else 0)
         if total > self.site.restarts_allowed + 1 + more + self.site.starts_again:
             self.breaks("bounded", f"{total} faults without a checkpoint in between: {dict(run.faults)}")

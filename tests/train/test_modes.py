@@ -158,5 +158,5 @@ def test_each_shape_is_recorded_once_after_its_warm_up() -> None:
 def test_the_first_step_is_timed_by_stage(tmp_path: Path, digits_data: Path) -> None:
     run, _ = trained(tmp_path, digits_data)
     [row] = [row for row in files.read_json_lines(run.metrics_file) if row.get("event") == "first step"]
-    assert list(row["seconds"]) == ["process group", "data", "network", "resume", "pipeline", "first step"]
+    assert list(row["seconds"]) == ["process group", "lock", "data", "network", "resume", "pipeline", "first step"]
     assert all(0 <= seconds < 60 for seconds in row["seconds"].values())

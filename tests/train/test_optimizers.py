@@ -267,6 +267,16 @@ def test_adamw_beside_muon_is_adamw(more: dict[str, float]) -> None:
             torch.testing.assert_close(ours.get_parameter(name), theirs.get_parameter(name), rtol=1e-5, atol=1e-6)
 
 
+def test_a_state_with_l2_in_its_decay_counts_it_once() -> None:
+    """As an earlier version saved it."""
+    config = configured({"name": "sgd", "lr": 0.1, "weight_decay": 1e-4})
+    optimizer = optim.build(config.optimizer, network().parameters())
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0]["weight_decay"] = 1e-4 + 2 * 0.01
+    optim.restore(optimizer, saved)
+    assert optimizer.param_groups[0]["weight_decay"] == 1e-4
+
+
 def test_a_state_of_an_optimizer_that_worked_otherwise_is_refused() -> None:
     """Before, timm's Muon updated all, and the layers with L2 were a group of their own."""
     from timm.optim.muon import Muon as TimmMuon

@@ -20,7 +20,7 @@ import torch
 from hpc_cifar import files
 from hpc_cifar.runs import Run, all_runs
 from hpc_cifar.train.distributed import World
-from hpc_cifar.train.watchdog import ASLEEP_S, PATIENCE, POLL_S, SLOW_PHASE, Watchdog, hangs_at, lost_ranks
+from hpc_cifar.train.watchdog import ASLEEP_S, PATIENCE, POLL_S, SLOW_PHASE, Watchdog, lost_ranks
 
 LIMIT_S = ASLEEP_S + 2 * POLL_S  # so that a machine which stalls is asleep before anybody takes it for a hang
 ALONE = World(0, 1, 0, 1, torch.device("cpu"), None)
@@ -49,13 +49,6 @@ def test_it_can_be_switched_off_and_leaves_no_thread(tmp_path: Path) -> None:
         beat = files.read_json(tmp_path / "heartbeat" / "rank-0.json")
         assert isinstance(beat, dict) and beat["pid"] == os.getpid()
     assert not watchdog._thread.is_alive()
-
-
-def test_hangs_at_the_same_step_are_counted(tmp_path: Path) -> None:
-    for segment, step in (("1.0", 5), ("1.1", 5), ("1.2", 9)):
-        (tmp_path / "hangs" / segment).mkdir(parents=True)
-        files.write_json(tmp_path / "hangs" / segment / "alarm.json", {"step": step})
-    assert (hangs_at(tmp_path, "1.1"), hangs_at(tmp_path, "1.2")) == (2, 1)
 
 
 def slow_job() -> Any:
