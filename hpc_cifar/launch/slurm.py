@@ -226,7 +226,7 @@ def evidence(job_id: str) -> Evidence:
         return Evidence(found[1], _plain(found[2]), preempted, ended, int(restarts) if restarts.isdigit() else 0)
     told = ask(["squeue", "--noheader", "--states=all", "--format=%T %r", "--jobs", job_id])
     state, _, reason = (told.out.strip().splitlines() or [""])[0].strip().partition(" ")
-    return Evidence(state, _plain(reason), whole=False) if told.code == 0 else Evidence(whole=False)
+    return Evidence(state, _plain(reason), whole=False) if told.code == 0 else Evidence()
 
 
 def word_of(seen: Evidence, restarts: int) -> Word:

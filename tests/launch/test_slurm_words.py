@@ -50,7 +50,7 @@ def test_evidence_where_scontrol_does_not_answer(tmp_path: Path, slurm_says: Any
     slurm_says("nonsense", None, SHOWN.format(state="COMPLETING", reason="None", restarts=1, ended="Unknown", preempted=""))
     assert slurm.evidence("9_4") == slurm.Evidence("COMPLETING", restarts=1)
     slurm_says("COMPLETING TimeLimit", None, None)
-    assert slurm.evidence("9_4") == slurm.Evidence("COMPLETING", "TimeLimit")
+    assert slurm.evidence("9_4") == slurm.Evidence("COMPLETING", "TimeLimit", whole=False)
     slurm_says(None, None, None)
     assert slurm.evidence("9_4") == slurm.Evidence()
     for name in ("squeue", "scontrol"):
