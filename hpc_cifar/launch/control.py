@@ -209,7 +209,7 @@ def resume(
 
     Args:
         cluster: another place than last time.
-        fresh: begin at step 0; what the run has so far is set aside.
+        fresh: begin at step 0; what the run has so far is set aside. One that has finished stays as it is.
 
     Raises:
         RunError: it is queued or running.
@@ -218,7 +218,7 @@ def resume(
     """
     from . import estimate, submission, submit
 
-    if run.finished() and not fresh:
+    if run.finished():
         return Resumed(run, None)
     with _alone(run):
         was_open = submission.read(run)
