@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import secrets
-import shutil
 import time
 from typing import TYPE_CHECKING, Annotated
 
@@ -79,9 +78,7 @@ def drill(
         typer.echo(json.dumps({"seed": number, "good": good, "same_weights": same, "faults": rows}, indent=2))
     else:
         _print(outcomes, same)
-    if good and not keep:
-        shutil.rmtree(root, ignore_errors=True)
-    else:
+    if not good or keep or not made.remove():
         typer.echo(f"the runs are kept in {root}", err=as_json)
     if not good:
         raise typer.Exit(1)

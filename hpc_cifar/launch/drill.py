@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import math
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -35,6 +36,7 @@ HANG_S = 12.0
 LIMIT = "00:02:00"  # of a job, where the time limit is one of the faults
 BACK_S = 600.0  # for a run to train again, once its job has started
 ACK_S = 120.0  # for a rank to do what it was told to
+END_S = 30.0  # for the processes of a run that has finished to end
 POLL_S, LOOK_S = 0.1, 1.0  # at its files; at the queue
 
 
@@ -191,6 +193,18 @@ class Drill:
             with contextlib.suppress(HpcCifarError):
                 if self.cluster.executor == "slurm":
                     slurm.cancel([str(job["job_id"]) for job in chain_of(run) if "job_id" in job])
+
+    def remove(self) -> bool:
+        """Remove the runs; whether all of it is gone. Processes of a run that has just finished still write, for moments."""
+        deadline = time.monotonic() + END_S
+        while time.monotonic() < deadline:
+            jobs = [(run, job) for run in (self.victim, self.twin) for job in run.jobs()]
+            if not any(process.survivors(controller_of(run, job)) for run, job in jobs):
+                shutil.rmtree(self.root, ignore_errors=True)
+            if not self.root.exists():
+                return True
+            time.sleep(0.2)
+        return False
 
     def _compare(self, outcomes: list[Outcome]) -> None:
         """Whether the losses from each fault to the next are those of the twin, to the last digit."""

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from command_line import COMMANDS, TRAINING, preload, typed
 
+from hpc_cifar import files
 from hpc_cifar.cli.drill import _print
 from hpc_cifar.config.experiment import Experiment
 from hpc_cifar.config.load import load_experiment
 from hpc_cifar.config.packaged import find_job
-from hpc_cifar.launch.drill import BY_ITSELF, FAULTS, INTERVAL, RESUMED, Outcome, rehearsed
+from hpc_cifar.launch import process
+from hpc_cifar.launch.drill import BY_ITSELF, FAULTS, INTERVAL, RESUMED, Drill, Outcome, rehearsed
+from hpc_cifar.launch.local import process_file
+from hpc_cifar.runs import Run
 from hpc_cifar.train import checkpoint
 
 preload(*COMMANDS, *TRAINING)
@@ -27,6 +32,7 @@ optimizer: {name: sgd, lr: 0.03, momentum: 0.9}
 training: {ema_decay: 0.9, early_stopping: {patience: 3}}
 resources: {processes_per_node: 2}
 """
+WRITES = 'for n in 1 2 3 4 5 6 7 8 9; do mkdir -p "$1"; touch "$1/$n"; sleep 0.2; done'
 
 
 def drill(folder: Path, data: Path, *options: str, code: int = 0) -> str:
@@ -50,6 +56,22 @@ def test_nothing_is_lost_on_this_machine(tmp_path: Path, digits_data: Path) -> N
         row["from_step"] % INTERVAL == 0 or row["fault"] == "preempt" or row["from_step"] % 9 == 0 for row in found.values()
     )
     assert not list((tmp_path / "runs" / ".drills").iterdir()), "runs that proved it are not kept"
+
+
+def test_the_runs_are_removed_when_their_processes_have_ended(tmp_path: Path) -> None:
+    runs = [Run(tmp_path / "drill" / name) for name in ("victim", "twin")]
+    children = []
+    for run in runs:
+        run.submitit.mkdir(parents=True)
+        child = subprocess.Popen(["sh", "-c", WRITES, "sh", run.path / "checkpoints"], start_new_session=True)
+        children.append(child)
+        files.append_json_line(run.path / "jobs.jsonl", {"executor": "local", "job_id": "local-1"})
+        files.write_json(process_file(run.submitit, "local-1"), process.identity(child.pid))
+    made = object.__new__(Drill)
+    made.root, (made.victim, made.twin) = tmp_path / "drill", runs
+    assert made.remove()
+    assert all(child.wait(timeout=5) == 0 for child in children)
+    assert not made.root.exists()
 
 
 def test_the_table_says_what_was_lost(capsys: pytest.CaptureFixture[str]) -> None:
