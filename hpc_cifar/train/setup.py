@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .. import files
+from .. import caches
 from ..config.experiment import Experiment
 from ..config.model import PretrainedModel
 from ..config.shapes import check_fits
@@ -130,8 +129,8 @@ def choose_channels_last(experiment: Experiment) -> bool:
 
 def compiled(module: nn.Module) -> nn.Module:
     """torch.compile for the shapes of batches as they come; what it makes is kept for other runs on processors of this kind."""
-    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ and (folder := files.cache_folder(f"inductor-{_kind_of_processor()}")):
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+    caches.use("TORCHINDUCTOR_CACHE_DIR", f"inductor-{_kind_of_processor()}")
+    caches.use("TRITON_CACHE_DIR", "triton")
     made: nn.Module = torch.compile(module, dynamic=False)  # type: ignore[assignment]
     return made
 
