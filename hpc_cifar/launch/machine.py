@@ -171,6 +171,7 @@ def data(root: Path) -> Iterator[Finding]:
     for name in names:
         try:
             found = Store.open(root, name)
+            found.verify_once()
             beton = " with FFCV's file" if found.train.beton else ""
             yield ok("data", f"{found.label} in {found.path}: {len(found.train.labels):,} training images{beton}")
         except HpcCifarError as error:
