@@ -290,9 +290,9 @@ def _row(
     eta = None
     plan = run.plan()
     speed, step, total = state.get("images_per_second"), state.get("step"), state.get("total_steps")
-    batch = plan.get("batch_size")
-    if word == "running" and speed and batch and step is not None and total:
-        eta = round(max(total - step, 0) * batch / speed, 1)
+    if word == "running" and speed and step is not None and total:
+        left = _images_left(plan, step, total)
+        eta = None if left is None else round(left / speed, 1)
     # a result of an earlier segment lies there too, so it counts only once the run has finished
     latest = {**state, **result} if word == "finished" else state
     used, planned = latest.get("gpu_hours"), plan.get("gpu_hours") or None
@@ -316,6 +316,18 @@ def _row(
         gpu_hours_planned=planned,
         gpu_hours_left=_hours_left(plan, used, known) if planned and word not in ENDED else None,
     )
+
+
+def _images_left(plan: dict[str, Any], step: int, total: int) -> int | None:
+    """Images of the steps after ``step``; the last batch of every epoch is a small one."""
+    batch, images, steps = plan.get("batch_size"), plan.get("train_images"), plan.get("steps_per_epoch")
+    if not batch or not images or not steps:
+        return max(total - step, 0) * batch if batch else None
+
+    def until(number: int) -> int:
+        return number // steps * images + min(number % steps * batch, images)
+
+    return max(until(total) - until(step), 0)
 
 
 def _hours_left(plan: dict[str, Any], used: float | None, known: slurm.JobState | None) -> float:

@@ -2,6 +2,7 @@
 
 ``kind`` is ``step``, ``epoch`` or ``event``; rows carry ``epoch`` and ``step`` (updates made so far) and where they apply
 ``train_loss``, ``train_accuracy``, ``val_loss``, ``val_accuracy``, ``lr``, ``images_per_second``, ``time`` (Unix seconds).
+A rate counts the images of the batches of the steps that were made, over all ranks, and no image that was not there.
 """
 
 from __future__ import annotations

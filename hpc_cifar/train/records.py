@@ -52,7 +52,8 @@ class Records:
         self._before = run.state()
         self._started = time.time()
         self._state_written = 0.0
-        self.rate = 0.0  # images/s of the last window
+        self.rate = 0.0  # images/s of the last windows
+        self._recent: list[tuple[int, float]] = []  # images and seconds of each
         self.progress = Progress(console and world.main, last_step, session.position.step)
         self._precision = self._before.get("precision")
         self._lost_steps = int(self._before.get("lost_steps", 0))  # trained, and to be trained again
@@ -106,11 +107,20 @@ class Records:
         self.progress.say(f"first step after {sum(seconds.values()):.1f} s ({parts})")
         self.event("first step", seconds=seconds)
 
-    def window(self, epoch: int, step: int, losses: list[float], accuracy: float, rate: float, seconds: float) -> None:
-        """A ``step`` row over the last ``len(losses)`` steps, which took ``seconds``."""
-        self.rate = len(losses) * self._plan.batch_size / max(seconds, 1e-9)
+    def window(
+        self, epoch: int, step: int, losses: list[float], accuracy: float, rate: float, seconds: float, images: int
+    ) -> None:
+        """A ``step`` row over the last ``len(losses)`` steps, which took ``seconds`` for ``images`` of all ranks."""
+        seconds = max(seconds, 1e-9)
+        self._recent.append((images, seconds))
+        # a window of few images says little of those to come: together they are at least a whole one
+        enough = min(self._experiment.training.log_every_steps * self._plan.batch_size, self._plan.train_images)
+        while sum(count for count, _ in self._recent[1:]) >= enough:
+            del self._recent[0]
+        self.rate = sum(count for count, _ in self._recent) / sum(taken for _, taken in self._recent)
         loss = sum(losses) / len(losses)
-        values = {"train_loss": loss, "train_accuracy": accuracy, "lr": rate, "images_per_second": round(self.rate, 1)}
+        own = round(images / seconds, 1)
+        values = {"train_loss": loss, "train_accuracy": accuracy, "lr": rate, "images_per_second": own}
         self._emit("step", epoch, step, values)
         self.progress.step(step, self._last_step, epoch, self._experiment.epochs, loss, self.rate)
         if time.time() - self._state_written > 0.5:

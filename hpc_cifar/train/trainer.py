@@ -192,6 +192,7 @@ class Trainer:
             if position.step + 1 not in self.left_out:
                 with self._patience(batch):
                     rate = session.stepper(batch, position.step, session.history)
+                self.epoch_images += batch.global_size
             if not self.begun:
                 self._first_step_is_made()
                 self.records.first_batch(batch.images)
@@ -199,7 +200,6 @@ class Trainer:
             position.step += 1
             self.watchdog.step(position.step)
             self.saver.check()
-            self.epoch_images += batch.global_size
             if position.batch % self.experiment.training.log_every_steps == 0:  # the same steps after a resume
                 self._take_window(rate)
             if position.batch == self.plan.steps_per_epoch:
@@ -276,7 +276,7 @@ class Trainer:
                 if not math.isfinite(loss):
                     raise self._non_finite(step - window.steps + index + 1, loss)
             if losses:
-                self.records.window(epoch, step, losses, accuracy, rate, seconds)
+                self.records.window(epoch, step, losses, accuracy, rate, seconds, window.images)
         self.pending.clear()
 
     def _non_finite(self, step: int, loss: float) -> NonFiniteLoss:
