@@ -319,8 +319,8 @@ def _row(
 
 
 def _images_left(plan: dict[str, Any], step: int, total: int) -> int | None:
-    """Images of the steps after ``step``; the last batch of every epoch is a small one."""
-    batch, images, steps = plan.get("batch_size"), plan.get("train_images"), plan.get("steps_per_epoch")
+    """Images of the steps after ``step``; the last batch of every epoch may be smaller than the others."""
+    batch, images, steps = (int(plan.get(name) or 0) for name in ("batch_size", "train_images", "steps_per_epoch"))
     if not batch or not images or not steps:
         return max(total - step, 0) * batch if batch else None
 
