@@ -60,7 +60,7 @@ class Records:
         self._metrics: MetricsLog | None = None
         self._wandb: Companion | None = None
         if world.main:
-            self._metrics = MetricsLog(run.metrics_file, session.position.step)
+            self._metrics = MetricsLog(run.metrics_file, session.position.step, session.history)
             reached = max(self._metrics.reached, int(self._before.get("step") or 0))
             self._lost_steps += max(0, reached - session.position.step)
             self.state("running")  # what W&B is told of the run
@@ -75,7 +75,7 @@ class Records:
             f"{plan.steps_per_epoch} steps x {self._experiment.epochs} epochs, batch {plan.batch_size} "
             f"on {world.size} x {world.device.type}, {precision}"
         )
-        for note in notes:
+        for note in [*notes, *(self._metrics.notes if self._metrics is not None else ())]:
             self.progress.say(f"note: {note}")
         facts = {"world_size": world.size, "device": str(world.device), "precision": precision}
         self.event("started", **facts, lost_steps=self._lost_steps)

@@ -50,7 +50,7 @@ def ways(run: Run, data: Path) -> dict[str, Callable[[], object]]:
         (lambda v: v.update(seed=8), "seed: 7 -> 8"),
         (lambda v: v.update(epochs=3), "epochs: 2 -> 3"),
         (lambda v: v["data"]["augment"].update(cutout=2), "data.augment.cutout: 4 -> 2"),
-        (lambda v: v["checkpoint"].update(select="best"), "checkpoint.select: last -> best"),
+        (lambda v: v["data"].update(validation=0.2), "data.validation: 0.1 -> 0.2"),
     ],
 )
 def test_another_experiment_is_refused_by_its_fields(run: Run, digits_data: Path, change: Any, words: str) -> None:
@@ -93,7 +93,7 @@ def test_train_compares_the_job_with_the_checkpoint_and_not_with_what_was_edited
     go_on_as(run, other, force=True)
     loop.train(run, max_steps=4, data_root=digits_data, console=False)
     go_on_as(run, other)
-    with pytest.raises(RunError, match="0.5 -> 0.1"):
+    with pytest.raises(RunError, match=r"0\.5 -> 0\.1"):
         go_on_as(run, original)
 
 
