@@ -119,7 +119,7 @@ def gather(run: Run, state: str = "", reason: str = "") -> Facts:
         state=state or both.get("state") or "pending",
         reason=reason or both.get("reason") or "",
         figures=figures_of(experiment, epochs, result, best_step),
-        cost={name: both[name] for name in COST if isinstance(both.get(name), int | float)},
+        cost={name: both[name] for name in COST if _is_cost(both.get(name))},
         epochs=epochs,
         segments=segments_of(rows, state or both.get("state") or ""),
         steps=int(both.get("steps") or said.get("step") or 0),
@@ -132,6 +132,11 @@ def gather(run: Run, state: str = "", reason: str = "") -> Facts:
         evaluation_folder=folder,
         warnings=tuple(warnings),
     )
+
+
+def _is_cost(value: Any) -> bool:
+    """An earlier version took a clock that was set back for time that passed."""
+    return isinstance(value, int | float) and value >= 0
 
 
 def figures_of(

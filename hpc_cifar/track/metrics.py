@@ -2,6 +2,7 @@
 
 ``kind`` is ``step``, ``epoch`` or ``event``; rows carry ``epoch`` and ``step`` (updates made so far) and where they apply
 ``train_loss``, ``train_accuracy``, ``val_loss``, ``val_accuracy``, ``lr``, ``images_per_second``, ``time`` (Unix seconds).
+Between two rows of one segment as much time has passed as their times say, also where the machine's clock was set.
 A rate counts the images of the batches of the steps that were made, over all ranks, and no image that was not there.
 """
 
@@ -43,11 +44,12 @@ class MetricsLog:
         if path.exists():
             # always rewritten: a killed writer may have left a torn last line
             files.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._epoch = time.time() - time.monotonic()
         self._path, self._stream = path, path.open("a", encoding="utf-8")
 
     def write(self, kind: str, *, epoch: int, step: int, **values: Any) -> dict[str, Any]:
         """Append one row and return it; a number that JSON cannot hold becomes null."""
-        row = {"kind": kind, "epoch": epoch, "step": step, "time": round(time.time(), 3)}
+        row = {"kind": kind, "epoch": epoch, "step": step, "time": round(self._epoch + time.monotonic(), 3)}
         row |= _finite(values)
         with files.named_in_errors(self._path):
             self._stream.write(json.dumps(row, allow_nan=False) + "\n")

@@ -50,7 +50,8 @@ class Records:
         self._run, self._world, self._experiment, self._plan = run, world, experiment, plan
         self._session, self._label, self._last_step = session, data_label, last_step
         self._before = run.state()
-        self._started = time.time()
+        self._clock = time.monotonic()  # that of the machine may be set while a run trains
+        self._began = self._before.get("started") or now()
         self._state_written = 0.0
         self.rate = 0.0  # images/s of the last windows
         self._recent: list[tuple[int, float]] = []  # images and seconds of each
@@ -123,7 +124,7 @@ class Records:
         values = {"train_loss": loss, "train_accuracy": accuracy, "lr": rate, "images_per_second": own}
         self._emit("step", epoch, step, values)
         self.progress.step(step, self._last_step, epoch, self._experiment.epochs, loss, self.rate)
-        if time.time() - self._state_written > 0.5:
+        if time.monotonic() - self._state_written > 0.5:
             self.state("running", train_loss=loss)
 
     def epoch(self, row: dict[str, Any]) -> None:
@@ -150,14 +151,14 @@ class Records:
         self._write_state(self._state(state, **values))
 
     def _write_state(self, record: dict[str, Any]) -> None:
-        self._state_written = time.time()
+        self._state_written = time.monotonic()
         if self._world.main:
             self._run.write_state(**record)
 
     def _state(self, state: str, **values: Any) -> dict[str, Any]:
         """What ``state.json`` holds: also the time and GPU-hours of all segments so far."""
         position, before, world = self._session.position, self._before, self._world
-        seconds = time.time() - self._started
+        seconds = time.monotonic() - self._clock
         gpus = world.size if world.on_gpu else 0
         validated = (row["val_accuracy"] for row in reversed(self._session.history) if "val_accuracy" in row)
         return {
@@ -170,9 +171,9 @@ class Records:
             "images_per_second": round(self.rate, 1),
             "lost_steps": self._lost_steps,
             "restarts": int(before.get("restarts", -1)) + 1,
-            "gpu_hours": round(float(before.get("gpu_hours", 0.0)) + gpus * seconds / 3600, 6),
-            "seconds": round(float(before.get("seconds", 0.0)) + seconds, 3),
-            "started": before.get("started") or now(),
+            "gpu_hours": round(max(0.0, float(before.get("gpu_hours", 0.0))) + gpus * seconds / 3600, 6),
+            "seconds": round(max(0.0, float(before.get("seconds", 0.0))) + seconds, 3),
+            "started": self._began,
             "world_size": world.size,
             "device": world.device.type,
             "precision": self._precision,
