@@ -33,8 +33,11 @@ def evaluate(trained: Trained, split: str, *, tta: bool, pictures: bool, maps_of
 
     Raises:
         UsageError: there is no such split or image.
+        DataError: its files are not what was written.
     """
     arrays, indices = trained.images(split)
+    store = trained.prepared.store
+    store.verify("test" if arrays is store.test else "train")
     if maps_of is not None and not 0 <= maps_of < len(indices):
         raise UsageError(f"--image {maps_of}: the {split} images are numbered 0 to {len(indices) - 1}")
     classes = trained.prepared.store.classes
