@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .. import __version__, files
+from .. import __version__, files, owner
 from ..errors import DataError, UsageError
 from . import beton
 from .sources import Dataset
@@ -94,11 +94,19 @@ class Store:
         if not DATASET_NAME.fullmatch(dataset):
             raise UsageError(f"dataset {dataset!r}: should be lower-case letters, digits, '_' or '-', 32 at most")
         folder = root / dataset
-        if not folder.is_dir():
+        try:
+            there = folder.is_dir()
+        except OSError as error:
+            raise DataError(f"{folder}: {owner.cannot_be_read(folder, error)}") from None
+        if not there:
             raise DataError(f"{folder}: dataset {dataset!r} is not prepared; run: {prepare_command(root, dataset)}")
         try:
             manifest = _read_manifest(folder / MANIFEST)
             train, test = (_open_split(folder, split, manifest, verify) for split in SPLITS)
+        except PermissionError as error:
+            hidden = Path(str(error.filename or folder))
+            words = owner.cannot_be_read(hidden, error)
+            raise DataError(f"{folder}: {words}: chmod -R a+rX {shlex.quote(str(folder))}") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             why = f"no {error}" if isinstance(error, KeyError) else str(error)
             raise DataError(
@@ -178,6 +186,7 @@ def _write_array(path: Path, array: npt.NDArray[Any]) -> dict[str, Any]:
     """Write one .npy file; not by numpy.save, whose error on a full disk does not say that the disk is full."""
     array = np.ascontiguousarray(array)
     with path.open("xb") as stream:
+        os.fchmod(stream.fileno(), 0o644)  # as every file of a store, which others may read
         hashed = _Hashed(stream)
         np.lib.format.write_array_header_1_0(hashed, np.lib.format.header_data_from_array_1_0(array))
         hashed.write(array.data)
