@@ -23,9 +23,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+<<<<<<< HEAD
 from .. import __version__, files
 from ..errors import DataError, UsageError, first_line
 from . import beton, verified
+=======
+from .. import __version__, files, owner
+from ..errors import DataError, UsageError
+from . import beton
+>>>>>>> w-folders
 from .sources import Dataset
 from .split import mean_std
 
@@ -94,10 +100,15 @@ class Store:
         if not DATASET_NAME.fullmatch(dataset):
             raise UsageError(f"dataset {dataset!r}: should be lower-case letters, digits, '_' or '-', 32 at most")
         folder = root / dataset
-        if not folder.is_dir():
+        try:
+            there = folder.is_dir()
+        except OSError as error:
+            raise DataError(f"{folder}: {owner.cannot_be_read(folder, error)}") from None
+        if not there:
             raise DataError(f"{folder}: dataset {dataset!r} is not prepared; run: {prepare_command(root, dataset)}")
         try:
             manifest = _read_manifest(folder / MANIFEST)
+<<<<<<< HEAD
             train, test = (_open_split(folder, split, manifest) for split in SPLITS)
         except _DAMAGE as error:
             raise _damaged(folder, f"no {error}" if isinstance(error, KeyError) else first_line(error)) from None
@@ -141,6 +152,19 @@ _DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowErr
 
 def _damaged(folder: Path, why: str) -> DataError:
     return DataError(f"{folder}: the store is damaged ({why}); run: {prepare_command(folder.parent, folder.name, force=True)}")
+=======
+            train, test = (_open_split(folder, split, manifest, verify) for split in SPLITS)
+        except PermissionError as error:
+            hidden = Path(str(error.filename or folder))
+            words = owner.cannot_be_read(hidden, error)
+            raise DataError(f"{folder}: {words}: chmod -R a+rX {shlex.quote(str(folder))}") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            why = f"no {error}" if isinstance(error, KeyError) else str(error)
+            raise DataError(
+                f"{folder}: the store is damaged ({why}); run: {prepare_command(root, dataset, force=True)}"
+            ) from None
+        return cls(folder, manifest, dataclasses.replace(train, beton=beton.find(folder, manifest["digest"])), test)
+>>>>>>> w-folders
 
 
 def prepare_command(root: Path, dataset: str, *, force: bool = False) -> str:
@@ -224,6 +248,7 @@ def _write_array(path: Path, array: npt.NDArray[Any]) -> dict[str, Any]:
     """Write one .npy file; not by numpy.save, whose error on a full disk does not say that the disk is full."""
     array = np.ascontiguousarray(array)
     with path.open("xb") as stream:
+        os.fchmod(stream.fileno(), 0o644)  # as every file of a store, which others may read
         hashed = _Hashed(stream)
         np.lib.format.write_array_header_1_0(hashed, np.lib.format.header_data_from_array_1_0(array))
         hashed.write(array.data)
