@@ -15,6 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
 
+from . import planted
+from .errors import UsageError
+
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what a file system without locks answers
 
 
@@ -139,7 +142,7 @@ def hold(path: Path) -> TextIO:
         BlockingIOError: another process has it; its ``strerror`` is that process in words.
         OSError: the file cannot be written or locked.
     """
-    stream = path.open("a+", encoding="utf-8")
+    stream = planted.open_there(path)
     try:
         flock(stream)
         write_holder(stream)
@@ -205,14 +208,41 @@ def sha256_of(path: Path) -> str:
 
 def _site_folder(variable: str, fallback: Path) -> Path:
     value = os.environ.get(variable, "")
-    return Path(value).expanduser().absolute() if value else fallback.absolute()
+    return expanded(Path(value), f"{variable}={value}") if value else fallback.absolute()
+
+
+def expanded(path: Path, said: str) -> Path:
+    """The absolute path, with ``~`` and ``~user`` as the shell reads them.
+
+    Args:
+        said: what the user wrote, for the message.
+
+    Raises:
+        UsageError: there is no such user, or no home folder.
+    """
+    try:
+        return path.expanduser().absolute()
+    except RuntimeError:
+        who = path.parts[0][1:]
+        why = f"there is no user {who!a} on this machine" if who else "this user has no home folder"
+        raise UsageError(f"{said}: {why}; write the whole path") from None
+    except OSError as error:
+        raise UsageError(f"{said}: the working folder is gone ({error.strerror}); change to another one") from None
 
 
 def data_root() -> Path:
-    """Where prepared datasets lie: ``HPC_CIFAR_DATA``, else ``data`` in the working folder."""
+    """Where prepared datasets lie: ``HPC_CIFAR_DATA``, else ``data`` in the working folder.
+
+    Raises:
+        UsageError: the variable names a user who is not there.
+    """
     return _site_folder("HPC_CIFAR_DATA", Path("data"))
 
 
 def runs_root() -> Path:
-    """Where runs lie: ``HPC_CIFAR_RUNS``, else ``runs`` in the working folder."""
+    """Where runs lie: ``HPC_CIFAR_RUNS``, else ``runs`` in the working folder.
+
+    Raises:
+        UsageError: the variable names a user who is not there.
+    """
     return _site_folder("HPC_CIFAR_RUNS", Path("runs"))

@@ -25,6 +25,7 @@ LAYERS = (
     ("plan", "runs"),
     ("config",),
     ("caches", "files", "findings", "hostile", "lifetime", "stages"),
+    ("owner",),
     ("errors",),
 )
 ORDERED = {("train", "evaluate"), ("plan", "runs")}  # the one line in which an earlier part may use a later one

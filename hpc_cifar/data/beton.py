@@ -2,8 +2,10 @@
 
 FFCV reads a truncated or altered file without a word and delivers wrong images, so the file is compared with the store before
 it is read. It is written by this module and not by FFCV's own writer, which needs room in /dev/shm (without it the process is
-killed) and waits for ever when one of its processes dies, as on a full disk. The layout is that of FFCV's file format 2: a header,
-a description of the fields, a row for each sample, the pixels in pages, and a table of where each image lies.
+killed) and waits for ever when one of its processes dies, as on a full disk.
+
+The layout is that of FFCV's file format 2: a header, a description of the fields, a row for each sample, the pixels in pages,
+and a table of where each image lies.
 """
 
 from __future__ import annotations

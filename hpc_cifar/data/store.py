@@ -17,13 +17,14 @@ import json
 import os
 import re
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .. import __version__, files
+from .. import __version__, files, owner
 from ..errors import DataError, UsageError, first_line
 from . import beton, verified
 from .sources import Dataset
@@ -94,11 +95,19 @@ class Store:
         if not DATASET_NAME.fullmatch(dataset):
             raise UsageError(f"dataset {dataset!r}: should be lower-case letters, digits, '_' or '-', 32 at most")
         folder = root / dataset
-        if not folder.is_dir():
+        try:
+            there = folder.is_dir()
+        except OSError as error:
+            raise DataError(f"{folder}: {owner.cannot_be_read(folder, error)}") from None
+        if not there:
             raise DataError(f"{folder}: dataset {dataset!r} is not prepared; run: {prepare_command(root, dataset)}")
         try:
             manifest = _read_manifest(folder / MANIFEST)
             train, test = (_open_split(folder, split, manifest) for split in SPLITS)
+        except PermissionError as error:
+            hidden = Path(str(error.filename or folder))
+            words = owner.cannot_be_read(hidden, error)
+            raise DataError(f"{folder}: {words}: chmod -R a+rX {shlex.quote(str(folder))}") from None
         except _DAMAGE as error:
             raise _damaged(folder, f"no {error}" if isinstance(error, KeyError) else first_line(error)) from None
         made = cls(folder, manifest, dataclasses.replace(train, beton=beton.find(folder, manifest["digest"])), test)
@@ -115,11 +124,11 @@ class Store:
             DataError: something is not what was written; the message has the command that mends it.
         """
         mapped = {f"{split}-{part}.npy": getattr(getattr(self, split), part) for split in splits or SPLITS for part in PARTS}
-        before = verified.seen(self.path, mapped)
+        before = self._seen(mapped)
         for name, array in mapped.items():
             if hashlib.sha256(array._mmap).hexdigest() != self.manifest["files"][name]["sha256"]:
                 raise _damaged(self.path, f"{name} is not what was written: its SHA-256 differs")
-        if not splits and verified.seen(self.path, mapped) == before:
+        if not splits and self._seen(mapped) == before:
             verified.note(self.path, self.digest, before)
 
     def verify_once(self) -> None:
@@ -129,11 +138,17 @@ class Store:
             DataError: see :meth:`verify`.
         """
         names = list(self.manifest["files"])
-        if verified.is_known(self.path, self.digest, verified.seen(self.path, names)):
+        if verified.is_known(self.path, self.digest, self._seen(names)):
             return
         with verified.by_one(self.path):  # another process may have done it meanwhile
-            if not verified.is_known(self.path, self.digest, verified.seen(self.path, names)):
+            if not verified.is_known(self.path, self.digest, self._seen(names)):
                 self.verify()
+
+    def _seen(self, names: Iterable[str]) -> verified.Seen:
+        try:
+            return verified.seen(self.path, names)
+        except OSError as error:
+            raise _damaged(self.path, str(error)) from None
 
 
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError, RecursionError)
@@ -224,6 +239,7 @@ def _write_array(path: Path, array: npt.NDArray[Any]) -> dict[str, Any]:
     """Write one .npy file; not by numpy.save, whose error on a full disk does not say that the disk is full."""
     array = np.ascontiguousarray(array)
     with path.open("xb") as stream:
+        os.fchmod(stream.fileno(), 0o644)  # as every file of a store, which others may read
         hashed = _Hashed(stream)
         np.lib.format.write_array_header_1_0(hashed, np.lib.format.header_data_from_array_1_0(array))
         hashed.write(array.data)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from .. import __version__
+from .. import __version__, owner
 from .. import caches as compiled
 from ..config.cluster import Cluster
 from ..errors import HpcCifarError, first_line
@@ -40,7 +40,7 @@ def findings(data_root: Path, runs_root: Path, cluster: Cluster, trains: bool) -
     yield packages()
     yield compiler()
     runs, skew_s = folder("runs", "HPC_CIFAR_RUNS", runs_root)
-    yield runs
+    yield shared(runs_root) or runs
     if skew_s is not None:
         yield clock(skew_s, runs_root)
     yield from data(data_root)
@@ -131,6 +131,19 @@ def folder(name: str, variable: str, path: Path) -> tuple[Finding, float | None]
     if not locks:
         return warning(name, f"{said}; no locks there: two jobs on one run would not exclude each other", fix), skew_s
     return ok(name, said), skew_s
+
+
+def shared(root: Path) -> Finding | None:
+    """Who else can write to the folder of runs, if that matters."""
+    if said := owner.root_problem(root):
+        words, _, fix = said.partition("; ")
+        return problem("runs", words, fix)
+    with contextlib.suppress(OSError):
+        whose = root.stat().st_uid
+        if whose not in (owner.uid(), 0):
+            fix = "export HPC_CIFAR_RUNS=FOLDER, one of your own, unless you trust them with what your jobs run"
+            return warning("runs", f"{root}: is of {owner.name_of(whose)}, who can exchange runs in it", fix)
+    return None
 
 
 def _locks(probe: Path) -> bool:
