@@ -24,7 +24,8 @@ LAYERS = (
     ("data", "models", "track"),
     ("plan", "runs"),
     ("config",),
-    ("files", "findings", "lifetime", "stages"),
+    ("caches", "files", "findings", "lifetime", "stages"),
+    ("owner",),
     ("errors",),
 )
 ORDERED = {("train", "evaluate"), ("plan", "runs")}  # the one line in which an earlier part may use a later one

@@ -26,6 +26,7 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="Look again every few seconds until all have ended.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="A list of objects, one a run.")] = False,
     every: Annotated[float, typer.Option(min=0.2, help="Seconds between looks with --watch.")] = 5.0,
+    owner: options.Owner = None,
 ) -> None:
     """Show the state of a run, or of the latest runs.
 
@@ -36,13 +37,13 @@ def status(
 
     A run is pending, running, requeued, finished, failed, cancelled, or stopped (with a checkpoint to go on from).
     """
-    from .. import files, runs
+    from .. import files
     from ..launch.status import statuses
-    from . import status_table
+    from . import chosen, status_table
 
     root, first, screen = files.runs_root(), True, watch and sys.stdout.isatty()
     while True:
-        wanted = runs.find_all([run], root) if run is not None else runs.all_runs(root)
+        wanted = chosen.to_read([run], root, owner) if run is not None else chosen.everything(root, owner)
         hidden = 0 if as_json or run is not None else max(0, len(wanted) - RECENT)
         seen = statuses(wanted[hidden:])
         if as_json:
@@ -66,6 +67,7 @@ def list_runs(
         typer.Option(help="Only runs submitted with that --campaign.", show_default=False, autocompletion=complete.campaigns),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="A list of objects, as of status.")] = False,
+    owner: options.Owner = None,
 ) -> None:
     """List every run, or those of a campaign, oldest first; of a campaign also mean and spread over seeds and folds.
 
@@ -73,12 +75,13 @@ def list_runs(
     hpc-cifar list
     hpc-cifar list --campaign table2
     """
-    from .. import files, runs
+    from .. import files
     from ..launch.status import statuses
     from . import status_table
+    from .chosen import everything
 
     root = files.runs_root()
-    chosen = runs.all_runs(root) if campaign is None else runs.of_campaign(campaign, root)
+    chosen = everything(root, owner, campaign)
     seen = statuses(chosen)
     if as_json:
         typer.echo(json.dumps([row.as_dict() for row in seen], indent=2))
@@ -96,6 +99,7 @@ def logs(
     run: options.RunName = "last",
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run has ended.")] = False,
     rank: Annotated[int, typer.Option(min=0, help="Whose log.")] = 0,
+    owner: options.Owner = None,
 ) -> None:
     """Print what a rank wrote: standard output and standard error of every job of the run, in order.
 
@@ -103,11 +107,12 @@ def logs(
     hpc-cifar logs last -f
     hpc-cifar logs 4711 --rank 3
     """
-    from .. import files, runs
+    from .. import files
     from ..errors import RunError
     from ..launch import control
+    from . import chosen
 
-    found = runs.find(run, files.runs_root())
+    [found] = chosen.to_read(run, files.runs_root(), owner)
     last = None
     if follow:
         for path, text in control.follow_logs(found, rank):
@@ -129,36 +134,36 @@ def logs(
             typer.echo(text, nl=not text.endswith("\n"))
 
 
-def wait(run: options.RunNamesOrLast = None) -> None:
+def wait(run: options.RunNamesOrLast = None, owner: options.Owner = None) -> None:
     """Wait until runs have ended; exit code 0 if all finished or were stopped on purpose, 1 if one failed or was cancelled.
 
     \b
     hpc-cifar wait
     hpc-cifar wait 4711 4712
     """
-    from .. import files, runs
+    from .. import files
     from ..launch.several import wait_all
+    from . import chosen
 
-    root = files.runs_root()
-    ended = wait_all(runs.find_all(run or ["last"], root))
+    ended = wait_all(chosen.to_read(run or ["last"], files.runs_root(), owner))
     for seen in ended:
         typer.echo(f"{seen.run}: {seen.state}" + (f" ({seen.reason})" if seen.reason else ""))
     if any(seen.state not in ("finished", "stopped") for seen in ended):
         raise typer.Exit(1)
 
 
-def cancel(run: options.RunNames) -> None:
+def cancel(run: options.RunNames, code_of: options.CodeOf = None) -> None:
     """Stop runs for good; each saves a checkpoint first and does not requeue.
 
     \b
     hpc-cifar cancel last
     hpc-cifar cancel 4711_3
     """
-    from .. import files, runs
+    from .. import files
     from ..launch.several import cancel_all
+    from . import chosen
 
-    root = files.runs_root()
-    for line in cancel_all(runs.find_all(run, root)):
+    for line in cancel_all(chosen.to_act_on(run, files.runs_root(), code_of), code_of):
         typer.echo(line)
 
 
@@ -172,6 +177,7 @@ def resume(
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Begin at step 0; what a run has so far is set aside in it.")] = False,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Watch the run to its end and print the result.")] = False,
+    code_of: options.CodeOf = None,
 ) -> None:
     """Submit stopped, failed or cancelled runs again: same experiment, same code, from the last checkpoint.
 
@@ -179,20 +185,19 @@ def resume(
     hpc-cifar resume last --follow
     hpc-cifar resume 4711 --cluster mine
     """
-    from .. import files, runs
+    from .. import files
     from ..config.cluster import find_cluster
     from ..errors import HpcCifarError
     from ..launch import control
     from ..launch.submit import have_sbatch
-    from . import several
+    from . import chosen, several
 
-    root = files.runs_root()
-    wanted = runs.find_all(run or ["last"], root)
+    wanted = chosen.to_act_on(run or ["last"], files.runs_root(), code_of)
     profile = None if cluster is None else find_cluster(cluster, have_sbatch=have_sbatch())
     going, refused = [], False
     for found in wanted:
         try:
-            options: dict[str, Any] = {"cluster": profile, "max_gpu_hours": max_gpu_hours, "fresh": fresh}
+            options: dict[str, Any] = {"cluster": profile, "max_gpu_hours": max_gpu_hours, "fresh": fresh, "code_of": code_of}
             done = control.resume(found, data_root=files.data_root(), **options)
         except HpcCifarError as error:
             if len(wanted) == 1:

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from .. import __version__, lifetime
+from .. import __version__, lifetime, owner
 from ..errors import HpcCifarError, Interrupted
 from . import bench, configure, control, data, doctor, drill, evaluate, init, report, submit, sync, train
 
@@ -151,6 +151,7 @@ def _silence() -> None:
 
 def run() -> None:
     """Entry point of the ``hpc-cifar`` command."""
+    owner.narrow_umask()
     code = main()
     lifetime.leave_soon(code)
     sys.exit(code)

@@ -67,7 +67,7 @@ def train(
 
     experiment = load_experiment(find_job(job), sets or [])
     _check_ranks()
-    data_root = data.expanduser().absolute() if data else files.data_root()
+    data_root = files.expanded(data, f"--data {data}") if data else files.data_root()
     root = files.runs_root()
     name = name or run_name(experiment, root)
 
@@ -113,15 +113,16 @@ def run_name(experiment: Experiment, root: Path) -> str:
 
     Fields that have their default do not count, so that a field which a later version adds changes no name.
     """
+    from .. import owner
     from ..errors import RunError
     from ..runs import Run
 
     values = json.dumps(experiment.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
     name = f"{experiment.name}-{hashlib.sha256(values.encode()).hexdigest()[:8]}"
-    if not (root / name).exists():
+    if not os.path.lexists(root / name):
         for path in sorted(root.glob(f"{experiment.name}-{'[0-9a-f]' * 8}")):
-            with contextlib.suppress(RunError):
-                if Run(path).experiment() == experiment:
+            with contextlib.suppress(RunError, OSError):
+                if owner.is_own(path) and Run(path).experiment() == experiment:
                     return path.name
     return name
 
@@ -196,7 +197,7 @@ def _agree(
 def _find_or_create(
     root: Path, name: str, experiment: Experiment, data_root: Path, *, fresh: bool, force: bool, world: int, local_world: int
 ) -> Run:
-    from .. import runs
+    from .. import owner, runs
     from ..errors import RunError
     from ..launch import provenance
     from ..launch import submit as launch
@@ -205,6 +206,9 @@ def _find_or_create(
     from ..plan import make_plan
 
     found = runs.named(root, name)
+    owner.check_root(root)
+    if os.path.lexists(found.path):
+        owner.check_name(found.path)
     exists, aside = found.experiment_file.is_file(), None
     if exists and is_live(found):
         raise RunError(f"{found.id} is being trained right now; wait for it, cancel it, or give this one a name with --name")

@@ -6,6 +6,7 @@ a space or a quote.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Mapping
@@ -14,13 +15,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
+from .. import files, planted
 from ..errors import UsageError
 from . import sbatch
 from .container import Container
 from .experiment import NAME_PATTERN
 from .explain import first_problem
 from .fields import Count, Duration, Flag, Model, Positive, Whole, matching, shown
-from .messages import did_you_mean
+from .messages import did_you_mean, shown_path
 from .packaged import cluster_files
 
 DEFAULT_PREFLIGHT_S = 60
@@ -220,13 +222,23 @@ def profile_folders() -> list[Path]:
 def known_clusters() -> dict[str, Path | None]:
     """Every name ``find_cluster`` would find and its file (None: built in)."""
     known: dict[str, Path | None] = {file.stem: file for file in cluster_files()}
-    known.update(dict.fromkeys(BUILT_IN))
     for folder in reversed(profile_folders()):
         try:
             known.update({file.stem: file for file in sorted(folder.glob("*.yaml")) if file.is_file()})
         except OSError:  # an unreadable folder holds no profile for us
             continue
-    return known
+    return known | dict.fromkeys(BUILT_IN)  # whose names always mean what they say
+
+
+def overshadowed(name: str) -> Path | None:
+    """A profile that has the name of a built-in one, and so is not used by that name."""
+    if name not in BUILT_IN:
+        return None
+    for folder in profile_folders():
+        with contextlib.suppress(OSError):
+            if (folder / f"{name}.yaml").is_file():
+                return folder / f"{name}.yaml"
+    return None
 
 
 def find_cluster(name: str | None = None, *, have_sbatch: bool) -> Cluster:
@@ -241,20 +253,28 @@ def find_cluster(name: str | None = None, *, have_sbatch: bool) -> Cluster:
     """
     name = name or os.environ.get("HPC_CIFAR_CLUSTER") or ("slurm" if have_sbatch else "local")
     if os.sep in name or name.endswith((".yaml", ".yml")):
-        return _named_by_file(Path(name).expanduser() if name.startswith("~/") else Path(name))
+        return _named_by_file(files.expanded(Path(name), f"--cluster {name}") if name.startswith("~/") else Path(name))
     known = known_clusters()
     if name not in known:
         folders = ", ".join(str(folder) for folder in profile_folders())
         hint = did_you_mean(name, sorted(known), "known profiles")
         raise UsageError(f"--cluster: no profile named {shown(name)}; {hint}; searched {folders} and the packaged profiles")
     path = known[name]
-    return BUILT_IN[name] if path is None else _named_by_file(path)
+    if path is None:
+        return BUILT_IN[name]
+    return _named_by_file(path, checked=path not in cluster_files())  # who can write those can write this code
 
 
-def _named_by_file(path: Path) -> Cluster:
-    """The profile in ``path`` under the file's name: a copied profile often keeps the name of the one it was copied from."""
+def _named_by_file(path: Path, *, checked: bool = True) -> Cluster:
+    """The profile in ``path`` under the file's name: a copied profile often keeps the name of the one it was copied from.
+
+    Raises:
+        UsageError: somebody else may have put it there: its environment and setup are run by jobs.
+    """
     from .load import load_cluster  # it needs the model above
 
+    if checked and (why := planted.problem(path)):
+        raise UsageError(f"{shown_path(path)}: is not used as a profile, whose lines jobs run: {why}")
     return load_cluster(path).model_copy(update={"name": path.stem})
 
 

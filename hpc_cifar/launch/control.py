@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import files
+from .. import files, owner, planted
 from ..config.cluster import Cluster
 from ..errors import LaunchError, RunError
 from ..runs import Run, begin_again, now
@@ -33,7 +33,7 @@ ASK_S, RARELY_S = 3.0, 10.0  # between questions to the scheduler; where nobody 
 def log_files(run: Run, rank: int = 0) -> list[Path]:
     """Log files of one rank, oldest job first, standard output before standard error. A requeue appends to its job's files."""
     names = (f"{job.get('job_id')}_{rank}_log.{kind}" for job in run.jobs() for kind in ("out", "err"))
-    return [path for name in names if (path := run.submitit / name).is_file()]
+    return [path for name in names if (path := run.submitit / name).is_file() and not path.is_symlink()]
 
 
 def follow_logs(run: Run, rank: int) -> Iterator[tuple[Path, str]]:
@@ -92,12 +92,17 @@ def _stamp(run: Run) -> tuple[int, int] | None:
 # ---- cancel --------------------------------------------------------------------------------------------------------
 
 
-def cancel(run: Run, grace_s: float = CANCEL_GRACE_S) -> str:
+def cancel(run: Run, grace_s: float = CANCEL_GRACE_S, code_of: str | None = None) -> str:
     """Stop a run for good; it never requeues. Returns what happened, for people to read.
 
+    Args:
+        code_of: the user whose runs may be cancelled too.
+
     Raises:
+        RunError: it is somebody else's.
         LaunchError: the scheduler refused, or the run is on a machine that cannot be reached from here.
     """
+    owner.check_own(run.path, code_of)
     left = handover.adopt([run], anew=True).get(run)
     before = status(run)
     if before.state == "finished":
@@ -187,7 +192,11 @@ class Resumed:
 @contextlib.contextmanager
 def _alone(run: Run) -> Iterator[None]:
     """Two people must not resume one run at the same time."""
-    with (run.path / ".submit.lock").open("a") as stream:
+    try:
+        stream = planted.open_there(run.path / ".submit.lock")
+    except OSError as error:
+        raise RunError(f"{run.path}: cannot be locked: {error.strerror or error}") from None
+    with stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -204,20 +213,25 @@ def resume(
     cluster: Cluster | None = None,
     max_gpu_hours: float | None = None,
     fresh: bool = False,
+    code_of: str | None = None,
 ) -> Resumed:
     """Submit an existing run again, with its own experiment and code; it continues from its last checkpoint.
 
     Args:
         cluster: another place than last time.
         fresh: begin at step 0; what the run has so far is set aside. One that has finished stays as it is.
+        code_of: the user whose runs may be resumed too, with their code.
 
     Raises:
-        RunError: it is queued or running, or its experiment is not what its newest checkpoint was made with.
+        RunError: it is somebody else's, or lies where others can exchange it; it is queued or running; or its experiment is not
+            what its newest checkpoint was made with.
         CheckpointError: its checkpoints are gone.
         LaunchError: the scheduler refused.
     """
     from . import estimate, submission, submit
 
+    owner.check_own(run.path, code_of)
+    owner.check_root(run.path.parent)
     if run.finished():
         return Resumed(run, None)
     with _alone(run):

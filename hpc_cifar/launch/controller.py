@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from .. import files
+from .. import files, owner
 from . import deaths, first_words, process
 from .job import LOCAL_REQUEUE as REQUEUE
 from .job import port_for
@@ -273,6 +273,7 @@ class Controller:
 
 
 def main(arguments: list[str]) -> int:
+    owner.narrow_umask()
     spec_file = Path(arguments[0])
     spec = files.read_json(spec_file)
     if not isinstance(spec, dict):

@@ -324,7 +324,7 @@ class Drill:
             raise LaunchError(f"{' '.join(command)}: {words}")
 
     def _job_id(self) -> str:
-        return str(status(self.victim).job_id)
+        return slurm.checked_ids([str(status(self.victim).job_id)])[0]
 
     # ---- what the run says -----------------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from .policy import Word
 WAITING = frozenset("PENDING CONFIGURING EXPEDITING REQUEUED REQUEUE_FED REQUEUE_HOLD SPECIAL_EXIT RESV_DEL_HOLD".split())  # noqa: SIM905
 ACTIVE = frozenset("RUNNING COMPLETING SUSPENDED STOPPED SIGNALING STAGE_OUT RESIZING".split())  # noqa: SIM905
 ENDED_ALREADY = ("already completing or completed", "Invalid job id")
+JOB_ID = re.compile(r"[0-9]{1,18}(_[0-9]{1,18})?")  # of a job, or of an element of an array
 TIMEOUT_S = 30
 LOOK_TIMEOUT_S = 15  # for a question only; Slurm's own programs give up after 10 s where the site left that as it is
 NO_ANSWER = (
@@ -97,6 +98,24 @@ def ask(command: list[str], *, text: str | None = None, timeout_s: float = LOOK_
     return Reply(done.stdout, done.stderr, done.returncode)
 
 
+def is_job_id(text: str) -> bool:
+    """Whether it is a number of a job of Slurm's, and not an option of its programs."""
+    return JOB_ID.fullmatch(text) is not None
+
+
+def checked_ids(job_ids: Iterable[str]) -> list[str]:
+    """Job ids that came out of files, before one of Slurm's programs gets them as arguments.
+
+    Raises:
+        LaunchError: one is something else.
+    """
+    found = list(job_ids)
+    for one in found:
+        if not is_job_id(one):
+            raise LaunchError(f"{one[:40]!a}: is not the number of a Slurm job, such as 123 or 123_4; jobs.jsonl is damaged")
+    return found
+
+
 def _environment() -> dict[str, str]:
     # the user's own SQUEUE_FORMAT, SLURM_TIME_FORMAT and the like change what these commands print
     others = ("SQUEUE_", "SACCT_", "SINFO_", "SCONTROL_", "SCANCEL_", "SLURM_TIME_FORMAT")
@@ -148,7 +167,7 @@ def query(job_ids: Iterable[str], ended: Collection[str] = (), others: Collectio
         ended: jobs whose end is known already; only ``squeue`` is asked whether they are back.
         others: those of other users, for which ``squeue`` is asked once more.
     """
-    wanted = set(job_ids)
+    wanted = {one for one in job_ids if is_job_id(one)}  # another one is known to nobody
     if not wanted:
         return Answer({}, True)
     found: dict[str, JobState] = {}
@@ -235,6 +254,8 @@ def evidence(job_id: str) -> Evidence:
     Args:
         job_id: ``123_4`` for an element of an array: the plain number of one of the elements means the whole array.
     """
+    if not is_job_id(job_id):
+        return Evidence()
     told = ask(["scontrol", "--oneliner", "show", "job", job_id])
     # what stands before and after these may hold anything: names, comments, command lines
     found = re.search(r" JobState=(\S+) Reason=(.*?) Dependency=(.*?) Partition=", told.out) if told.code == 0 else None
@@ -284,11 +305,11 @@ def cancel(job_ids: list[str]) -> None:
     """``scancel``.
 
     Raises:
-        LaunchError: Slurm refused or is not there; that a job has ended already is no error.
+        LaunchError: Slurm refused or is not there, or an id is none; that a job has ended already is no error.
     """
     from .script import slurm_words  # what jobs ask of this module needs no configuration
 
-    reply = ask(["scancel", *job_ids], timeout_s=TIMEOUT_S)
+    reply = ask(["scancel", *checked_ids(job_ids)], timeout_s=TIMEOUT_S)
     if reply.code is None:
         raise LaunchError(f"{reply.err}; the run is marked as cancelled: try again, where it was submitted")
     if reply.unanswered:

@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -65,6 +66,7 @@ class Job:
     partition: str
     asked_to_cancel: bool = False
     last: dict[str, Any] = field(default_factory=dict)
+    seen: list[str] = field(default_factory=list)  # what `status` said, whenever it changed
 
 
 class Soak:
@@ -109,6 +111,13 @@ class Soak:
         rows = {row["run"]: row for row in json.loads(self.cli("status", "--json"))}
         for job in jobs:
             job.last = rows[job.run]
+            words = (
+                f"{job.last['state']} ({job.last['reason']}), step {job.last['step']}"
+                if job.last["reason"]
+                else job.last["state"]
+            )
+            if not job.seen or not job.seen[-1].endswith(f" {words}"):
+                job.seen.append(f"{time.strftime('%H:%M:%S')} {words}")
 
     def record(self, job: Job, name: str) -> dict[str, Any]:
         try:
@@ -118,8 +127,11 @@ class Soak:
         return found
 
     def last_words(self, job: Job) -> str:
-        """The ends of a run's logs, and what Slurm knows of its job."""
-        parts = [self.slurm("scontrol", "--oneliner", "show", "job", job.job_id)]
+        """The ends of a run's logs, and what Slurm knows and knew of its job."""
+        parts = ["-- seen", *job.seen, "-- slurm", self.slurm("scontrol", "--oneliner", "show", "job", job.job_id)]
+        for log in sorted((self.cluster / "log").glob("*.log")):
+            lines = log.read_text(errors="replace").splitlines()
+            parts += [f"{log.stem}: {line}" for line in lines if re.search(rf"(JobId=|job |JOB ){job.job_id}\b", line)]
         for path in sorted((self.folder / "runs" / job.run / "submitit").glob("*_log.*")):
             parts.append(f"-- {path.name}\n{path.read_text(errors='replace')[-2000:]}")
         return "\n".join(parts)
