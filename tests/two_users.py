@@ -37,7 +37,9 @@ class User:
     home: Path
     views: Path  # where folders that the user cannot reach are mounted
 
-    def runs(self, *command: str, cwd: Path | None = None, umask: int = 0o022, **variables: str) -> subprocess.CompletedProcess[str]:
+    def runs(
+        self, *command: str, cwd: Path | None = None, umask: int = 0o022, **variables: str
+    ) -> subprocess.CompletedProcess[str]:
         """A program as this user, with nothing of the environment of the tests but its PATH."""
         environment = {
             "HOME": str(self.home), "USER": self.name, "PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1",
