@@ -8,6 +8,10 @@ import signal
 import socket
 from pathlib import Path
 
+from .. import records
+from ..files import Damaged
+from ..records import Process
+
 ENDED = "ZX"  # zombie, dead: such a process runs no more code
 
 
@@ -39,13 +43,20 @@ def identity(pid: int) -> dict[str, int | str]:
     return {"pid": pid, "pid_started": start_time(pid) or 0, "boot": boot_id(), "host": socket.gethostname()}
 
 
-def is_alive(who: dict[str, object]) -> bool:
+def recorded(path: Path) -> Process:
+    """The identity that a file holds; of no process where it is missing or damaged."""
+    try:
+        return records.load(Process, path)
+    except (FileNotFoundError, Damaged):
+        return Process()
+
+
+def is_alive(who: Process) -> bool:
     """Whether exactly the recorded process runs on this machine."""
-    pid = who.get("pid")
-    if not isinstance(pid, int) or who.get("boot") != boot_id():
+    if who.pid is None or who.boot != boot_id():
         return False
-    fields = _stat(pid)
-    return fields is not None and fields[0] not in ENDED and int(fields[19]) == who.get("pid_started")
+    fields = _stat(who.pid)
+    return fields is not None and fields[0] not in ENDED and int(fields[19]) == who.pid_started
 
 
 def session_members(session: int) -> list[int]:
@@ -59,18 +70,17 @@ def session_members(session: int) -> list[int]:
     return found
 
 
-def survivors(leader: dict[str, object]) -> list[int]:
+def survivors(leader: Process) -> list[int]:
     """Running processes of the session that the recorded process leads, itself included.
 
     A number stays taken as long as its session has members; if another process has the leader's pid, all of ours are gone.
     """
-    pid = leader.get("pid")
-    if not isinstance(pid, int) or leader.get("boot") != boot_id():
+    if leader.pid is None or leader.boot != boot_id():
         return []
-    began = start_time(pid)
-    if began is not None and began != leader.get("pid_started"):
+    began = start_time(leader.pid)
+    if began is not None and began != leader.pid_started:
         return []
-    return session_members(pid)
+    return session_members(leader.pid)
 
 
 def send(pid: int, number: signal.Signals) -> None:

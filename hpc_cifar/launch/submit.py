@@ -290,10 +290,10 @@ def recorded(waiting: Sequence[Run]) -> Iterator[None]:
             yield
     except BaseException as error:
         reason = handover.told(error)
-        words = {"state": "failed", "reason": reason.splitlines()[0] if reason else "not submitted"}
+        words = reason.splitlines()[0] if reason else "not submitted"
         for run in waiting:
             with contextlib.suppress(OSError):
-                run.write_state(**{**run.state(), **words})
+                run.update_state(state="failed", reason=words)
         if isinstance(error, OSError):
             raise LaunchError(f"{waiting[0].path if waiting else ''}: cannot be written: {error}") from None
         raise
@@ -306,13 +306,12 @@ def make_ready(run: Run, cluster: Cluster, code: Path | None = None) -> None:
     run.submitit.mkdir(exist_ok=True)
     shutil.copyfile(script.GUARD, run.submitit / script.GUARD.name)
     interruptions.begin_anew(run)
-    waiting = {key: value for key, value in run.state().items() if key != "reason"}
-    run.write_state(**{**waiting, "state": "pending"})
+    run.update_state(state="pending", reason=None)
 
 
 def job_ids(after: Sequence[Run]) -> list[str]:
     """The last job of each run."""
-    return [str(run.jobs()[-1]["job_id"]) for run in after]
+    return [run.last_job().job_id for run in after]
 
 
 def start_local(

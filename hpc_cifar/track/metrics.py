@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import files
+from .rows import rows_of
 
 
 class MetricsLog:
@@ -24,7 +25,7 @@ class MetricsLog:
     """
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
-        rows = files.read_json_lines(path)
+        rows, _ = rows_of(path)
         begun = max((index for index, row in enumerate(rows) if row.get("event") == "started"), default=0)
         # by the segment before, as far as was logged; those before it were counted when it began
         self.reached = max((int(row.get("step", 0)) for row in rows[begun:]), default=0)

@@ -15,13 +15,13 @@ import fcntl
 import os
 import threading
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from .. import files
+from .. import files, reading, records
 from ..errors import LockHeld, RunBusy, RunError
+from ..records import Holder
 from ..runs import Run
 from .distributed import World
 from .stop import REASONS, StopFlag
@@ -51,35 +51,34 @@ def is_held_by_another(run: Run, job: str) -> bool:
     return False
 
 
-def is_earlier(run: Run, job: str, holder: Mapping[str, Any]) -> bool:
+def is_earlier(run: Run, job: str, holder: Holder) -> bool:
     """Whether the holder is an earlier segment of the job ``<job id>.<restart>``, or a job of the run that came before it."""
     here, _, restart = job.rpartition(".")
-    there, _, before = str(holder.get("job", "")).rpartition(".")
+    there, _, before = holder.job.rpartition(".")
     if here and here == there:
         return before.isdigit() and restart.isdigit() and int(before) < int(restart)
-    jobs = [str(row.get("job_id")) for row in run.jobs()]
-    return here in jobs and any(name in jobs[: jobs.index(here)] for name in (there, holder.get("segment")))
+    jobs = [row.job_id for row in run.jobs()]
+    return here in jobs and any(name in jobs[: jobs.index(here)] for name in (there, holder.segment))
 
 
 @dataclass(frozen=True)
 class Beat:
     """What the holder says of itself, and the state of its heartbeat; equal ones mean that it was silent in between."""
 
-    who: dict[str, Any] = field(default_factory=dict)
+    who: Holder = field(default_factory=Holder)
     time_ns: int = 0
 
     @staticmethod
     def read(folder: Path) -> Beat:
         try:
-            with (folder / HOLDER).open("rb") as stream:  # to open a file has NFS ask the server for its time
-                time_ns = os.fstat(stream.fileno()).st_mtime_ns
-        except OSError:
+            with reading.opened(folder / HOLDER, reading.MAX_JSON) as descriptor:  # has NFS ask the server for its time
+                time_ns = os.fstat(descriptor).st_mtime_ns
+        except (FileNotFoundError, reading.Damaged):
             return Beat()
-        found = files.read_json(folder / HOLDER)
-        return Beat(found if isinstance(found, dict) else {}, time_ns)
+        return Beat(records.read(Holder, folder / HOLDER) or Holder(), time_ns)
 
     def __str__(self) -> str:
-        return f"process {self.who.get('pid')} on {self.who.get('host')}"
+        return f"process {self.who.pid} on {self.who.host}"
 
 
 class RunLock:
@@ -187,7 +186,7 @@ class RunLock:
 
     def _begin_wait(self, beat: Beat) -> None:
         self._waits = True
-        words = f"waits for the lock of its earlier segment on {beat.who.get('host')} (process {beat.who.get('pid')})"
+        words = f"waits for the lock of its earlier segment on {beat.who.host} (process {beat.who.pid})"
         if self._console:
             print(f"{words}, which the file server frees some time after a crash", flush=True)
         with contextlib.suppress(OSError):
