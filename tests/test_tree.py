@@ -24,7 +24,7 @@ LAYERS = (
     ("data", "models", "track"),
     ("plan", "runs"),
     ("config",),
-    ("files", "findings", "lifetime", "stages"),
+    ("files", "findings", "lifetime", "processes", "redaction", "stages", "terminal"),
     ("errors",),
 )
 ORDERED = {("train", "evaluate"), ("plan", "runs")}  # the one line in which an earlier part may use a later one
