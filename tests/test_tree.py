@@ -24,7 +24,8 @@ LAYERS = (
     ("data", "models", "track"),
     ("plan", "runs"),
     ("config",),
-    ("caches", "files", "findings", "lifetime", "processes", "redaction", "stages", "terminal"),
+    ("caches", "files", "findings", "hostile", "lifetime", "processes", "redaction", "stages", "terminal"),
+    ("planted",),
     ("owner",),
     ("errors",),
 )
