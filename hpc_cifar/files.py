@@ -18,6 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
 
+from . import planted
+from .errors import UsageError
 from .reading import Damaged as Damaged
 from .reading import json_lines as json_lines
 from .reading import load_json as load_json
@@ -152,7 +154,7 @@ def hold(path: Path) -> TextIO:
         BlockingIOError: another process has it; its ``strerror`` is that process in words.
         OSError: the file cannot be written or locked.
     """
-    stream = path.open("a+", encoding="utf-8")
+    stream = planted.open_there(path)
     try:
         flock(stream)
         write_holder(stream)
@@ -268,40 +270,43 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def cache_folder(name: str, root: str = "") -> Path | None:
-    """A folder for compiled code that this process can write; None if there is none. Code from it is loaded and run, so it lies
-    where no other user writes: in ``root`` if one is named, else in the user's cache or in a private temporary folder.
-    """
-    for place in [Path(root)] if root else _caches():
-        folder = place / "hpc-cifar" / name
-        with contextlib.suppress(OSError):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):  # what another process has made here is no proof that this one can write
-                return folder
-    return None
-
-
-def _caches() -> Iterator[Path]:
-    with contextlib.suppress(RuntimeError):  # no home folder at all, as in some containers
-        yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    temporary = Path(tempfile.gettempdir()) / f"hpc-cifar-{os.getuid()}"
-    with contextlib.suppress(OSError):
-        temporary.mkdir(mode=0o700, exist_ok=True)
-        facts = temporary.lstat()
-        if stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid() and not facts.st_mode & 0o077:
-            yield temporary
-
-
 def _site_folder(variable: str, fallback: Path) -> Path:
     value = os.environ.get(variable, "")
-    return Path(value).expanduser().absolute() if value else fallback.absolute()
+    return expanded(Path(value), f"{variable}={value}") if value else fallback.absolute()
+
+
+def expanded(path: Path, said: str) -> Path:
+    """The absolute path, with ``~`` and ``~user`` as the shell reads them.
+
+    Args:
+        said: what the user wrote, for the message.
+
+    Raises:
+        UsageError: there is no such user, or no home folder.
+    """
+    try:
+        return path.expanduser().absolute()
+    except RuntimeError:
+        who = path.parts[0][1:]
+        why = f"there is no user {who!a} on this machine" if who else "this user has no home folder"
+        raise UsageError(f"{said}: {why}; write the whole path") from None
+    except OSError as error:
+        raise UsageError(f"{said}: the working folder is gone ({error.strerror}); change to another one") from None
 
 
 def data_root() -> Path:
-    """Where prepared datasets lie: ``HPC_CIFAR_DATA``, else ``data`` in the working folder."""
+    """Where prepared datasets lie: ``HPC_CIFAR_DATA``, else ``data`` in the working folder.
+
+    Raises:
+        UsageError: the variable names a user who is not there.
+    """
     return _site_folder("HPC_CIFAR_DATA", Path("data"))
 
 
 def runs_root() -> Path:
-    """Where runs lie: ``HPC_CIFAR_RUNS``, else ``runs`` in the working folder."""
+    """Where runs lie: ``HPC_CIFAR_RUNS``, else ``runs`` in the working folder.
+
+    Raises:
+        UsageError: the variable names a user who is not there.
+    """
     return _site_folder("HPC_CIFAR_RUNS", Path("runs"))

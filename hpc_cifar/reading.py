@@ -164,25 +164,27 @@ def read_object(path: Path) -> dict[str, Any]:
 def json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     """Every whole JSON object of the file, and the number of lines that hold something else; (``[]``, 0) of a missing file.
 
+    A last line without an end, which is being written, may be an object too; else it is not counted.
+
     Raises:
         Damaged: the file cannot be read at all.
     """
     rows: list[dict[str, Any]] = []
     damaged = 0
-    for line in _lines(path):
+    for line, ended in _lines(path):
         try:
             row = parse_json(line) if line is not None else None
         except Damaged:
             row = None
         if isinstance(row, dict):
             rows.append(row)
-        elif line is None or line.strip():
+        elif ended and (line is None or line.strip()):
             damaged += 1
     return rows, damaged
 
 
-def _lines(path: Path) -> Iterator[bytes | None]:
-    """The lines of a file, None for one that is longer than any that was written."""
+def _lines(path: Path) -> Iterator[tuple[bytes | None, bool]]:
+    """The lines of a file, None for one that is longer than any that was written; each with whether it has its end."""
     rest, too_long = b"", False
     try:
         with opened(path, MAX_LINES) as descriptor:
@@ -190,13 +192,13 @@ def _lines(path: Path) -> Iterator[bytes | None]:
                 first, *others = piece.split(b"\n")
                 rest += first
                 for line in others:
-                    yield None if too_long or len(rest) > MAX_LINE else rest
+                    yield None if too_long or len(rest) > MAX_LINE else rest, True
                     rest, too_long = line, False
                 if len(rest) > MAX_LINE:
                     rest, too_long = b"", True
     except FileNotFoundError:
         return
-    yield None if too_long else rest
+    yield None if too_long else rest, False
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

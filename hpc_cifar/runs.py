@@ -16,7 +16,6 @@ runs/<run>/                     0700, since it holds pickles
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import os
 import re
@@ -30,7 +29,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from . import files, records
+from . import files, owner, records
 from .config.experiment import Experiment
 from .config.messages import closest, did_you_mean
 from .config.source import parse
@@ -223,7 +222,7 @@ def new_run_id(name: str, root: Path) -> str:
     while True:
         stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
         run_id = f"{name}-{stamp}-{secrets.token_hex(2)}"
-        if not (root / run_id).exists():  # four hex digits are few for hundreds of runs of one second
+        if not os.path.lexists(root / run_id):  # four hex digits are few for hundreds of runs of one second
             return run_id
 
 
@@ -260,16 +259,17 @@ def create(
     """Make a new run directory; it appears whole or not at all. With ``durable=False`` the caller fsyncs its files.
 
     Raises:
-        RunError: the directory exists already or cannot be written.
+        RunError: the directory exists already or cannot be written, or others can write to ``root``.
     """
     run = named(root, run_id)
     building = root / f".{run_id}.{secrets.token_hex(4)}.new"
     try:
-        building.mkdir(parents=True, mode=0o700)
+        owner.make_root(root)
+        building.mkdir(mode=owner.PRIVATE)
         files.write_text(building / "experiment.yaml", experiment_text(experiment), durable=durable)
         files.write_json(building / "plan.json", plan, durable=durable)
         files.write_json(building / "provenance.json", provenance, durable=durable)
-        (building / "checkpoints").mkdir()
+        (building / "checkpoints").mkdir(mode=owner.PRIVATE)
         building.rename(run.path)  # fails if a run of this name already has files
     except OSError as error:
         if run.path.exists():
@@ -305,30 +305,25 @@ def note_begun_again(run: Run, aside: str) -> None:
     files.append_json_line(run.metrics_file, row)
 
 
-def all_runs(root: Path) -> list[Run]:
-    """Every run below ``root``, oldest first."""
-    if not root.is_dir():
-        return []
-    found = []
-    for path in root.iterdir():
-        if not path.name.startswith("."):
-            with contextlib.suppress(OSError):  # it is no run, or is being removed right now
-                found.append((os.lstat(path / "experiment.yaml").st_mtime_ns, path.name, Run(path)))
-    return [run for _, _, run in sorted(found, key=lambda one: one[:2])]
+def all_runs(root: Path, user: int | None = None) -> list[Run]:
+    """Every run of one's own below ``root``, or of another user, oldest first."""
+    return [Run(path) for _, path in sorted(owner.listing(root, user).runs, key=lambda one: (one[0], one[1].name))]
 
 
-def find(token: str, root: Path) -> Run:
-    """The run meant by an id, a path, a unique prefix, a job id or ``last``.
+def find(token: str, root: Path, user: int | None = None) -> Run:
+    """The run at a path, whoever's it is; or one of one's own, or of ``user``, by an id, a unique prefix, a job id or ``last``.
 
     Raises:
         UsageError: nothing or more than one run fits; the message lists what there is.
     """
-    as_path = Path(token)
-    if os.sep in token and os.path.lexists(as_path / "experiment.yaml"):
-        return Run(as_path.absolute())
-    runs = all_runs(root)
+    if found := _at(token):
+        return found
+    runs = all_runs(root, user)
     if not runs:
-        raise UsageError(f"{root}: there are no runs here; submit one first, or set HPC_CIFAR_RUNS")
+        whose, others = ("" if user is None else f" of {owner.name_of(user)}"), owner.listing(root, user).words()
+        raise UsageError(
+            f"{root}: there are no runs{whose} here{f' ({others})' if others else ''}; submit one first, or set HPC_CIFAR_RUNS"
+        )
     if token == "last":
         return runs[-1]
     exact = [run for run in runs if run.id == token]
@@ -342,8 +337,20 @@ def find(token: str, root: Path) -> Run:
         raise UsageError(f"run {token!r} is not unique: {len(matches)} runs begin with it, such as {names}")
     if elements := _of_array(token, runs):
         raise UsageError(f"run {token!r} is a job array of {len(elements)} runs; name one of them, such as {elements[0].id}")
+    if owner.is_run_of_another(root / token, user):
+        raise UsageError(f"run {token!r} is of {owner.name_of(owner.of(root / token))}: name it by its path, or by --owner")
     hint = _meant(token, runs) or f"the latest are {', '.join(run.id for run in runs[-3:])}"
     raise UsageError(f"run {token!r}: no such run or job id in {root}; {hint}")
+
+
+def _at(token: str) -> Run | None:
+    """The run at a path."""
+    if os.sep not in token:
+        return None
+    try:
+        return Run(Path(token).absolute()) if (Path(token) / "experiment.yaml").is_file() else None
+    except OSError as error:
+        raise UsageError(f"{token}: {owner.cannot_be_read(Path(token), error)}") from None
 
 
 def _meant(token: str, runs: list[Run]) -> str:
@@ -358,25 +365,27 @@ def _meant(token: str, runs: list[Run]) -> str:
     return f"did you mean '{guess}'?" if guess else ""
 
 
-def of_campaign(name: str, root: Path) -> list[Run]:
-    """The runs submitted under that name, oldest first.
+def of_campaign(name: str, root: Path, user: int | None = None) -> list[Run]:
+    """The user's own runs submitted under that name, or those of ``user``, oldest first.
 
     Raises:
         UsageError: there are none; the message lists the campaigns that there are.
     """
-    names = {run: run.campaign for run in all_runs(root)}
+    names = {run: run.campaign for run in all_runs(root, user)}
     if chosen := [run for run, found in names.items() if found == name]:
         return chosen
     known = sorted({found for found in names.values() if found})
     raise UsageError(f"--campaign {name}: no run in {root} belongs to it; {did_you_mean(name, known, 'campaigns')}")
 
 
-def find_all(tokens: Iterable[str], root: Path) -> list[Run]:
+def find_all(tokens: Iterable[str], root: Path, user: int | None = None) -> list[Run]:
     """The runs meant by tokens, each once: every element of a job array by its number, else the one run of :func:`find`."""
-    return list(dict.fromkeys(run for token in tokens for run in _of_array(token, all_runs(root)) or [find(token, root)]))
+    tokens = list(tokens)
+    array = {token: _of_array(token, all_runs(root, user)) for token in tokens if token.isdecimal()}
+    return list(dict.fromkeys(run for token in tokens for run in array.get(token) or [find(token, root, user)]))
 
 
 def _of_array(token: str, runs: list[Run]) -> list[Run]:
-    if not token.isdigit():
+    if not token.isdecimal():
         return []
     return [run for run in runs if any(job.job_id.startswith(f"{token}_") for job in run.jobs())]

@@ -24,9 +24,9 @@ LAYERS = (
     ("data", "models", "track"),
     ("runs", "plan"),
     ("config",),
-    ("files", "records", "findings", "lifetime", "stages"),
-    ("typed",),
-    ("reading",),
+    ("caches", "files", "findings", "hostile", "lifetime", "processes", "records", "redaction", "stages", "terminal"),
+    ("planted", "typed"),
+    ("owner", "reading"),
     ("errors",),
 )
 ORDERED = {("train", "evaluate"), ("runs", "plan")}  # the one line in which an earlier part may use a later one

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import math
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+from .. import terminal
 
 if TYPE_CHECKING:
     from ..config.cluster import Cluster
@@ -16,15 +19,13 @@ if TYPE_CHECKING:
     from ..runs import Run
 
 
-def printable(text: str) -> str:
-    """``text`` without characters that a terminal would obey."""
-    return "".join(char if char.isprintable() else " " for char in text)
+printable = terminal.one_line
 
 
 def facts(title: str, rows: Sequence[tuple[str, str]]) -> None:
     """Names and values, one a line, aligned."""
     width = max((len(name) for name, _ in rows), default=0)
-    print(title)
+    print(printable(title))
     for name, value in rows:
         print(f"  {name:<{width}}  {printable(value)}")
 
@@ -39,7 +40,7 @@ def number(value: Any, form: str = ",.0f") -> str:
 
 def duration(seconds: Any) -> str:
     """``1:02:03`` or ``2:03``."""
-    if not isinstance(seconds, int | float):
+    if not isinstance(seconds, int | float) or not 0 <= seconds < math.inf:  # of a clock that was set back, once
         return "-"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -154,14 +155,15 @@ class _Bar:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
         self._bar = Progress(
-            TextColumn("{task.fields[what]}"), BarColumn(), TextColumn("{task.fields[how]}"), TimeElapsedColumn()
-        )
+            TextColumn("{task.fields[what]}", markup=False), BarColumn(), TextColumn("{task.fields[how]}"), TimeElapsedColumn(),
+            console=terminal.console(),
+        )  # fmt: skip
         self._task = self._bar.add_task("", total=None, what="waiting to start", how="")
         self._bar.start()
 
     def update(self, seen: Status, state: RunState) -> None:
         if seen.step is None or not state.total_steps:
-            self._bar.update(self._task, what=seen.state + (f" ({seen.reason})" if seen.reason else ""))
+            self._bar.update(self._task, what=printable(seen.state + (f" ({seen.reason})" if seen.reason else "")))
             return
         epoch = min((seen.epoch or 0) + 1, seen.epochs or 1)
         how = [f"step {seen.step:,}/{state.total_steps:,}"]
@@ -195,6 +197,7 @@ def follow(run: Run) -> Status:
     last, size = "", -1
     try:
         while True:
+            terminal.end_if_nobody_reads()
             seen, state = status(run), run.state()
             try:
                 now_size = run.metrics_file.stat().st_size
@@ -230,7 +233,7 @@ def follow(run: Run) -> Status:
 
 
 def _state_line(seen: Status) -> str:
-    return f"{seen.run}: {seen.state}" + (f" ({seen.reason})" if seen.reason else "")
+    return printable(f"{seen.run}: {seen.state}" + (f" ({seen.reason})" if seen.reason else ""))
 
 
 def _say(text: str) -> None:

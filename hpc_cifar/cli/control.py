@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import sys
 import time
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from .. import terminal
 from . import complete, options
 
 RECENT = 20
@@ -26,6 +28,7 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="Look again every few seconds until all have ended.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="A list of objects, one a run.")] = False,
     every: Annotated[float, typer.Option(min=0.2, help="Seconds between looks with --watch.")] = 5.0,
+    owner: options.Owner = None,
 ) -> None:
     """Show the state of a run, or of the latest runs.
 
@@ -36,13 +39,13 @@ def status(
 
     A run is pending, running, requeued, finished, failed, cancelled, or stopped (with a checkpoint to go on from).
     """
-    from .. import files, runs
+    from .. import files
     from ..launch.status import statuses, there
-    from . import status_table
+    from . import chosen, status_table
 
     root, first, screen = files.runs_root(), True, watch and sys.stdout.isatty()
     while True:
-        wanted = runs.find_all([run], root) if run is not None else runs.all_runs(root)
+        wanted = chosen.to_read([run], root, owner) if run is not None else chosen.everything(root, owner)
         hidden = 0 if as_json or run is not None else max(0, len(wanted) - RECENT)
         seen = there(statuses(wanted[hidden:]))
         if as_json:
@@ -53,7 +56,10 @@ def status(
             lines = status_table.lines_of(seen) if seen else [f"no runs in {root}"]
             if hidden:
                 lines.append(f"and {hidden} older: hpc-cifar list")
-            typer.echo(status_table.in_place(lines, first=first) if screen else "\n".join(lines), nl=not screen)
+            if screen:
+                terminal.draw(status_table.in_place(lines, first=first))
+            else:
+                typer.echo("\n".join(lines))
         if not watch or all(row.ended for row in seen):
             return
         first = False
@@ -66,6 +72,7 @@ def list_runs(
         typer.Option(help="Only runs submitted with that --campaign.", show_default=False, autocompletion=complete.campaigns),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="A list of objects, as of status.")] = False,
+    owner: options.Owner = None,
 ) -> None:
     """List every run, or those of a campaign, oldest first; of a campaign also mean and spread over seeds and folds.
 
@@ -73,12 +80,13 @@ def list_runs(
     hpc-cifar list
     hpc-cifar list --campaign table2
     """
-    from .. import files, runs
+    from .. import files
     from ..launch.status import statuses, there
     from . import status_table
+    from .chosen import everything
 
     root = files.runs_root()
-    chosen = runs.all_runs(root) if campaign is None else runs.of_campaign(campaign, root)
+    chosen = everything(root, owner, campaign)
     seen = statuses(chosen)
     if as_json:
         typer.echo(json.dumps([row.as_dict() for row in there(seen)], indent=2))
@@ -95,26 +103,44 @@ def list_runs(
 def logs(
     run: options.RunName = "last",
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run has ended.")] = False,
-    rank: Annotated[int, typer.Option(min=0, help="Whose log.")] = 0,
+    rank: Annotated[int, typer.Option(min=0, max=1_000_000, help="Whose log.")] = 0,
+    whole: Annotated[bool, typer.Option("--all", help="Also the beginning of a log of more than 16 MiB.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="As it was written, with colours and whatever a terminal obeys.")] = False,
+    owner: options.Owner = None,
 ) -> None:
     """Print what a rank wrote: standard output and standard error of every job of the run, in order.
 
     \b
     hpc-cifar logs last -f
     hpc-cifar logs 4711 --rank 3
+
+    Colours are left out, other control characters are shown as \\x1b and the like.
     """
-    from .. import files, runs
+    from .. import files
     from ..errors import RunError
     from ..launch import control
+    from . import chosen
 
-    found = runs.find(run, files.runs_root())
+    def show(text: str) -> None:
+        if raw:
+            terminal.draw(text)
+        else:
+            typer.echo(terminal.of_log(text), nl=False)
+
+    def begin(path: Path) -> int:
+        start = 0 if whole else control.log_begin(path)
+        if start:
+            typer.echo(f"hpc-cifar: {path.name}: without its first {start / 2**20:,.0f} MiB (--all prints them)", err=True)
+        return start
+
+    [found] = chosen.to_read(run, files.runs_root(), owner)
     last = None
     if follow:
-        for path, text in control.follow_logs(found, rank):
+        for path, text in control.follow_logs(found, rank, begin):
             if path != last and (last is not None or path.suffix == ".err"):
                 typer.echo(f"==> {path.name} <==")
             last = path
-            typer.echo(text, nl=False)
+            show(text)
         return
     paths = control.log_files(found, rank)
     if not paths:
@@ -122,43 +148,46 @@ def logs(
             raise RunError(f"{found.id} was started by train or torchrun, which write to the terminal they were started in")
         raise RunError(f"{found.id}: rank {rank} has no log yet (they will lie in {found.submitit})")
     for path in paths:
-        text = path.read_text(encoding="utf-8", errors="replace")
-        if text:
-            if len(paths) > 1:
+        text = ""
+        for text in control.log_pieces(path, begin(path)):  # the last one ends in a line or not
+            if len(paths) > 1 and path != last:
                 typer.echo(f"==> {path.name} <==")
-            typer.echo(text, nl=not text.endswith("\n"))
+            last = path
+            show(text)
+        if text and not text.endswith("\n"):
+            typer.echo()
 
 
-def wait(run: options.RunNamesOrLast = None) -> None:
+def wait(run: options.RunNamesOrLast = None, owner: options.Owner = None) -> None:
     """Wait until runs have ended; exit code 0 if all finished or were stopped on purpose, 1 if one failed or was cancelled.
 
     \b
     hpc-cifar wait
     hpc-cifar wait 4711 4712
     """
-    from .. import files, runs
+    from .. import files
     from ..launch.several import wait_all
+    from . import chosen
 
-    root = files.runs_root()
-    ended = wait_all(runs.find_all(run or ["last"], root))
+    ended = wait_all(chosen.to_read(run or ["last"], files.runs_root(), owner))
     for seen in ended:
-        typer.echo(f"{seen.run}: {seen.state}" + (f" ({seen.reason})" if seen.reason else ""))
+        typer.echo(terminal.one_line(f"{seen.run}: {seen.state}" + (f" ({seen.reason})" if seen.reason else "")))
     if any(seen.state not in ("finished", "stopped") for seen in ended):
         raise typer.Exit(1)
 
 
-def cancel(run: options.RunNames) -> None:
+def cancel(run: options.RunNames, code_of: options.CodeOf = None) -> None:
     """Stop runs for good; each saves a checkpoint first and does not requeue.
 
     \b
     hpc-cifar cancel last
     hpc-cifar cancel 4711_3
     """
-    from .. import files, runs
+    from .. import files
     from ..launch.several import cancel_all
+    from . import chosen
 
-    root = files.runs_root()
-    for line in cancel_all(runs.find_all(run, root)):
+    for line in cancel_all(chosen.to_act_on(run, files.runs_root(), code_of), code_of):
         typer.echo(line)
 
 
@@ -172,6 +201,7 @@ def resume(
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Begin at step 0; what a run has so far is set aside in it.")] = False,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Watch the run to its end and print the result.")] = False,
+    code_of: options.CodeOf = None,
 ) -> None:
     """Submit stopped, failed or cancelled runs again: same experiment, same code, from the last checkpoint.
 
@@ -179,20 +209,19 @@ def resume(
     hpc-cifar resume last --follow
     hpc-cifar resume 4711 --cluster mine
     """
-    from .. import files, runs
+    from .. import files
     from ..config.cluster import find_cluster
     from ..errors import HpcCifarError
     from ..launch import control
     from ..launch.submit import have_sbatch
-    from . import several
+    from . import chosen, several
 
-    root = files.runs_root()
-    wanted = runs.find_all(run or ["last"], root)
+    wanted = chosen.to_act_on(run or ["last"], files.runs_root(), code_of)
     profile = None if cluster is None else find_cluster(cluster, have_sbatch=have_sbatch())
     going, refused = [], False
     for found in wanted:
         try:
-            options: dict[str, Any] = {"cluster": profile, "max_gpu_hours": max_gpu_hours, "fresh": fresh}
+            options: dict[str, Any] = {"cluster": profile, "max_gpu_hours": max_gpu_hours, "fresh": fresh, "code_of": code_of}
             done = control.resume(found, data_root=files.data_root(), **options)
         except HpcCifarError as error:
             if len(wanted) == 1:

@@ -59,14 +59,12 @@ def prepare(
     The source is --archive, else HPC_CIFAR_ARCHIVE, else the store that is there, else the download. Class folders are
     train/<class>/*.jpg and test/<class>/*.jpg, or PNG.
     """
-    from rich.console import Console
-
-    from .. import files
+    from .. import files, terminal
     from ..data import download as downloads
     from ..data import prepare as preparing
 
-    console = Console(stderr=print_dataset)
-    folder = root.expanduser().absolute() if root else files.data_root()
+    console = terminal.console(stderr=print_dataset)
+    folder = files.expanded(root, f"--root {root}") if root else files.data_root()
     if weights:
         _fetch(weights, folder, console)
         if dataset is None:
@@ -90,7 +88,7 @@ def prepare(
             "digits", archive=None, root=folder, force=force, wait=wait, write_beton=beton, console=console
         )
     if preview:
-        _preview(made, preview.expanduser().absolute(), console)
+        _preview(made, files.expanded(preview, f"--preview {preview}"), console)
     if print_dataset:
         typer.echo(made.dataset)
 

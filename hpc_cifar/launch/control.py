@@ -8,23 +8,24 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from .. import files, reading
+from .. import files, owner, planted, reading
 from ..config.cluster import Cluster
 from ..errors import LaunchError, RunError
 from ..records import Job
 from ..runs import Run, begin_again, first_problem, now
-from ..train import saved
+from ..train import begun, saved
 from . import handover, process, slurm, submission
 from .status import ENDED, chain_of, controller_of, elsewhere, is_live, status
 
 CANCEL_GRACE_S = 75.0  # a little more than the controller gives the ranks
+PIECE, MOST_SHOWN = 1 << 20, 16 << 20  # bytes of a log that are read at once, and shown of one unless all is asked for
 READ_S = 0.25  # between looks into a run directory
 LAST_LOOKS = 4  # at the logs of a run that has ended
 ASK_S, RARELY_S = 3.0, 10.0  # between questions to the scheduler; where nobody looks on, they become rare
@@ -39,19 +40,52 @@ def log_files(run: Run, rank: int = 0) -> list[Path]:
     return [path for name in names if reading.is_regular(path := run.submitit / name)]
 
 
-def follow_logs(run: Run, rank: int) -> Iterator[tuple[Path, str]]:
-    """Pieces of the logs as they are written, until the run has ended; new files of later jobs too."""
+def log_begin(path: Path) -> int:
+    """From which byte on a log is shown: its last :data:`MOST_SHOWN`, from a line's beginning on where there are lines."""
+    begin = path.stat().st_size - MOST_SHOWN
+    if begin <= 0:
+        return 0
+    with path.open("rb") as stream:
+        stream.seek(begin)
+        return begin + stream.read(PIECE).find(b"\n") + 1
+
+
+def log_pieces(path: Path, begin: int = 0) -> Iterator[str]:
+    """The text of a log from a byte on, in pieces of whole lines; a line longer than :data:`PIECE` is cut."""
+    rest = b""
+    with path.open("rb") as stream:
+        stream.seek(begin)
+        while data := stream.read(PIECE):
+            whole = (rest + data).rfind(b"\n") + 1 or len(rest + data)
+            yield (rest + data)[:whole].decode(errors="replace")
+            rest = (rest + data)[whole:]
+    if rest:
+        yield rest.decode(errors="replace")
+
+
+def follow_logs(run: Run, rank: int, begin: Callable[[Path], int] = log_begin) -> Iterator[tuple[Path, str]]:
+    """Pieces of the logs as they are written, until the run has ended; new files of later jobs too.
+
+    Args:
+        begin: from which byte on a log that is there is shown.
+    """
     offsets: dict[Path, int] = {}
     asked, ended, news, last_looks = 0.0, False, False, LAST_LOOKS
     while True:
         for path in log_files(run, rank):
+            if path not in offsets:
+                offsets[path] = begin(path)
             with path.open("rb") as stream:
-                stream.seek(offsets.get(path, 0))
-                data = stream.read()
-            whole = len(data) if last_looks == 1 else data.rfind(b"\n") + 1  # a line that is still being written waits
-            if whole:
-                offsets[path] = offsets.get(path, 0) + whole
-                yield path, data[:whole].decode(errors="replace")
+                stream.seek(offsets[path])
+                while data := stream.read(PIECE):
+                    whole = data.rfind(b"\n") + 1  # a line that is still being written waits
+                    if not whole and (len(data) == PIECE or last_looks == 1):
+                        whole = len(data)
+                    if not whole:
+                        break
+                    offsets[path] += whole
+                    yield path, data[:whole].decode(errors="replace")
+                    stream.seek(offsets[path])
         if ended and not (last_looks := last_looks - 1):
             return
         if ended:  # its processes may have a last word
@@ -95,12 +129,17 @@ def _stamp(run: Run) -> tuple[int, int] | None:
 # ---- cancel --------------------------------------------------------------------------------------------------------
 
 
-def cancel(run: Run, grace_s: float = CANCEL_GRACE_S) -> str:
+def cancel(run: Run, grace_s: float = CANCEL_GRACE_S, code_of: str | None = None) -> str:
     """Stop a run for good; it never requeues. Returns what happened, for people to read.
 
+    Args:
+        code_of: the user whose runs may be cancelled too.
+
     Raises:
+        RunError: it is somebody else's.
         LaunchError: the scheduler refused, or the run is on a machine that cannot be reached from here.
     """
+    owner.check_own(run.path, code_of)
     left = handover.adopt([run], anew=True).get(run)
     before = status(run)
     if before.state == "finished":
@@ -166,16 +205,15 @@ def _cancel_local(run: Run, job: Job, grace_s: float) -> None:
     while not who and job.executor == "local" and time.monotonic() < deadline:  # it is just starting
         time.sleep(0.1)
         who = controller_of(run, job)
-    if who.pid is not None and process.is_alive(who):
-        process.send(who.pid, signal.SIGTERM)
+    if process.is_alive(who):
+        process.signal_exactly(who, signal.SIGTERM)
         deadline = time.monotonic() + grace_s
         while process.is_alive(who) and time.monotonic() < deadline:
             time.sleep(0.1)
     if job.executor == "local":  # a session of our own, so that all of it may go
-        for pid in process.survivors(who):
-            process.send(pid, signal.SIGKILL)
-    elif who.pid is not None and process.is_alive(who):
-        process.send(who.pid, signal.SIGKILL)
+        process.kill_survivors(who)
+    else:
+        process.signal_exactly(who, signal.SIGKILL)
 
 
 # ---- resume --------------------------------------------------------------------------------------------------------
@@ -196,7 +234,11 @@ class Resumed:
 @contextlib.contextmanager
 def _alone(run: Run) -> Iterator[None]:
     """Two people must not resume one run at the same time."""
-    with (run.path / ".submit.lock").open("a") as stream:
+    try:
+        stream = planted.open_there(run.path / ".submit.lock")
+    except OSError as error:
+        raise RunError(f"{run.path}: cannot be locked: {error.strerror or error}") from None
+    with stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -213,20 +255,25 @@ def resume(
     cluster: Cluster | None = None,
     max_gpu_hours: float | None = None,
     fresh: bool = False,
+    code_of: str | None = None,
 ) -> Resumed:
     """Submit an existing run again, with its own experiment and code; it continues from its last checkpoint.
 
     Args:
         cluster: another place than last time.
         fresh: begin at step 0; what the run has so far is set aside. One that has finished stays as it is.
+        code_of: the user whose runs may be resumed too, with their code.
 
     Raises:
-        RunError: it is queued or running.
+        RunError: it is somebody else's, or lies where others can exchange it; it is queued or running; or its experiment is not
+            what its newest checkpoint was made with.
         CheckpointError: its checkpoints are gone.
         LaunchError: the scheduler refused.
     """
     from . import estimate, submit
 
+    owner.check_own(run.path, code_of)
+    owner.check_root(run.path.parent)
     if run.finished():
         return Resumed(run, None)
     if damaged := _damaged_jobs(run):
@@ -259,6 +306,8 @@ def resume(
             raise RunError(f"{run.id} is {seen.state}{where}: wait for it or cancel it before resuming")
         if not fresh and (problem := saved.missing(run)):
             raise problem
+        if not fresh:
+            begun.check(run, begun.manifest(run), run.experiment())
         chosen = cluster or last_cluster(run)
         if chosen.executor == "slurm" and not submit.have_sbatch():
             raise LaunchError(submit.NO_SBATCH)

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from .. import files, records
+from .. import files, owner, records
 from ..records import Failure, RunState
 from . import deaths, first_words, process
 from .job import LOCAL_REQUEUE as REQUEUE
@@ -108,8 +108,7 @@ class Controller:
 
     def _forward(self, number: signal.Signals) -> None:
         for task in self.tasks:
-            if task.poll() is None:
-                process.send(task.pid, number)
+            task.send_signal(number)  # none to one that has ended: its number may be another's
 
     # ---- one segment -----------------------------------------------------------------------------------------------
 
@@ -191,9 +190,7 @@ class Controller:
 
     def kill(self) -> None:
         """End whatever the ranks left behind, data workers too."""
-        for pid in process.session_members(os.getsid(0)):
-            if pid != os.getpid():
-                process.send(pid, signal.SIGKILL)
+        process.kill_session(os.getsid(0), spared=os.getpid())
 
     # ---- before the job --------------------------------------------------------------------------------------------
 
@@ -274,6 +271,7 @@ class Controller:
 
 
 def main(arguments: list[str]) -> int:
+    owner.narrow_umask()
     spec_file = Path(arguments[0])
     spec = files.read_json(spec_file)
     if not isinstance(spec, dict):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from .. import runs
+from .. import owner, runs
 from ..errors import RunError, UsageError
 from ..runs import Run
 
@@ -24,6 +24,10 @@ def resolve(tokens: Sequence[str], root: Path, executor: str) -> list[Run]:
 
     wanted = runs.find_all(tokens, root)
     waiting = []
+    for run in wanted:
+        if not owner.is_own(run.path):
+            whose = owner.name_of(owner.of(run.path))
+            raise UsageError(f"--after {run.id}: it is a run of {whose}; wait for it first: hpc-cifar wait {run.path}")
     for run, seen in zip(wanted, statuses(wanted), strict=True):
         if seen.state == "finished":
             continue

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from .. import owner
 from ..config.cluster import Cluster
 from ..config.experiment import Experiment
 from ..errors import LaunchError, NoCluster, RunError
@@ -120,12 +121,10 @@ def _measured(experiment: Experiment, plan: Plan, root: Path) -> tuple[str, floa
     """Id and images/s of the newest run that did the same work on as many processes."""
     name = re.compile(re.escape(experiment.name) + r"(-s\d+)?(-f\d+)?-\d{8}-\d{6}-[0-9a-f]{4}")
     try:
-        folders = sorted(
-            (path for path in root.iterdir() if name.fullmatch(path.name)), key=lambda path: path.name[-20:], reverse=True
-        )
+        named = [path for path in root.iterdir() if name.fullmatch(path.name) and owner.is_own(path)]
     except OSError:
         return None
-    for folder in folders[:RUNS_LOOKED_AT]:
+    for folder in sorted(named, key=lambda path: path.name[-20:], reverse=True)[:RUNS_LOOKED_AT]:
         run = Run(folder)
         state, before = run.state(), run.plan()
         if before is None:

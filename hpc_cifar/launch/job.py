@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import lifetime, stages
+from .. import lifetime, owner, stages
 
 if TYPE_CHECKING:
     from ..config.experiment import Experiment
@@ -104,6 +104,7 @@ class TrainJob:
         stages.done("process")
         import submitit
 
+        owner.narrow_umask()  # sbatch takes the user's along; pickles are written at every requeue
         lifetime.collect_later()  # the trainer does again
         env = submitit.JobEnvironment()
         usr: signal.Signals = env._usr_sig()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import math
 import os
 import socket
 import time
@@ -18,11 +19,13 @@ from ..runs import Run
 from . import first_words, handover, interruptions, local, process, slurm, submission
 
 ENDED = frozenset(("finished", "failed", "cancelled", "stopped"))
+HIDDEN = "its job is another user's, which Slurm does not show here; this is what the run last wrote"
 VANISHED = "processes ended without a result"
 # Slurm forgets a waiting element of an array as soon as it is cancelled
 NEVER_STARTED = "the job left the queue before it started: cancelled there, or its node could not start it"
 CUT_OFF = "its submission was cut off, and Slurm has no job of it: continue with hpc-cifar resume"
 GONE = "its run directory is gone"
+SKEW_S = 300.0  # between the clocks of a site
 START_GRACE_S = 15.0  # between the record of a local job and its first process
 
 
@@ -68,10 +71,11 @@ def statuses(runs: Sequence[Run]) -> list[Status]:
     # a finished run needs no question, whatever Slurm makes of its job
     away = {run.id: name for run in runs if (name := elsewhere(chains[run.id]))}
     others = [run for run in runs if run not in open_ones and run.id not in away]
-    asked = {run.id for run in others if _on_slurm(chains[run.id]) and not run.finished()}
+    asked = {run.id for run in others if chains[run.id][0].executor == "slurm" and not run.finished()}
     # one that says itself that it ended has only to be looked for in the queue, in case Slurm requeued it
     ended = {run.id for run in runs if run.id in asked and run.state().state in ENDED}
-    answer = slurm.query(_ids(chains, asked), set(_ids(chains, ended)))
+    theirs = {run.id for run in runs if run.id in asked and not _is_ours(run)}
+    answer = slurm.query(_ids(chains, asked), set(_ids(chains, ended)), set(_ids(chains, theirs)))
 
     def seen(run: Run) -> Status:
         if run in open_ones:
@@ -90,11 +94,10 @@ def there(seen: Sequence[Status]) -> list[Status]:
 
 def _told(run: Run, seen: Status, chain: list[Job]) -> Status:
     """With a word on what cannot be read in the run directory."""
-    whole = reading.is_regular(run.experiment_file)
-    if not whole and not os.path.lexists(run.experiment_file):
-        return dataclasses.replace(seen, state="failed", reason=GONE)
     problem = next((job.problem for job in chain if job.problem), "") or submission.problem(run)
-    if not whole:
+    if not reading.is_regular(run.experiment_file):
+        if not os.path.lexists(run.experiment_file):
+            return dataclasses.replace(seen, state="failed", reason=GONE)
         problem = f"{run.experiment_file.name}: is not a regular file"
     if not problem:
         return seen
@@ -153,8 +156,11 @@ def chain_of(run: Run) -> list[Job]:
     return jobs[first:] or [Job()]
 
 
-def _on_slurm(chain: list[Job]) -> bool:
-    return chain[0].executor == "slurm"
+def _is_ours(run: Run) -> bool:
+    try:
+        return run.path.stat().st_uid == os.getuid()
+    except OSError:
+        return True
 
 
 def _ids(chains: dict[str, list[Job]], which: set[str]) -> list[str]:
@@ -180,7 +186,7 @@ def _status(run: Run, job: Job, answer: slurm.Answer) -> Status:
     word, reason = state.state or ("running" if state.problem and alive else "pending"), state.reason
     if job.executor == "slurm":
         said = word in ENDED
-        word, reason = _with_slurm(run, word, reason, state, known, answer.reachable)
+        word, reason = _with_slurm(run, word, reason, state, known, job.job_id, answer)
         if word == "failed" and not said:
             reason = _with_words(run, job.job_id, str(reason), state, known)
     elif alive is False and word not in ENDED:
@@ -205,7 +211,7 @@ def _alive(run: Run, job: Job, answer: slurm.Answer) -> bool | None:
     """Whether the run has processes or a place in the queue; None if that cannot be seen from here."""
     if job.executor == "slurm":
         known = answer.jobs.get(job.job_id)
-        return known.alive if known else (False if answer.reachable else None)
+        return known.alive if known else (False if answer.is_gone(job.job_id) else None)
     state = run.state()
     host = job.host or state.host
     if host is not None and host != socket.gethostname():
@@ -223,21 +229,30 @@ def is_live(run: Run) -> bool | None:
     chain = chain_of(run)
     if elsewhere(chain):
         return None
-    if _on_slurm(chain):
-        answer = slurm.query(_ids({run.id: chain}, {run.id}))
+    if chain[0].executor == "slurm":
+        ids = _ids({run.id: chain}, {run.id})
+        answer = slurm.query(ids, others=() if _is_ours(run) else ids)
         alive = [_alive(run, job, answer) for job in chain]
         return True if True in alive else None if None in alive else False
     return _alive(run, chain[0], slurm.Answer({}, True)) is True
 
 
 def _with_slurm(
-    run: Run, word: str, reason: str | None, state: RunState, job: slurm.JobState | None, reachable: bool
+    run: Run,
+    word: str,
+    reason: str | None,
+    state: RunState,
+    job: slurm.JobState | None,
+    job_id: str,
+    answer: slurm.Answer,
 ) -> tuple[str, str | None]:
     """Slurm is the authority on whether a job is there; the run directory on what it did."""
     if job is None:
         if word in ENDED:
             return word, reason
-        if not reachable:
+        if job_id in answer.hidden:
+            return word, HIDDEN
+        if not answer.reachable:
             return word, "Slurm does not answer; this is what the run last wrote"
         if run.cancel_marker.exists():
             return "cancelled", None
@@ -287,15 +302,24 @@ def _vanished(run: Run, job: Job) -> str:
 
 
 def _age_s(stamp: Any) -> float:
+    """How far it is from now: a time to come is one of before the clock was set back, or of a machine with another clock."""
     try:
-        return time.time() - datetime.datetime.fromisoformat(str(stamp)).timestamp()
+        return abs(time.time() - datetime.datetime.fromisoformat(str(stamp)).timestamp())
     except (ValueError, OverflowError, OSError):  # no time at all, or of a year that the system does not know
         return float("inf")
 
 
+def _since_s(stamp: str | None) -> float:
+    """Seconds since then by the clock of this machine; nan without a time."""
+    try:
+        return time.time() - datetime.datetime.fromisoformat(str(stamp)).timestamp()
+    except (ValueError, OverflowError, OSError):
+        return math.nan
+
+
 def _file_age_s(run: Run) -> float:
     try:
-        return time.time() - run.experiment_file.stat().st_mtime
+        return abs(time.time() - run.experiment_file.stat().st_mtime)
     except OSError:
         return float("inf")
 
@@ -311,9 +335,8 @@ def _row(
         plan, problem = NO_PLAN, f"plan.json: {error}"
     eta, speed, step = None, state.images_per_second, state.step
     if word == "running" and speed and speed > 0 and step is not None and state.total_steps:
-        eta = (
-            round(min(max(state.total_steps - step, 0) * plan.batch_size / speed, records.MOST), 1) if plan.batch_size else None
-        )
+        left = _images_left(plan, step, state.total_steps)
+        eta = None if left is None else round(min(left / speed, records.MOST), 1)
     # a result of an earlier segment lies there too, so it counts only once the run has finished
     last = result if word == "finished" else Result()
     used, planned = state.gpu_hours if last.gpu_hours is None else last.gpu_hours, plan.gpu_hours or None
@@ -345,14 +368,29 @@ def _row(
 NO_PLAN = records.of(Plan, {})
 
 
+def _images_left(plan: Plan, step: int, total: int) -> int | None:
+    """Images of the steps after ``step``; the last batch of every epoch may be smaller than the others."""
+    batch, images, steps = plan.batch_size, plan.train_images, plan.steps_per_epoch
+    if not batch or not images or not steps:
+        return max(total - step, 0) * batch if batch else None
+
+    def until(number: int) -> int:
+        return number // steps * images + min(number % steps * batch, images)
+
+    return max(until(total) - until(step), 0)
+
+
 def _hours_left(plan: Plan, used: float | None, known: slurm.JobState | None) -> float:
     """What the present job, or the next one where none runs, may still use: every job has the whole time limit for itself."""
     if known is None:
         return max(0.0, round(plan.gpu_hours - (used or 0.0), 6))
     if not known.active:
         return plan.gpu_hours
+    age_s, limit_s = _since_s(known.start), float(plan.time_s or math.inf)
+    if not -SKEW_S <= age_s <= limit_s + SKEW_S:  # the clock was set: what the run has measured itself is left
+        return max(0.0, round(plan.gpu_hours - (used or 0.0), 6))
     gpus = plan.placement.nodes * plan.placement.gpus_per_node
-    return max(0.0, round(plan.gpu_hours - gpus * max(0.0, _age_s(known.start)) / 3600, 6))
+    return max(0.0, round(plan.gpu_hours - gpus * max(0.0, age_s) / 3600, 6))
 
 
 def _planned_epochs(plan: Plan) -> int | None:

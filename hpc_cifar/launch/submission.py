@@ -99,7 +99,7 @@ def read(run: Run) -> Open | None:
         looked = path.stat().st_mtime
     except OSError:  # it has been settled since
         return None
-    age_s, looked_s = time.time() - found.began, looked - found.began
+    age_s, looked_s = abs(time.time() - found.began), looked - found.began  # a clock that was set back makes it no younger
     return Open(found.mark, found.element, found.row, found.replaces, found.process, age_s, looked_s)
 
 

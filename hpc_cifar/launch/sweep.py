@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from .. import files
+from .. import files, owner
 from ..config.expand import Element, Point
 from ..config.load import load_experiment
 from ..config.sweep import Sweep, as_sets
@@ -56,8 +56,9 @@ def begin(root: Path, name: str, members: Sequence[tuple[Run, Element]]) -> None
     Raises:
         OSError: a file cannot be written.
     """
-    folder = root / FOLDER / f"{re.sub(r'[^A-Za-z0-9_-]+', '-', name)[:64]}-{secrets.token_hex(3)}"
-    folder.mkdir(parents=True, mode=0o700)
+    folder = owner.part(root, FOLDER) / f"{re.sub(r'[^A-Za-z0-9_-]+', '-', name)[:64]}-{secrets.token_hex(3)}"
+    owner.make_part(folder.parent)
+    folder.mkdir(mode=owner.PRIVATE)
     opened: dict[str, Any] = {}
     for run, element in members:
         point, title = element.point, element.experiment.name

@@ -57,7 +57,7 @@ def find(model: PretrainedModel, data_root: Path) -> Path | None:
     if model.weights is None:
         return None
     if not _of_the_library(model):
-        path = Path(model.weights).expanduser()
+        path = files.expanded(Path(model.weights), f"model.weights: {model.weights}")
         if not path.is_file():
             raise UsageError(
                 f"model.weights: there is no file {path}; use imagenet, imagenet-v1 or imagenet-v2, a file, or null"

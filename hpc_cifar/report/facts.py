@@ -16,6 +16,8 @@ from ..errors import RunError
 from ..records import Evaluation, Provenance, Result, SweepPlace
 from ..runs import Run
 from ..track.rows import rows_of, selected
+from ..train import begun
+from . import history
 
 FIGURES = ("train_accuracy", "train_loss", "val_accuracy", "val_loss", "test_accuracy", "test_loss")
 EVALUATED = {"images", "split", "checkpoint", "step", "accuracy", "ece", "per_class", "confusion"}
@@ -60,6 +62,7 @@ class Facts:
     provenance: dict[str, Any]
     evaluation: dict[str, Any]
     evaluation_folder: Path | None
+    warnings: tuple[str, ...] = ()  # why its figures may not be what they seem
 
     @property
     def id(self) -> str:
@@ -109,10 +112,12 @@ def gather(run: Run, state: str = "", reason: str = "") -> Facts:
     if problem := said.problem or last.problem or place.problem or about.problem:
         raise RunError(f"{run.path}: {problem}")
     try:
-        rows, _ = rows_of(run.metrics_file)
+        rows, damaged = rows_of(run.metrics_file)
     except files.Damaged as error:
         raise RunError(f"{run.metrics_file}: {error}") from None
-    epochs = [row for row in rows if row["kind"] == "epoch"]
+    epochs, best_step, warnings = history.epochs_of(run, experiment, rows, damaged)
+    if changed := begun.changes(begun.manifest(run), experiment):
+        warnings.append(f"experiment.yaml was changed since its last checkpoint was made: {begun.words(changed)}")
     result = last.as_dict() if last.state == (said.state or last.state) else {}  # else it is of before the run went on
     both = {name: getattr(said, name) for name in ("state", "reason", "data", *COST) if hasattr(said, name)} | result
     evaluation, folder = _evaluation(run)
@@ -121,8 +126,8 @@ def gather(run: Run, state: str = "", reason: str = "") -> Facts:
         experiment=experiment,
         state=state or both.get("state") or "pending",
         reason=reason or both.get("reason") or "",
-        figures=figures_of(experiment, epochs, result),
-        cost={name: both[name] for name in COST if both.get(name) is not None},
+        figures=figures_of(experiment, epochs, result, best_step),
+        cost={name: both[name] for name in COST if _is_cost(both.get(name))},
         epochs=epochs,
         segments=segments_of(rows, state or both.get("state") or ""),
         steps=both.get("steps") or said.step or 0,
@@ -133,12 +138,25 @@ def gather(run: Run, state: str = "", reason: str = "") -> Facts:
         provenance=files.read_object(run.path / "provenance.json"),
         evaluation=evaluation,
         evaluation_folder=folder,
+        warnings=tuple(warnings),
     )
 
 
-def figures_of(experiment: Experiment, epochs: Sequence[dict[str, Any]], result: dict[str, Any]) -> dict[str, float]:
-    """Accuracies and losses of the selected epoch and of the test, those that are known."""
-    known = {**selected(experiment, epochs), **result}
+def _is_cost(value: Any) -> bool:
+    """An earlier version took a clock that was set back for time that passed."""
+    return isinstance(value, int | float) and value >= 0
+
+
+def figures_of(
+    experiment: Experiment, epochs: Sequence[dict[str, Any]], result: dict[str, Any], best_step: int | None = None
+) -> dict[str, float]:
+    """Accuracies and losses of the selected epoch and of the test, those that are known.
+
+    Args:
+        best_step: of the checkpoint that was selected, where that is known.
+    """
+    chosen = next((row for row in epochs if row["step"] == best_step), None) or selected(experiment, epochs)
+    known = {**chosen, **result}
     return {name: float(known[name]) for name in FIGURES if isinstance(known.get(name), int | float)}
 
 

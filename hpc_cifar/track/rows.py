@@ -66,6 +66,8 @@ def selected(experiment: Experiment, epochs: Sequence[dict[str, Any]]) -> dict[s
 def rows_of(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The rows of the file in their order, and how many lines hold something else; see :class:`MetricRow` for what they have.
 
+    A last line that is being written counts as neither.
+
     Raises:
         Damaged: the file cannot be read at all.
     """
@@ -75,15 +77,15 @@ def rows_of(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def is_row(row: Any) -> bool:
-    """Whether it is a row: it has a kind, an epoch where it is of one, and every figure is a number."""
-    if not isinstance(row, dict) or not is_sound(MetricRow, row):
+    """Whether it is a row: it has a kind, an epoch and a step, and every figure is a number."""
+    if not isinstance(row, dict) or row.get("kind") is None or not is_sound(MetricRow, row):
         return False
-    return row.get("kind") is not None and (row["kind"] != "epoch" or row.get("epoch") is not None)
+    return all(row.get(name) is not None and row[name] >= 0 for name in ("epoch", "step"))
 
 
 def epochs_of(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Those of epochs, without damaged ones."""
-    return [row for row in rows if row.get("kind") == "epoch" and is_row(row)]
+    return [row for row in rows if row.get("kind") == "epoch" and row.get("epoch") is not None and is_sound(MetricRow, row)]
 
 
 class Tail:
