@@ -17,6 +17,7 @@ from pydantic import AfterValidator, Field, ValidationError, field_validator, mo
 
 from .. import files, planted
 from ..errors import UsageError
+from ..redaction import holds_a_secret, may_name_a_secret
 from . import sbatch
 from .container import Container
 from .experiment import NAME_PATTERN
@@ -49,7 +50,7 @@ _scratch = matching(
     "an absolute path on the node, or one that begins with a variable, such as /dev/shm or $TMPDIR",
 )
 
-_SECRET = re.compile(r"(?i)(^|_)(API_?KEY|TOKEN|PASSWORD|PASSWD|SECRET|CREDENTIALS?)$")
+NO_SECRETS = "keys and tokens do not belong in a file; export it where you submit, or log in"
 
 
 class Cluster(Model):
@@ -143,11 +144,17 @@ class Cluster(Model):
         for name in environment:
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,127}", name):
                 raise ValueError(f"should name variables with letters, digits and '_', not {shown(name)}")
-            if _SECRET.search(name):
-                raise ValueError(
-                    f"should not hold {name}: keys and tokens do not belong in a file; export it where you submit, or log in"
-                )
+            if may_name_a_secret(name) or holds_a_secret(f"{name}={environment[name]}"):
+                raise ValueError(f"should not hold {name}: {NO_SECRETS}")
         return environment
+
+    @field_validator("setup", "srun_args")
+    @classmethod
+    def _no_secrets(cls, lines: tuple[str, ...]) -> tuple[str, ...]:
+        for number, line in enumerate(lines, 1):
+            if holds_a_secret(line):
+                raise ValueError(f"should not hold a key, token or password (in item {number}): {NO_SECRETS}")
+        return lines
 
     @field_validator("sbatch_extra")
     @classmethod
@@ -157,6 +164,8 @@ class Cluster(Model):
                 raise ValueError(f"should name sbatch options without dashes in front, such as reservation, not {shown(name)}")
             if (why := sbatch.refusal(name, value)) is not None:
                 raise ValueError(why)
+            if holds_a_secret(f"--{name}={value}"):
+                raise ValueError(f"should not hold a key, token or password (in {name}): {NO_SECRETS}")
             if value is False:
                 raise ValueError(f"should not set {name} to false: leave it out")
         return extra
