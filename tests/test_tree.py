@@ -25,6 +25,7 @@ LAYERS = (
     ("plan", "runs"),
     ("config",),
     ("files", "findings", "lifetime", "stages"),
+    ("planted",),
     ("owner",),
     ("errors",),
 )
