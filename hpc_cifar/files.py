@@ -8,7 +8,6 @@ import fcntl
 import hashlib
 import json
 import os
-import stat
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator
@@ -205,30 +204,6 @@ def sha256_of(path: Path) -> str:
     """Hex SHA-256 of a file."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def cache_folder(name: str, root: str = "") -> Path | None:
-    """A folder for compiled code that this process can write; None if there is none. Code from it is loaded and run, so it lies
-    where no other user writes: in ``root`` if one is named, else in the user's cache or in a private temporary folder.
-    """
-    for place in [Path(root)] if root else _caches():
-        folder = place / "hpc-cifar" / name
-        with contextlib.suppress(OSError):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):  # what another process has made here is no proof that this one can write
-                return folder
-    return None
-
-
-def _caches() -> Iterator[Path]:
-    with contextlib.suppress(RuntimeError):  # no home folder at all, as in some containers
-        yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    temporary = Path(tempfile.gettempdir()) / f"hpc-cifar-{os.getuid()}"
-    with contextlib.suppress(OSError):
-        temporary.mkdir(mode=0o700, exist_ok=True)
-        facts = temporary.lstat()
-        if stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid() and not facts.st_mode & 0o077:
-            yield temporary
 
 
 def _site_folder(variable: str, fallback: Path) -> Path:

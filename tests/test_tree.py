@@ -24,7 +24,7 @@ LAYERS = (
     ("data", "models", "track"),
     ("plan", "runs"),
     ("config",),
-    ("files", "findings", "lifetime", "stages"),
+    ("caches", "files", "findings", "lifetime", "stages"),
     ("planted",),
     ("owner",),
     ("errors",),

@@ -38,6 +38,7 @@ def data(
 
     target = _target(json)
     store = Store.open(files.expanded(root, f"--root {root}") if root else files.data_root(), dataset)
+    store.verify_once()
     result = bench.run(store, images, batch_size, rounds, typer.echo)
     if target:
         files.write_json(target, result)

@@ -123,7 +123,7 @@ def grouped(chosen: list[Run], statuses: list[Status]) -> list[Group]:
     """What the directories say; where a run is now, its status knows better."""
     from ..errors import RunError
     from ..report.facts import gather
-    from ..report.groups import groups_of
+    from ..report.groups import groups_of, remarks
 
     facts = []
     for run, seen in zip(chosen, statuses, strict=True):
@@ -133,7 +133,10 @@ def grouped(chosen: list[Run], statuses: list[Status]) -> list[Group]:
             typer.echo(f"warning: left out: {error}", err=True)
     if not facts:
         raise RunError("none of these runs can be read")
-    return groups_of(facts)
+    groups = groups_of(facts)
+    for remark in remarks(groups):
+        typer.echo(f"warning: {remark}", err=True)
+    return groups
 
 
 def _text(groups: list[Group], title: str, form: str) -> str:

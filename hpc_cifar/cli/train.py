@@ -245,20 +245,23 @@ def _go_on_as(
         RunError: it would make others; the message names the fields.
     """
     from .. import files, runs
-    from ..config.difference import differences, matters
-    from ..config.fields import shown
+    from ..config.difference import differences, matters, without_weights
     from ..errors import RunError
     from ..launch.status import status
-    from ..launch.weights import without_weights
+    from ..train import begun
 
-    changed = differences(without_weights(found.experiment()), without_weights(experiment))
-    if not changed:
+    written, wanted = without_weights(found.experiment()), without_weights(experiment)
+    changed = differences(written, wanted)
+    manifest = begun.manifest(found)  # that file may have been edited: what counts is what the checkpoint was made with
+    trained = begun.changes(manifest, experiment) if begun.experiment_of(manifest) is not None else changed
+    important = {name: values for name, values in trained.items() if matters(name, *values)}
+    if begun.is_forced(found, experiment):
+        important = {}
+    if not changed and not important:
         return
-    said = [f"{name}: {shown(before)} -> {shown(now)}" for name, (before, now) in changed.items()]
-    important = [words for (name, values), words in zip(changed.items(), said, strict=True) if matters(name, *values)]
     if important and not force:
         raise RunError(
-            f"{found.id} was begun with another experiment ({'; '.join(important)}); --fresh starts over, --name NAME begins "
+            f"{found.id} was begun with another experiment ({begun.words(important)}); --fresh starts over, --name NAME begins "
             "another run, --force goes on from its checkpoint all the same"
         )
     seen = status(found)
@@ -269,7 +272,9 @@ def _go_on_as(
     experiment, plan = planned()
     files.write_json(found.path / "plan.json", plan)
     files.write_text(found.experiment_file, runs.experiment_text(experiment))
-    typer.echo(f"{found.id}: goes on with {'; '.join(said)}")
+    if important:
+        begun.force(found, experiment)
+    typer.echo(f"{found.id}: goes on with {begun.words(important | changed)}")
 
 
 def _placement(experiment: Experiment, world: int, local_world: int) -> tuple[Placement, tuple[str, ...]]:

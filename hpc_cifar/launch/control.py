@@ -17,7 +17,7 @@ from .. import files, owner, planted
 from ..config.cluster import Cluster
 from ..errors import LaunchError, RunError
 from ..runs import Run, begin_again, now
-from ..train import saved
+from ..train import begun, saved
 from . import handover, process, slurm
 from .status import ENDED, chain_of, controller_of, elsewhere, is_live, status
 
@@ -223,7 +223,8 @@ def resume(
         code_of: the user whose runs may be resumed too, with their code.
 
     Raises:
-        RunError: it is somebody else's, or lies where others can exchange it; it is queued or running.
+        RunError: it is somebody else's, or lies where others can exchange it; it is queued or running; or its experiment is not
+            what its newest checkpoint was made with.
         CheckpointError: its checkpoints are gone.
         LaunchError: the scheduler refused.
     """
@@ -261,6 +262,8 @@ def resume(
             raise RunError(f"{run.id} is {seen.state}{where}: wait for it or cancel it before resuming")
         if not fresh and (problem := saved.missing(run)):
             raise problem
+        if not fresh:
+            begun.check(run, begun.manifest(run), run.experiment())
         chosen = cluster or last_cluster(run)
         if chosen.executor == "slurm" and not submit.have_sbatch():
             raise LaunchError(submit.NO_SBATCH)

@@ -226,7 +226,7 @@ class Drill:
         self._until(lambda: self._step() >= wanted, f"step {wanted}")
         self._until(lambda: self._whole() >= WHOLE.get(name, 0), "its checkpoints")
         starts, before = len(self._starts()), self._lost()
-        began = time.time()
+        began, clock = time.time(), time.monotonic()
         self._do(name)
         outcome = Outcome(name, self._step())
         resumed = self._back(starts)
@@ -241,7 +241,8 @@ class Drill:
             outcome.missed = outcome.from_step >= _step_of(list(self.damaged)[-1])
         self._until(lambda: self._step() > self.from_step, "the next step")
         [first, *_] = [row for row in self._rows() if row["kind"] == "step" and row["step"] > self.from_step]
-        outcome.back_s = round(float(first["time"]) - began, 1)
+        # by the time of its row; a clock that is set meanwhile, or differs there, changes nothing past what was waited here
+        outcome.back_s = round(min(max(0.0, float(first["time"]) - began), time.monotonic() - clock), 1)
         outcome.lost = self._lost() - before
         outcome.at_step = outcome.from_step + outcome.lost
         self.say(

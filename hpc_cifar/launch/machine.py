@@ -15,7 +15,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from .. import __version__, files, owner
+from .. import __version__, owner
+from .. import caches as compiled
 from ..config.cluster import Cluster
 from ..errors import HpcCifarError, first_line
 from ..findings import Finding, ok, problem, warning
@@ -183,6 +184,7 @@ def data(root: Path) -> Iterator[Finding]:
     for name in names:
         try:
             found = Store.open(root, name)
+            found.verify_once()
             beton = " with FFCV's file" if found.train.beton else ""
             yield ok("data", f"{found.label} in {found.path}: {len(found.train.labels):,} training images{beton}")
         except HpcCifarError as error:
@@ -226,10 +228,12 @@ def shared_memory() -> Finding:
 
 def caches() -> Finding:
     """Where compiled code is kept between jobs."""
-    found = files.cache_folder("doctor")
-    if found is None:
-        fix = "export XDG_CACHE_HOME=FOLDER"
-        return warning("cache", "no folder for compiled code can be written: every job compiles again", fix)
-    with contextlib.suppress(OSError):
-        found.rmdir()
-    return ok("cache", f"{found.parent}, for compiled code")
+    found, refused = compiled.find("doctor")
+    said = "; ".join([*refused, f"{found.parent} serves instead, for compiled code"] if found else refused)
+    if found is not None:
+        with contextlib.suppress(OSError):
+            found.rmdir()
+        if not refused:
+            return ok("cache", f"{found.parent}, for compiled code")
+    fix = "export XDG_CACHE_HOME=FOLDER, one that only you can write, or remove the folder that others can write"
+    return warning("cache", said or "no folder for compiled code can be written: every job compiles again", fix)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import math
 import socket
 import time
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ VANISHED = "processes ended without a result"
 # Slurm forgets a waiting element of an array as soon as it is cancelled
 NEVER_STARTED = "the job left the queue before it started: cancelled there, or its node could not start it"
 CUT_OFF = "its submission was cut off, and Slurm has no job of it: continue with hpc-cifar resume"
+SKEW_S = 300.0  # between the clocks of a site
 START_GRACE_S = 15.0  # between the record of a local job and its first process
 
 
@@ -264,16 +266,25 @@ def _vanished(run: Run, job: dict[str, Any]) -> str:
 
 
 def _age_s(stamp: Any) -> float:
+    """How far it is from now: a time to come is one of before the clock was set back, or of a machine with another clock."""
     try:
         then = datetime.datetime.fromisoformat(str(stamp))
     except ValueError:
         return float("inf")
-    return time.time() - then.timestamp()
+    return abs(time.time() - then.timestamp())
+
+
+def _since_s(stamp: str | None) -> float:
+    """Seconds since then by the clock of this machine; nan without a time."""
+    try:
+        return time.time() - datetime.datetime.fromisoformat(str(stamp)).timestamp()
+    except ValueError:
+        return math.nan
 
 
 def _file_age_s(run: Run) -> float:
     try:
-        return time.time() - run.experiment_file.stat().st_mtime
+        return abs(time.time() - run.experiment_file.stat().st_mtime)
     except OSError:
         return float("inf")
 
@@ -290,9 +301,9 @@ def _row(
     eta = None
     plan = run.plan()
     speed, step, total = state.get("images_per_second"), state.get("step"), state.get("total_steps")
-    batch = plan.get("batch_size")
-    if word == "running" and speed and batch and step is not None and total:
-        eta = round(max(total - step, 0) * batch / speed, 1)
+    if word == "running" and speed and step is not None and total:
+        left = _images_left(plan, step, total)
+        eta = None if left is None else round(left / speed, 1)
     # a result of an earlier segment lies there too, so it counts only once the run has finished
     latest = {**state, **result} if word == "finished" else state
     used, planned = latest.get("gpu_hours"), plan.get("gpu_hours") or None
@@ -318,6 +329,18 @@ def _row(
     )
 
 
+def _images_left(plan: dict[str, Any], step: int, total: int) -> int | None:
+    """Images of the steps after ``step``; the last batch of every epoch may be smaller than the others."""
+    batch, images, steps = (int(plan.get(name) or 0) for name in ("batch_size", "train_images", "steps_per_epoch"))
+    if not batch or not images or not steps:
+        return max(total - step, 0) * batch if batch else None
+
+    def until(number: int) -> int:
+        return number // steps * images + min(number % steps * batch, images)
+
+    return max(until(total) - until(step), 0)
+
+
 def _hours_left(plan: dict[str, Any], used: float | None, known: slurm.JobState | None) -> float:
     """What the present job, or the next one where none runs, may still use: every job has the whole time limit for itself."""
     planned = float(plan["gpu_hours"])
@@ -325,9 +348,12 @@ def _hours_left(plan: dict[str, Any], used: float | None, known: slurm.JobState 
         return max(0.0, round(planned - (used or 0.0), 6))
     if not known.active:
         return planned
+    age_s, limit_s = _since_s(known.start), float(plan.get("time_s") or math.inf)
+    if not -SKEW_S <= age_s <= limit_s + SKEW_S:  # the clock was set: what the run has measured itself is left
+        return max(0.0, round(planned - (used or 0.0), 6))
     place = plan.get("placement") or {}
     gpus = int(place.get("nodes") or 0) * int(place.get("gpus_per_node") or 0)
-    return max(0.0, round(planned - gpus * max(0.0, _age_s(known.start)) / 3600, 6))
+    return max(0.0, round(planned - gpus * max(0.0, age_s) / 3600, 6))
 
 
 def _planned_epochs(plan: dict[str, Any]) -> int | None:

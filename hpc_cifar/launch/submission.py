@@ -101,7 +101,7 @@ def read(run: Run) -> Open | None:
     began = float(found["began"])
     return Open(
         found["mark"], found["element"], found["row"], tuple(found["replaces"]), found["process"],
-        time.time() - began, looked - began,
+        abs(time.time() - began), looked - began,  # a clock that was set back makes it no younger
     )  # fmt: skip
 
 

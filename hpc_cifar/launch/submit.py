@@ -62,6 +62,7 @@ def checked_train_images(experiment: Experiment, data_root: Path) -> int:
     from ..data.store import Store
 
     store = Store.open(data_root, experiment.data.dataset)
+    store.verify_once()
     check_fits(experiment.model, store.image_shape, len(store.classes), experiment.data.dataset)
     return len(store.train.labels)
 
@@ -137,11 +138,17 @@ def preview(
 
 
 def preview_plan(experiment: Experiment, cluster: Cluster, data_root: Path) -> Plan:
-    """The plan of one job, also where its dataset is not prepared yet."""
+    """The plan of one job, also where its dataset is not prepared yet.
+
+    Raises:
+        DataError: it is there, and damaged.
+    """
     notes: tuple[str, ...] = ()
     try:
         stored = checked_train_images(experiment, data_root)
     except DataError:
+        if (data_root / experiment.data.dataset).exists():
+            raise
         stored = USUAL_TRAIN_IMAGES
         notes = (f"{experiment.data.dataset} is not prepared in {data_root}: counted as {stored:,} training images",)
     return plan_for(experiment, cluster, stored, notes)

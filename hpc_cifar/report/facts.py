@@ -13,7 +13,9 @@ from .. import files
 from ..config.claim import Claim
 from ..config.experiment import Experiment
 from ..runs import Run
-from ..track.rows import selected
+from ..track.rows import rows_of, selected
+from ..train import begun
+from . import history
 
 FIGURES = ("train_accuracy", "train_loss", "val_accuracy", "val_loss", "test_accuracy", "test_loss")
 EVALUATED = {"images", "split", "checkpoint", "step", "accuracy", "ece", "per_class", "confusion"}
@@ -58,6 +60,7 @@ class Facts:
     provenance: dict[str, Any]
     evaluation: dict[str, Any]
     evaluation_folder: Path | None
+    warnings: tuple[str, ...] = ()  # why its figures may not be what they seem
 
     @property
     def id(self) -> str:
@@ -104,8 +107,10 @@ def gather(run: Run, state: str = "", reason: str = "") -> Facts:
     experiment, said, result = run.experiment(), run.state(), run.result() or {}
     if result.get("state") != said.get("state", result.get("state")):  # of before it went on
         result = {}
-    rows = [row for row in files.read_json_lines(run.metrics_file) if isinstance(row, dict)]
-    epochs = [row for row in rows if row.get("kind") == "epoch"]
+    rows, damaged = rows_of(run.metrics_file)
+    epochs, best_step, warnings = history.epochs_of(run, experiment, rows, damaged)
+    if changed := begun.changes(begun.manifest(run), experiment):
+        warnings.append(f"experiment.yaml was changed since its last checkpoint was made: {begun.words(changed)}")
     both = said | result
     evaluation, folder = _evaluation(run)
     return Facts(
@@ -113,8 +118,8 @@ def gather(run: Run, state: str = "", reason: str = "") -> Facts:
         experiment=experiment,
         state=state or both.get("state") or "pending",
         reason=reason or both.get("reason") or "",
-        figures=figures_of(experiment, epochs, result),
-        cost={name: both[name] for name in COST if isinstance(both.get(name), int | float)},
+        figures=figures_of(experiment, epochs, result, best_step),
+        cost={name: both[name] for name in COST if _is_cost(both.get(name))},
         epochs=epochs,
         segments=segments_of(rows, state or both.get("state") or ""),
         steps=int(both.get("steps") or said.get("step") or 0),
@@ -125,12 +130,25 @@ def gather(run: Run, state: str = "", reason: str = "") -> Facts:
         provenance=files.read_json(run.path / "provenance.json") or {},
         evaluation=evaluation,
         evaluation_folder=folder,
+        warnings=tuple(warnings),
     )
 
 
-def figures_of(experiment: Experiment, epochs: Sequence[dict[str, Any]], result: dict[str, Any]) -> dict[str, float]:
-    """Accuracies and losses of the selected epoch and of the test, those that are known."""
-    known = {**selected(experiment, epochs), **result}
+def _is_cost(value: Any) -> bool:
+    """An earlier version took a clock that was set back for time that passed."""
+    return isinstance(value, int | float) and value >= 0
+
+
+def figures_of(
+    experiment: Experiment, epochs: Sequence[dict[str, Any]], result: dict[str, Any], best_step: int | None = None
+) -> dict[str, float]:
+    """Accuracies and losses of the selected epoch and of the test, those that are known.
+
+    Args:
+        best_step: of the checkpoint that was selected, where that is known.
+    """
+    chosen = next((row for row in epochs if row["step"] == best_step), None) or selected(experiment, epochs)
+    known = {**chosen, **result}
     return {name: float(known[name]) for name in FIGURES if isinstance(known.get(name), int | float)}
 
 

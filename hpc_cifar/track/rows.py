@@ -60,6 +60,40 @@ def selected(experiment: Experiment, epochs: Sequence[dict[str, Any]]) -> dict[s
     return epochs[-1] if epochs else {}
 
 
+def rows_of(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Rows of ``metrics.jsonl``, and the number of lines that are none; a last line that is being written counts as neither."""
+    try:
+        *lines, _ = path.read_bytes().split(b"\n")
+    except OSError:
+        return [], 0
+    rows, damaged = [], 0
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict) and _is_row(row):
+            rows.append(row)
+        else:
+            damaged += 1
+    return rows, damaged
+
+
+def _is_row(row: dict[str, Any]) -> bool:
+    if not isinstance(row.get("kind"), str) or not all(_is_count(row.get(name)) for name in ("epoch", "step")):
+        return False
+    figures = [value for name, value in row.items() if name.endswith(("_loss", "_accuracy", "_per_second", "time"))]
+    return all(value is None or (_is_number(value) and math.isfinite(value)) for value in figures)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 class Tail:
     """Reads what was added to the file since the last time; a file that was replaced, from its beginning.
 

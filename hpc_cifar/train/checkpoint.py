@@ -2,7 +2,7 @@
 
 checkpoints/
   step-00000391/state.pt        tensors and plain values (loads with weights_only=True)
-                manifest.json   format, step, epoch, size and sha256 of state.pt, validation metrics
+                manifest.json   format, step, epoch, size and sha256 of state.pt, validation metrics, experiment
   latest -> step-00000391       best -> ...
   damaged-step-...              set aside when a run fell back past it; only the newest of them stays
 """
@@ -58,6 +58,7 @@ def save(
     keep_last: int = 3,
     keep_every_epochs: int | None = None,
     whole_epoch: bool = False,
+    experiment: dict[str, Any] | None = None,
 ) -> Path:
     """Write one checkpoint and move ``latest`` to it, and ``best`` if ``best_step`` is this one.
 
@@ -65,6 +66,7 @@ def save(
 
     Args:
         whole_epoch: it is at the end of ``epoch``, which counts from 1 then.
+        experiment: what is trained, as plain values; see :mod:`hpc_cifar.train.begun`.
 
     Raises:
         CheckpointError: the file system refused; what was there before is untouched.
@@ -85,6 +87,7 @@ def save(
             "sha256": hashlib.sha256(data).hexdigest(),
             "best_step": best_step,
             "metrics": metrics or {},
+            "experiment": experiment,
         }
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -37,8 +37,11 @@ def evaluate(
 
     Raises:
         UsageError: there is no such split or image, or the folder cannot be written.
+        DataError: its files are not what was written.
     """
     arrays, indices = trained.images(split)
+    store = trained.prepared.store
+    store.verify("test" if arrays is store.test else "train")
     if maps_of is not None and not 0 <= maps_of < len(indices):
         raise UsageError(f"--image {maps_of}: the {split} images are numbered 0 to {len(indices) - 1}")
     classes = trained.prepared.store.classes

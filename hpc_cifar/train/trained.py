@@ -18,7 +18,7 @@ from ..data.pipeline import Batch
 from ..data.store import Arrays
 from ..errors import CheckpointError, RunError, UsageError, first_line
 from ..runs import Run
-from . import checkpoint
+from . import begun, checkpoint
 from .distributed import World, device_for
 from .saved import missing
 from .setup import Prepared, choose_channels_last, choose_precision, make_network, prepare_data, split_digest
@@ -75,7 +75,7 @@ def load(run: Run, data_root: Path, which: str = "") -> Trained:
         which: ``best`` or ``latest``; "" is the one whose test figures the run reports.
 
     Raises:
-        RunError: there is no such checkpoint.
+        RunError: there is no such checkpoint, or it is of another experiment than the run is now.
         CheckpointError: it is damaged, or of another network or dataset.
         DataError: the dataset is not here.
     """
@@ -89,6 +89,7 @@ def load(run: Run, data_root: Path, which: str = "") -> Trained:
             raise problem
         raise RunError(f"{run.id} has no checkpoint {which!r} (yet); there are: {_names(run)}")
     state = checkpoint.read(saved)
+    begun.check(run, saved.manifest, experiment)
     if state["split_digest"] != split_digest(prepared):
         raise CheckpointError(
             f"{run.id} was trained on other images than those in {data_root / experiment.data.dataset}; prepare the same again"
