@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -287,13 +288,21 @@ def _locked(stream: TextIO, store_folder: Path, wait: bool) -> bool:
 
 def _sweep(root: Path, dataset: str) -> None:
     """Remove what a killed process left (the lock is held, so nobody works there); bring back a store set aside."""
-    for left in root.glob(f".{dataset}.*.tmp"):
+    for left in _own(root, f".{dataset}.*.tmp"):
         shutil.rmtree(left, ignore_errors=True)
-    for old in root.glob(f".{dataset}.*.old"):
+    for old in _own(root, f".{dataset}.*.old"):
         if (root / dataset).exists():
             shutil.rmtree(old, ignore_errors=True)
         else:
             old.rename(root / dataset)
+
+
+def _own(root: Path, pattern: str) -> Iterator[Path]:
+    """Folders of this user: what somebody else calls like that is not the store that was set aside."""
+    for path in list(root.glob(pattern)):
+        facts = path.lstat()
+        if stat.S_ISDIR(facts.st_mode) and facts.st_uid == owner.uid():
+            yield path
 
 
 def _build(root: Path, dataset: str, data: sources.Dataset, source: dict[str, Any]) -> None:
