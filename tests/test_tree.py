@@ -24,7 +24,7 @@ LAYERS = (
     ("data", "models", "track"),
     ("plan", "runs"),
     ("config",),
-    ("caches", "files", "findings", "lifetime", "stages"),
+    ("caches", "files", "findings", "hostile", "lifetime", "processes", "redaction", "stages", "terminal"),
     ("planted",),
     ("owner",),
     ("errors",),
