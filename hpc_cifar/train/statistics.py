@@ -1,8 +1,8 @@
 """Running statistics of batch normalisation, computed anew for the weights as they are: ``training.batch_norm_images``.
 
 While a network trains, they are averages over the last steps, of weights that were others. Here they are those of one pass over
-training images, as ``torch.optim.swa_utils.update_bn`` makes them (after Izmailov et al. 2018, "Averaging Weights Leads to Wider
-Optima and Better Generalization"). Every rank goes through all of the images: the result does not depend on how many there are.
+training images, as ``torch.optim.swa_utils.update_bn`` makes them (Izmailov et al. 2018, "Averaging Weights Leads to Wider
+Optima and Better Generalization"). Every rank goes through all of these images, so the number of ranks does not matter.
 """
 
 from __future__ import annotations
