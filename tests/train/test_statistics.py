@@ -108,6 +108,20 @@ def test_a_network_that_overflowed_before_has_finite_statistics_again() -> None:
         assert all(value.isfinite().all() for value in found.values())
 
 
+@pytest.mark.parametrize("kind", ["local", "torch"])
+def test_a_compiled_network_is_not_compiled_again(kind: str) -> None:
+    torch._dynamo.reset()
+    module = network(kind)
+    compiled = torch.compile(module, backend="eager", dynamic=False)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for batch in images(2):
+            compiled(batch).sum().backward()
+            with statistics.using(module, statistics.computed(module, images(), contextlib.nullcontext)):
+                module.eval()
+                module(batch)
+                module.train()
+
+
 class PartlyFrozen(nn.Sequential):
     """As a backbone is, whose first normalisation keeps its statistics."""
 
