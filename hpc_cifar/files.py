@@ -19,6 +19,11 @@ from typing import Any, TextIO
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what a file system without locks answers
 
 
+def whole(text: str) -> int | None:
+    """The number that plain digits are; None for all else, such as ``²``, which ``isdigit`` takes and ``int`` does not."""
+    return int(text) if len(text) <= 18 and text.isascii() and text.isdecimal() else None
+
+
 def fsync_folder(folder: Path) -> None:
     """Make renames inside ``folder`` durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .. import files
 from ..errors import RunError
 from .heap import keep_freed_memory
 
@@ -70,8 +71,8 @@ def available_cpus(local_size: int) -> int:
     """CPUs this process may use: Slurm's share of the task if there is one, else its part of the affinity mask."""
     allowed = len(os.sched_getaffinity(0))
     per_task = os.environ.get("SLURM_CPUS_PER_TASK", "")
-    if per_task.isdigit() and int(per_task):
-        return max(1, min(allowed, int(per_task)))
+    if told := files.whole(per_task):
+        return max(1, min(allowed, told))
     return max(1, allowed // local_size)
 
 
@@ -105,7 +106,9 @@ def connect(use_gpu: bool = True, timeout_s: float = 600.0) -> World:
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()
-    torch.set_num_threads(int(os.environ.get("HPC_CIFAR_THREADS", 0)) or available_cpus(local_size))
+    torch.set_num_threads(files.whole(os.environ.get("HPC_CIFAR_THREADS", "")) or available_cpus(local_size))
+    if size > 1 and (missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]):
+        raise RunError(f"rank {rank} of {size}: {' and '.join(missing)} not set, by which the ranks would find each other")
     if size == 1:
         return World(0, 1, 0, 1, device, None)
     timeout = datetime.timedelta(seconds=timeout_s)
