@@ -95,7 +95,7 @@ for _one in (*app.registered_commands, *bench.app.registered_commands):
 
 
 def _error(text: str) -> None:
-    first, *rest = text.splitlines() or [""]
+    first, *rest = text.rstrip("\n").split("\n")
     print(f"hpc-cifar: error: {first}", *rest, sep="\n", file=sys.stderr)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .. import files
 from ..errors import RunError
+from . import interfaces
 from .heap import keep_freed_memory
 
 FLAT_LIMIT = 4_000_000  # parameters; below, one flat all-reduce beats overlapping buckets, which hide no communication
@@ -111,6 +112,8 @@ def connect(use_gpu: bool = True, timeout_s: float = 600.0) -> World:
         raise RunError(f"rank {rank} of {size}: {' and '.join(missing)} not set, by which the ranks would find each other")
     if size == 1:
         return World(0, 1, 0, 1, device, None)
+    if wrong := interfaces.problems(gpu=device.type == "cuda"):
+        raise RunError(f"rank {rank} on {os.uname().nodename}: {'; '.join(wrong)}")
     timeout = datetime.timedelta(seconds=timeout_s)
     try:
         if device.type == "cuda":
