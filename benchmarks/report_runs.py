@@ -69,7 +69,7 @@ def make(root: Path, count: int, epochs: int, each: int) -> None:
         run.metrics_file.write_text("".join(json.dumps(row) + "\n" for row in made))
         *_, last, end = made
         about = {"state": "finished", "epoch": epochs, "step": end["step"], "restarts": 0, "gpu_hours": 0.5, "seconds": 1800.0}
-        run.write_state(**about, world_size=1, device="cuda", total_steps=end["step"], epochs=epochs)
+        run.update_state(**about, world_size=1, device="cuda", total_steps=end["step"], epochs=epochs)
         done = {**about, "test_accuracy": last["val_accuracy"] - 0.005, "test_loss": 0.3, "epochs": epochs, "steps": end["step"]}
         files.write_json(run.result_file, {**done, "data": "CIFAR-10"}, durable=False)
         checkpoint = run.checkpoints / f"step-{end['step']:08d}"
