@@ -43,6 +43,8 @@ def experiment_of(manifest: dict[str, Any]) -> Experiment | None:
 
 def changes(manifest: dict[str, Any], now: Experiment) -> dict[str, tuple[Any, Any]]:
     """Dotted names of the fields that differ, with what they were when the checkpoint was made and what they are."""
+    if manifest.get("experiment") == now.model_dump(mode="json"):
+        return {}
     before = experiment_of(manifest)
     return {} if before is None else differences(without_weights(before), without_weights(now))
 
