@@ -27,7 +27,7 @@ def status(
     ] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Look again every few seconds until all have ended.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="A list of objects, one a run.")] = False,
-    every: Annotated[float, typer.Option(min=0.2, help="Seconds between looks with --watch.")] = 5.0,
+    every: Annotated[float, typer.Option(min=0.2, max=86_400, help="Seconds between looks with --watch.")] = 5.0,
     owner: options.Owner = None,
 ) -> None:
     """Show the state of a run, or of the latest runs.
@@ -40,14 +40,14 @@ def status(
     A run is pending, running, requeued, finished, failed, cancelled, or stopped (with a checkpoint to go on from).
     """
     from .. import files
-    from ..launch.status import statuses
+    from ..launch.status import statuses, there
     from . import chosen, status_table
 
     root, first, screen = files.runs_root(), True, watch and sys.stdout.isatty()
     while True:
         wanted = chosen.to_read([run], root, owner) if run is not None else chosen.everything(root, owner)
         hidden = 0 if as_json or run is not None else max(0, len(wanted) - RECENT)
-        seen = statuses(wanted[hidden:])
+        seen = there(statuses(wanted[hidden:]))
         if as_json:
             typer.echo(json.dumps([row.as_dict() for row in seen], indent=None if watch else 2))
         elif run is not None and len(seen) == 1 and sys.stdout.isatty() and not watch:
@@ -81,7 +81,7 @@ def list_runs(
     hpc-cifar list --campaign table2
     """
     from .. import files
-    from ..launch.status import statuses
+    from ..launch.status import statuses, there
     from . import status_table
     from .chosen import everything
 
@@ -89,9 +89,9 @@ def list_runs(
     chosen = everything(root, owner, campaign)
     seen = statuses(chosen)
     if as_json:
-        typer.echo(json.dumps([row.as_dict() for row in seen], indent=2))
-    elif seen:
-        typer.echo("\n".join(status_table.lines_of(seen)))
+        typer.echo(json.dumps([row.as_dict() for row in there(seen)], indent=2))
+    elif there(seen):
+        typer.echo("\n".join(status_table.lines_of(there(seen))))
         if campaign is not None:
             from .report import grouped
 
@@ -144,7 +144,7 @@ def logs(
         return
     paths = control.log_files(found, rank)
     if not paths:
-        if found.jobs() and found.jobs()[-1].get("executor") == "train":
+        if found.last_job().executor == "train":
             raise RunError(f"{found.id} was started by train or torchrun, which write to the terminal they were started in")
         raise RunError(f"{found.id}: rank {rank} has no log yet (they will lie in {found.submitit})")
     for path in paths:
@@ -197,7 +197,8 @@ def resume(
         str | None, typer.Option(help="Another profile than last time.", show_default=False, autocompletion=complete.clusters)
     ] = None,
     max_gpu_hours: Annotated[
-        float | None, typer.Option(min=0, help="Refuse a job that may use more GPU-hours.", show_default=False)
+        float | None,
+        typer.Option(min=0, max=options.MOST_HOURS, help="Refuse a job that may use more GPU-hours.", show_default=False),
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Begin at step 0; what a run has so far is set aside in it.")] = False,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Watch the run to its end and print the result.")] = False,

@@ -41,7 +41,7 @@ def train(
         str | None, typer.Option(help="Name of the run; else the experiment's name and a digest of it.", show_default=False)
     ] = None,
     max_steps: Annotated[
-        int | None, typer.Option(min=1, help="Stop at this step of the whole run.", show_default=False)
+        int | None, typer.Option(min=1, max=10**15, help="Stop at this step of the whole run.", show_default=False)
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over; a run of this name is set aside.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Go on with another experiment than the run began with.")] = False,
@@ -280,9 +280,11 @@ def _print_result(found: Run, remark: str | None) -> None:
     if remark:
         typer.echo(f"{found.id}: {remark}")
     seen = status(found)
-    result = found.result() or {}
-    if seen.state == "failed" and result.get("state"):  # this very process still lives: the result is the last word
+    result = found.result()
+    if (
+        seen.state == "failed" and result is not None and result.state
+    ):  # this very process still lives: the result is the last word
         import dataclasses
 
-        seen = dataclasses.replace(seen, state=str(result["state"]), reason=result.get("reason"))
+        seen = dataclasses.replace(seen, state=result.state, reason=result.reason)
     console.result_table(found, seen)

@@ -161,7 +161,7 @@ def _with_beton(made: Store, wanted: bool | None, console: Console) -> Store:
     path = made.train.beton
     try:
         if path is not None:
-            beton.verify(path, len(made.train.labels), "")
+            beton.verify(path, made.train.images, made.train.labels, "")
     except DataError as error:
         _say(console, f"{str(error).partition('; run:')[0]}; writing it anew")
         path = None
