@@ -6,7 +6,7 @@ runs/<run>/                     0700, since it holds pickles
   code/hpc_cifar/               the package as it was at submit
   submitit/                     pickles, the sbatch script, one log file a rank
   jobs.jsonl                    one row a submission: executor, job id, time; submitting.json: see launch/submission.py
-  state.json                    written by rank 0: state, epoch, step, ...
+  state.json                    written by rank 0, and by commands: state, epoch, step, ...; .state.lock: while it changes
   cancelled                     present once a user cancelled the run
   .lock  .holder.json           which process trains it; see train/lock.py
   checkpoints/  metrics.jsonl  result.json  wandb/
@@ -21,23 +21,29 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
-from . import files
+from . import files, owner, records
 from .config.experiment import Experiment
 from .config.messages import closest, did_you_mean
-from .errors import RunError, UsageError
+from .config.source import parse
+from .errors import RunError, UsageError, first_line
+from .plan import Plan
+from .records import Failure, Job, Result, RunState
 
 OUTCOME = (
     *("checkpoints", "metrics.jsonl", "state.json", "result.json", "saved.json", "left-out.json", "failures.jsonl"),
     *("interruptions.jsonl", "endings", "losses", "hangs", "heartbeat", "evaluation", "wandb-id", "wandb-pictures.json"),
 )
 """What training leaves in a run directory."""
+STATE_LOCK = ".state.lock"
+UPDATE_WAIT_S = 10.0  # more than any process takes, unless it was stopped or its node has died
 
 
 @dataclass(frozen=True)
@@ -88,50 +94,122 @@ class Run:
         return self.path / "cancelled"
 
     def experiment(self) -> Experiment:
-        """The resolved experiment this run trains."""
+        """The resolved experiment this run trains.
+
+        Raises:
+            RunError: it is missing, damaged, or of another version; the message is one line.
+        """
         try:
-            return Experiment.model_validate(yaml.safe_load(self.experiment_file.read_text(encoding="utf-8")))
+            return Experiment.model_validate(_tree(self.experiment_file))
         except FileNotFoundError:
             raise RunError(f"{self.path}: not a run directory (no experiment.yaml)") from None
-        except (ValueError, yaml.YAMLError) as error:
-            raise RunError(f"{self.experiment_file}: cannot be read back: {error}") from None
+        except files.Damaged as error:
+            raise RunError(f"{self.experiment_file}: {error}") from None
+        except ValidationError as error:
+            raise RunError(f"{self.experiment_file}: cannot be read back: {first_problem(error)}") from None
+        except (ValueError, RecursionError) as error:
+            raise RunError(f"{self.experiment_file}: cannot be read back: {first_line(error)}") from None
 
-    def jobs(self) -> list[dict[str, Any]]:
-        """Submissions so far, oldest first: ``executor``, ``job_id``, ``submitted`` (ISO time), ...."""
-        rows = files.read_json_lines(self.path / "jobs.jsonl")
+    def jobs(self) -> list[Job]:
+        """Submissions so far, oldest first; a damaged row says so in its ``problem``."""
+        rows = records.rows(Job, self.path / "jobs.jsonl")
         # a job may have entered itself just when whoever submitted it did
-        known = {
-            (row.get("submission") or number, str(row.get("job_id"))): row for number, row in reversed(list(enumerate(rows)))
-        }
+        known = {(row.submission or number, row.job_id): row for number, row in reversed(list(enumerate(rows)))}
         return list(reversed(known.values()))
+
+    def last_job(self) -> Job:
+        """The latest submission; a job without an executor where there is none."""
+        jobs = self.jobs()
+        return jobs[-1] if jobs else Job()
+
+    def failures(self) -> list[Failure]:
+        """What ranks said as they failed, oldest first; without damaged rows."""
+        return [row for row in records.rows(Failure, self.path / "failures.jsonl") if not row.problem]
 
     def add_job(self, **row: Any) -> None:
         files.append_json_line(self.path / "jobs.jsonl", {"submitted": now(), **row})
 
-    def state(self) -> dict[str, Any]:
-        """What rank 0 last wrote, or ``{}``."""
-        return files.read_json(self.state_file) or {}
+    def state(self) -> RunState:
+        """What was last written; an empty record where nothing was."""
+        return records.read(RunState, self.state_file) or RunState()
 
-    def write_state(self, **values: Any) -> None:
-        files.write_json(self.state_file, {**values, "updated": now()}, durable=False)
+    def update_state(
+        self, *, when: Callable[[RunState], bool] | None = None, wait_s: float = UPDATE_WAIT_S, **values: Any
+    ) -> bool:
+        """Change fields of ``state.json`` and leave the others as they are, whatever other processes change meanwhile.
 
-    def plan(self) -> dict[str, Any]:
-        return files.read_json(self.path / "plan.json") or {}
+        Args:
+            when: asked with the present state, whether it is to be changed; no other process changes it in between.
+            wait_s: how long to wait for another process that changes it. A process that was stopped within its change must not
+                keep the run: after that time the state is changed all the same; with 0, left for the next time.
+            values: fields of :class:`RunState`; None removes one.
 
-    def result(self) -> dict[str, Any] | None:
-        return files.read_json(self.result_file)
+        Returns:
+            Whether it was changed.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        with files.alone(self.path / STATE_LOCK, wait_s) as held:
+            if held is False and not wait_s:
+                return False
+            old = records.sound(RunState, files.read_object(self.state_file))
+            if when is not None and not when(records.of(RunState, old)):
+                return False
+            new = {**old, **values, "updated": now()}
+            kept = {name: value for name, value in new.items() if value is not None}
+            files.write_json(self.state_file, kept, durable=False)
+        return True
+
+    def plan(self) -> Plan | None:
+        """How it was placed; None where that is missing or damaged. What an older version did not write is 0."""
+        try:
+            return records.load(Plan, self.path / "plan.json")
+        except (FileNotFoundError, files.Damaged):
+            return None
+
+    def result(self) -> Result | None:
+        """The outcome of the last segment that had one; a damaged one says so in its ``problem``."""
+        return records.read(Result, self.result_file)
 
     @property
     def campaign(self) -> str | None:
         """The group of runs it belongs to, by its job file or ``submit --campaign``; in W&B as well."""
         try:
-            fields = yaml.load(self.experiment_file.read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-            return fields["tracking"]["group"]  # type: ignore[no-any-return]
-        except (OSError, yaml.YAMLError, KeyError, TypeError):
+            found = _tree(self.experiment_file)
+        except (OSError, files.Damaged):
             return None
+        tracking = found.get("tracking") if isinstance(found, dict) else None
+        group = tracking.get("group") if isinstance(tracking, dict) else None
+        return group if isinstance(group, str) else None
 
     def finished(self) -> bool:
-        return (self.result() or {}).get("state") == "finished"
+        result = self.result()
+        return result is not None and result.state == "finished"
+
+
+def _tree(path: Path) -> Any:
+    """The plain value of a YAML file of bounded size, depth and number of values; no tag is resolved.
+
+    Raises:
+        FileNotFoundError: there is none.
+        Damaged: it is not such YAML.
+    """
+    try:
+        root, problems = parse(files.read_bytes(path).decode(), "")
+    except UnicodeDecodeError:
+        raise files.Damaged("is not UTF-8") from None
+    if problems or root is None:
+        raise files.Damaged(str(problems[0]).lstrip(": ") if problems else "is empty")
+    return root.value()
+
+
+def first_problem(error: ValidationError) -> str:
+    """One line of pydantic's many."""
+    first, *others = error.errors(include_url=False, include_context=False)
+    where = ".".join(map(str, first["loc"]))
+    more = f" (and {len(others)} more)" if others else ""
+    return f"{where}: {first_line(ValueError(first['msg']))}{more}"
 
 
 def now() -> str:
@@ -144,7 +222,7 @@ def new_run_id(name: str, root: Path) -> str:
     while True:
         stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
         run_id = f"{name}-{stamp}-{secrets.token_hex(2)}"
-        if not (root / run_id).exists():  # four hex digits are few for hundreds of runs of one second
+        if not os.path.lexists(root / run_id):  # four hex digits are few for hundreds of runs of one second
             return run_id
 
 
@@ -181,16 +259,17 @@ def create(
     """Make a new run directory; it appears whole or not at all. With ``durable=False`` the caller fsyncs its files.
 
     Raises:
-        RunError: the directory exists already or cannot be written.
+        RunError: the directory exists already or cannot be written, or others can write to ``root``.
     """
     run = named(root, run_id)
     building = root / f".{run_id}.{secrets.token_hex(4)}.new"
     try:
-        building.mkdir(parents=True, mode=0o700)
+        owner.make_root(root)
+        building.mkdir(mode=owner.PRIVATE)
         files.write_text(building / "experiment.yaml", experiment_text(experiment), durable=durable)
         files.write_json(building / "plan.json", plan, durable=durable)
         files.write_json(building / "provenance.json", provenance, durable=durable)
-        (building / "checkpoints").mkdir()
+        (building / "checkpoints").mkdir(mode=owner.PRIVATE)
         building.rename(run.path)  # fails if a run of this name already has files
     except OSError as error:
         if run.path.exists():
@@ -226,31 +305,30 @@ def note_begun_again(run: Run, aside: str) -> None:
     files.append_json_line(run.metrics_file, row)
 
 
-def all_runs(root: Path) -> list[Run]:
-    """Every run below ``root``, oldest first."""
-    if not root.is_dir():
-        return []
-    found = [Run(path) for path in root.iterdir() if not path.name.startswith(".") and (path / "experiment.yaml").is_file()]
-    return sorted(found, key=lambda run: (run.experiment_file.stat().st_mtime_ns, run.id))
+def all_runs(root: Path, user: int | None = None) -> list[Run]:
+    """Every run of one's own below ``root``, or of another user, oldest first."""
+    return [Run(path) for _, path in sorted(owner.listing(root, user).runs, key=lambda one: (one[0], one[1].name))]
 
 
-def find(token: str, root: Path) -> Run:
-    """The run meant by an id, a path, a unique prefix, a job id or ``last``.
+def find(token: str, root: Path, user: int | None = None) -> Run:
+    """The run at a path, whoever's it is; or one of one's own, or of ``user``, by an id, a unique prefix, a job id or ``last``.
 
     Raises:
         UsageError: nothing or more than one run fits; the message lists what there is.
     """
-    as_path = Path(token)
-    if os.sep in token and (as_path / "experiment.yaml").is_file():
-        return Run(as_path.absolute())
-    runs = all_runs(root)
+    if found := _at(token):
+        return found
+    runs = all_runs(root, user)
     if not runs:
-        raise UsageError(f"{root}: there are no runs here; submit one first, or set HPC_CIFAR_RUNS")
+        whose, others = ("" if user is None else f" of {owner.name_of(user)}"), owner.listing(root, user).words()
+        raise UsageError(
+            f"{root}: there are no runs{whose} here{f' ({others})' if others else ''}; submit one first, or set HPC_CIFAR_RUNS"
+        )
     if token == "last":
         return runs[-1]
     exact = [run for run in runs if run.id == token]
     by_prefix = [run for run in runs if token and run.id.startswith(token)]
-    by_job = [run for run in runs if any(str(row.get("job_id")) == token for row in run.jobs())]
+    by_job = [run for run in runs if any(job.job_id == token for job in run.jobs())]
     matches = exact or by_job or by_prefix
     if len(matches) == 1:
         return matches[0]
@@ -259,8 +337,20 @@ def find(token: str, root: Path) -> Run:
         raise UsageError(f"run {token!r} is not unique: {len(matches)} runs begin with it, such as {names}")
     if elements := _of_array(token, runs):
         raise UsageError(f"run {token!r} is a job array of {len(elements)} runs; name one of them, such as {elements[0].id}")
+    if owner.is_run_of_another(root / token, user):
+        raise UsageError(f"run {token!r} is of {owner.name_of(owner.of(root / token))}: name it by its path, or by --owner")
     hint = _meant(token, runs) or f"the latest are {', '.join(run.id for run in runs[-3:])}"
     raise UsageError(f"run {token!r}: no such run or job id in {root}; {hint}")
+
+
+def _at(token: str) -> Run | None:
+    """The run at a path."""
+    if os.sep not in token:
+        return None
+    try:
+        return Run(Path(token).absolute()) if (Path(token) / "experiment.yaml").is_file() else None
+    except OSError as error:
+        raise UsageError(f"{token}: {owner.cannot_be_read(Path(token), error)}") from None
 
 
 def _meant(token: str, runs: list[Run]) -> str:
@@ -275,25 +365,27 @@ def _meant(token: str, runs: list[Run]) -> str:
     return f"did you mean '{guess}'?" if guess else ""
 
 
-def of_campaign(name: str, root: Path) -> list[Run]:
-    """The runs submitted under that name, oldest first.
+def of_campaign(name: str, root: Path, user: int | None = None) -> list[Run]:
+    """The user's own runs submitted under that name, or those of ``user``, oldest first.
 
     Raises:
         UsageError: there are none; the message lists the campaigns that there are.
     """
-    names = {run: run.campaign for run in all_runs(root)}
+    names = {run: run.campaign for run in all_runs(root, user)}
     if chosen := [run for run, found in names.items() if found == name]:
         return chosen
     known = sorted({found for found in names.values() if found})
     raise UsageError(f"--campaign {name}: no run in {root} belongs to it; {did_you_mean(name, known, 'campaigns')}")
 
 
-def find_all(tokens: Iterable[str], root: Path) -> list[Run]:
+def find_all(tokens: Iterable[str], root: Path, user: int | None = None) -> list[Run]:
     """The runs meant by tokens, each once: every element of a job array by its number, else the one run of :func:`find`."""
-    return list(dict.fromkeys(run for token in tokens for run in _of_array(token, all_runs(root)) or [find(token, root)]))
+    tokens = list(tokens)
+    array = {token: _of_array(token, all_runs(root, user)) for token in tokens if token.isdecimal()}
+    return list(dict.fromkeys(run for token in tokens for run in array.get(token) or [find(token, root, user)]))
 
 
 def _of_array(token: str, runs: list[Run]) -> list[Run]:
     if files.whole(token) is None:
         return []
-    return [run for run in runs if any(str(row.get("job_id")).startswith(f"{token}_") for row in run.jobs())]
+    return [run for run in runs if any(job.job_id.startswith(f"{token}_") for job in run.jobs())]

@@ -39,7 +39,8 @@ def data(
     from ..data.store import Store
 
     target = _target(json)
-    store = Store.open(root.expanduser().absolute() if root else files.data_root(), dataset)
+    store = Store.open(files.expanded(root, f"--root {root}") if root else files.data_root(), dataset)
+    store.verify_once()
     result = bench.run(store, images, batch_size, rounds, typer.echo)
     if target:
         files.write_json(target, result)
@@ -76,7 +77,7 @@ def step(
     if not all(1 <= (files.whole(part) or 0) <= 1024 for part in parts):
         raise UsageError(f"--world-size {world_size}: should be whole numbers from 1 to 1024, such as 1,2,4")
     link = Link(link_gbytes * 1e9, link_latency_us / 1e6)
-    data_root = root.expanduser().absolute() if root else files.data_root()
+    data_root = files.expanded(root, f"--root {root}") if root else files.data_root()
     result = measure(find_job(job), sets or [], [int(part) for part in parts], steps, data_root, link, typer.echo)
     if target:
         files.write_json(target, result | {"steps": steps, "hardware": bench.hardware(), "versions": bench.versions()})
@@ -108,9 +109,9 @@ def checkpoint(
     from ..train import stall
 
     target = _target(json)
-    where = folder.expanduser().absolute() if folder else files.runs_root()
+    where = files.expanded(folder, f"--folder {folder}") if folder else files.runs_root()
     experiment = stall.shortened(find_job(job), sets or [], batch_size, steps, rounds)
-    result = stall.measure(experiment, root.expanduser().absolute() if root else files.data_root(), where)
+    result = stall.measure(experiment, files.expanded(root, f"--root {root}") if root else files.data_root(), where)
     typer.echo("\n".join(stall.table(result)))
     if target:
         files.write_json(target, result | {"hardware": bench.hardware(), "versions": bench.versions()})
@@ -118,9 +119,10 @@ def checkpoint(
 
 
 def _target(json: Path | None) -> Path | None:
+    from .. import files
     from ..errors import UsageError
 
-    target = json.expanduser().absolute() if json else None
+    target = files.expanded(json, f"--json {json}") if json else None
     if target and not target.parent.is_dir():
         raise UsageError(f"--json {json}: there is no folder {target.parent}")
     return target

@@ -40,9 +40,10 @@ def campaigns(incomplete: str) -> list[str]:
 def _runs() -> list[Run]:
     """The newest first."""
     from .. import files
+    from ..errors import HpcCifarError
     from ..runs import all_runs
 
-    with contextlib.suppress(OSError, RuntimeError):  # a folder that cannot be read; ~ of somebody who is not there
+    with contextlib.suppress(OSError, HpcCifarError):  # a folder that cannot be read; ~ of somebody who is not there
         return all_runs(files.runs_root())[::-1]
     return []
 

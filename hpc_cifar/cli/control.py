@@ -28,6 +28,7 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="Look again every few seconds until all have ended.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="A list of objects, one a run.")] = False,
     every: Annotated[float, typer.Option(min=0.2, max=86_400, help="Seconds between looks with --watch.")] = 5.0,
+    owner: options.Owner = None,
 ) -> None:
     """Show the state of a run, or of the latest runs.
 
@@ -38,15 +39,15 @@ def status(
 
     A run is pending, running, requeued, finished, failed, cancelled, or stopped (with a checkpoint to go on from).
     """
-    from .. import files, runs
-    from ..launch.status import statuses
-    from . import status_table
+    from .. import files
+    from ..launch.status import statuses, there
+    from . import chosen, status_table
 
     root, first, screen = files.runs_root(), True, watch and sys.stdout.isatty()
     while True:
-        wanted = runs.find_all([run], root) if run is not None else runs.all_runs(root)
+        wanted = chosen.to_read([run], root, owner) if run is not None else chosen.everything(root, owner)
         hidden = 0 if as_json or run is not None else max(0, len(wanted) - RECENT)
-        seen = statuses(wanted[hidden:])
+        seen = there(statuses(wanted[hidden:]))
         if as_json:
             typer.echo(json.dumps([row.as_dict() for row in seen], indent=None if watch else 2))
         elif run is not None and len(seen) == 1 and sys.stdout.isatty() and not watch:
@@ -71,6 +72,7 @@ def list_runs(
         typer.Option(help="Only runs submitted with that --campaign.", show_default=False, autocompletion=complete.campaigns),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="A list of objects, as of status.")] = False,
+    owner: options.Owner = None,
 ) -> None:
     """List every run, or those of a campaign, oldest first; of a campaign also mean and spread over seeds and folds.
 
@@ -78,17 +80,18 @@ def list_runs(
     hpc-cifar list
     hpc-cifar list --campaign table2
     """
-    from .. import files, runs
-    from ..launch.status import statuses
+    from .. import files
+    from ..launch.status import statuses, there
     from . import status_table
+    from .chosen import everything
 
     root = files.runs_root()
-    chosen = runs.all_runs(root) if campaign is None else runs.of_campaign(campaign, root)
+    chosen = everything(root, owner, campaign)
     seen = statuses(chosen)
     if as_json:
-        typer.echo(json.dumps([row.as_dict() for row in seen], indent=2))
-    elif seen:
-        typer.echo("\n".join(status_table.lines_of(seen)))
+        typer.echo(json.dumps([row.as_dict() for row in there(seen)], indent=2))
+    elif there(seen):
+        typer.echo("\n".join(status_table.lines_of(there(seen))))
         if campaign is not None:
             from .report import grouped
 
@@ -103,6 +106,7 @@ def logs(
     rank: Annotated[int, typer.Option(min=0, max=1_000_000, help="Whose log.")] = 0,
     whole: Annotated[bool, typer.Option("--all", help="Also the beginning of a log of more than 16 MiB.")] = False,
     raw: Annotated[bool, typer.Option("--raw", help="As it was written, with colours and whatever a terminal obeys.")] = False,
+    owner: options.Owner = None,
 ) -> None:
     """Print what a rank wrote: standard output and standard error of every job of the run, in order.
 
@@ -112,9 +116,10 @@ def logs(
 
     Colours are left out, other control characters are shown as \\x1b and the like.
     """
-    from .. import files, runs
+    from .. import files
     from ..errors import RunError
     from ..launch import control
+    from . import chosen
 
     def show(text: str) -> None:
         if raw:
@@ -128,7 +133,7 @@ def logs(
             typer.echo(f"hpc-cifar: {path.name}: without its first {start / 2**20:,.0f} MiB (--all prints them)", err=True)
         return start
 
-    found = runs.find(run, files.runs_root())
+    [found] = chosen.to_read(run, files.runs_root(), owner)
     last = None
     if follow:
         for path, text in control.follow_logs(found, rank, begin):
@@ -139,7 +144,7 @@ def logs(
         return
     paths = control.log_files(found, rank)
     if not paths:
-        if found.jobs() and found.jobs()[-1].get("executor") == "train":
+        if found.last_job().executor == "train":
             raise RunError(f"{found.id} was started by train or torchrun, which write to the terminal they were started in")
         raise RunError(f"{found.id}: rank {rank} has no log yet (they will lie in {found.submitit})")
     for path in paths:
@@ -153,36 +158,36 @@ def logs(
             typer.echo()
 
 
-def wait(run: options.RunNamesOrLast = None) -> None:
+def wait(run: options.RunNamesOrLast = None, owner: options.Owner = None) -> None:
     """Wait until runs have ended; exit code 0 if all finished or were stopped on purpose, 1 if one failed or was cancelled.
 
     \b
     hpc-cifar wait
     hpc-cifar wait 4711 4712
     """
-    from .. import files, runs
+    from .. import files
     from ..launch.several import wait_all
+    from . import chosen
 
-    root = files.runs_root()
-    ended = wait_all(runs.find_all(run or ["last"], root))
+    ended = wait_all(chosen.to_read(run or ["last"], files.runs_root(), owner))
     for seen in ended:
         typer.echo(terminal.one_line(f"{seen.run}: {seen.state}" + (f" ({seen.reason})" if seen.reason else "")))
     if any(seen.state not in ("finished", "stopped") for seen in ended):
         raise typer.Exit(1)
 
 
-def cancel(run: options.RunNames) -> None:
+def cancel(run: options.RunNames, code_of: options.CodeOf = None) -> None:
     """Stop runs for good; each saves a checkpoint first and does not requeue.
 
     \b
     hpc-cifar cancel last
     hpc-cifar cancel 4711_3
     """
-    from .. import files, runs
+    from .. import files
     from ..launch.several import cancel_all
+    from . import chosen
 
-    root = files.runs_root()
-    for line in cancel_all(runs.find_all(run, root)):
+    for line in cancel_all(chosen.to_act_on(run, files.runs_root(), code_of), code_of):
         typer.echo(line)
 
 
@@ -197,6 +202,7 @@ def resume(
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Begin at step 0; what a run has so far is set aside in it.")] = False,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Watch the run to its end and print the result.")] = False,
+    code_of: options.CodeOf = None,
 ) -> None:
     """Submit stopped, failed or cancelled runs again: same experiment, same code, from the last checkpoint.
 
@@ -204,20 +210,19 @@ def resume(
     hpc-cifar resume last --follow
     hpc-cifar resume 4711 --cluster mine
     """
-    from .. import files, runs
+    from .. import files
     from ..config.cluster import find_cluster
     from ..errors import HpcCifarError
     from ..launch import control
     from ..launch.submit import have_sbatch
-    from . import several
+    from . import chosen, several
 
-    root = files.runs_root()
-    wanted = runs.find_all(run or ["last"], root)
+    wanted = chosen.to_act_on(run or ["last"], files.runs_root(), code_of)
     profile = None if cluster is None else find_cluster(cluster, have_sbatch=have_sbatch())
     going, refused = [], False
     for found in wanted:
         try:
-            options: dict[str, Any] = {"cluster": profile, "max_gpu_hours": max_gpu_hours, "fresh": fresh}
+            options: dict[str, Any] = {"cluster": profile, "max_gpu_hours": max_gpu_hours, "fresh": fresh, "code_of": code_of}
             done = control.resume(found, data_root=files.data_root(), **options)
         except HpcCifarError as error:
             if len(wanted) == 1:

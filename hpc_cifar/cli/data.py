@@ -64,7 +64,7 @@ def prepare(
     from ..data import prepare as preparing
 
     console = terminal.console(stderr=print_dataset)
-    folder = root.expanduser().absolute() if root else files.data_root()
+    folder = files.expanded(root, f"--root {root}") if root else files.data_root()
     if weights:
         _fetch(weights, folder, console)
         if dataset is None:
@@ -88,7 +88,7 @@ def prepare(
             "digits", archive=None, root=folder, force=force, wait=wait, write_beton=beton, console=console
         )
     if preview:
-        _preview(made, preview.expanduser().absolute(), console)
+        _preview(made, files.expanded(preview, f"--preview {preview}"), console)
     if print_dataset:
         typer.echo(made.dataset)
 

@@ -43,7 +43,7 @@ def drill(
     It trains the job, shortened, twice: once undisturbed, once under preemptions, kills, damaged checkpoints, a full disk,
     hangs and a time limit, with W&B out of reach. Exit code 1 if anything was lost that need not be.
     """
-    from .. import files
+    from .. import files, owner
     from ..config.load import load_experiment
     from ..config.messages import did_you_mean
     from ..config.packaged import find_job
@@ -65,7 +65,8 @@ def drill(
         raise UsageError("--short and --faults: use one of them")
     rehearsal = drills.rehearsed(experiment, wanted, plan.train_images)
     number = seed if seed is not None else random.SystemRandom().randrange(10**6)
-    root = files.runs_root() / ".drills" / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    root = owner.part(files.runs_root(), ".drills") / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    owner.make_part(root.parent)
     made = drills.Drill(rehearsal, chosen, root, data_root, number, lambda text: typer.echo(text, err=as_json))
     typer.echo(f"drill of {experiment.name} on {chosen.name}: {len(wanted)} faults, --seed {number}, in {root}", err=as_json)
     try:

@@ -32,6 +32,11 @@ def evaluate(
     pictures: Annotated[bool, typer.Option(help="Draw confusion matrix, calibration, curves, mistakes.")] = True,
     root: options.DataRoot = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print evaluation.json.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Folder for PNG and JSON, instead of the run's own.", show_default=False),
+    ] = None,
+    owner: options.Owner = None,
 ) -> None:
     """Test a trained run: figures by class, calibration, mistakes; PNG and JSON in the run's evaluation folder.
 
@@ -39,18 +44,28 @@ def evaluate(
     hpc-cifar evaluate last --tta
     hpc-cifar evaluate last --split validation --checkpoint best
     hpc-cifar evaluate last --feature-maps --image 3
+    hpc-cifar evaluate /shared/runs/net-20260101-120000-ab12 --out net
     """
     from ..errors import UsageError
 
     if split not in ("test", "validation"):
         raise UsageError(f"--split {split}: should be test or validation")
-    found = _find(run)
     from .. import files
+    from .. import owner as owners
     from ..terminal import one_line
+    from . import chosen
+
+    [found] = chosen.to_read(run, files.runs_root(), owner)
+    own = owners.is_own(found.path)
+    if not own and out is None:
+        name = owners.name_of(owners.of(found.path))
+        raise UsageError(f"{found.path}: is a run of {name}, where you do not write; add --out FOLDER for PNG and JSON")
     from ..train import evaluation, trained
 
-    loaded = trained.load(found, root.expanduser().absolute() if root else files.data_root(), checkpoint)
-    result, folder = evaluation.evaluate(loaded, split, tta=tta, pictures=pictures, maps_of=image if feature_maps else None)
+    loaded = trained.load(found, files.expanded(root, f"--root {root}") if root else files.data_root(), checkpoint)
+    target = None if out is None else files.expanded(out, f"--out {out}")
+    options_: dict[str, Any] = {"tta": tta, "pictures": pictures, "maps_of": image if feature_maps else None, "out": target}
+    result, folder = evaluation.evaluate(loaded, split, **options_)
     if as_json:
         import json
 
@@ -59,7 +74,8 @@ def evaluate(
         for line in lines_of(result):
             typer.echo(one_line(line))
         typer.echo(f"\n{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
-    mirror(found)
+    if own and out is None:
+        mirror(found)
 
 
 def lines_of(result: dict[str, Any]) -> list[str]:
@@ -92,12 +108,6 @@ def lines_of(result: dict[str, Any]) -> list[str]:
     return [*lines, "", "most confused: " + (", ".join(confused) or "nothing")]
 
 
-def _find(name: str) -> Run:
-    from .. import files, runs
-
-    return runs.find(name, files.runs_root())
-
-
 def mirror(run: Run) -> None:
     """Also to W&B, if the run's metrics go there."""
     from ..errors import RunError
@@ -117,6 +127,7 @@ def export(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The file; RUN.safetensors here.", show_default=False)] = None,
     checkpoint: Which = "",
     root: options.DataRoot = None,
+    code_of: options.CodeOf = None,
 ) -> None:
     """Write a run's weights with classes and preprocessing as one safetensors file, and check it by loading it back.
 
@@ -125,15 +136,16 @@ def export(
     """
     from .. import files
     from ..errors import UsageError
+    from . import chosen
 
-    found = _find(run)
-    path = (out or Path(f"{found.id}.safetensors")).expanduser().absolute()
+    [found] = chosen.to_act_on(run, files.runs_root(), code_of)
+    path = files.expanded(out or Path(f"{found.id}.safetensors"), f"--out {out}")
     if path.suffix != ".safetensors" or not path.parent.is_dir():
         raise UsageError(f"--out {path}: should end in .safetensors, in a folder that exists")
     from ..train import trained
     from ..train.export import export as write
 
-    loaded = trained.load(found, root.expanduser().absolute() if root else files.data_root(), checkpoint)
+    loaded = trained.load(found, files.expanded(root, f"--root {root}") if root else files.data_root(), checkpoint)
     try:
         about = write(loaded, path)
     except OSError as error:

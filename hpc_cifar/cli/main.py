@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from .. import __version__, lifetime, terminal
+from .. import __version__, lifetime, owner, terminal
 from ..errors import HpcCifarError, Interrupted, UsageError
 from . import bench, configure, control, data, doctor, drill, evaluate, init, report, submit, sync, train
 
@@ -191,6 +191,7 @@ def _check_folder() -> None:
 
 def run() -> None:
     """Entry point of the ``hpc-cifar`` command."""
+    owner.narrow_umask()
     code = main()
     lifetime.leave_soon(code)
     sys.exit(code)

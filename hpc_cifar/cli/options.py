@@ -14,6 +14,13 @@ MANY = "Run ids, unique prefixes, job or array ids, paths, or last."
 RunName = Annotated[str, typer.Argument(help="Run id, unique prefix, job id, path, or last.", autocompletion=complete.runs)]
 RunNames = Annotated[list[str], typer.Argument(help=MANY, autocompletion=complete.runs)]
 RunNamesOrLast = Annotated[list[str] | None, typer.Argument(help=MANY, show_default="last", autocompletion=complete.runs)]
+Owner = Annotated[
+    str | None, typer.Option(metavar="USER", help="Runs of that user, as far as you may read them.", show_default=False)
+]
+CodeOf = Annotated[
+    str | None,
+    typer.Option(metavar="USER", help="Also runs of that user, whose code runs as yours.", show_default=False),
+]
 Job = Annotated[str, typer.Argument(help="A job file, or the name of a packaged one.", autocompletion=complete.jobs)]
 DataRoot = Annotated[Path | None, typer.Option(help="Folder of all datasets; HPC_CIFAR_DATA, else ./data.", show_default=False)]
 FiguresFile = Annotated[Path | None, typer.Option("--json", help="Also write the figures there.", show_default=False)]

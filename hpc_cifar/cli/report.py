@@ -37,6 +37,7 @@ def report(
         typer.Option(metavar="FILE", help="Instead: the best by validation as a job file.", show_default=False),
     ] = None,
     title: Annotated[str | None, typer.Option(help="Its heading.", show_default=False)] = None,
+    owner: options.Owner = None,
 ) -> None:
     """Report on runs: one HTML file with claims beside measurements, curves, classes, restarts and how to do it again.
 
@@ -45,16 +46,18 @@ def report(
     hpc-cifar report --campaign table2 -o table2.html
     hpc-cifar report 4711 --format csv > runs.csv
     """
-    from .. import files, runs
+    from .. import files
     from ..errors import UsageError
     from ..launch.status import statuses
+    from .chosen import everything, to_read
 
     if output_format not in FORMATS:
         raise UsageError(f"--format {output_format}: should be one of {', '.join(FORMATS)}")
     if campaign is not None and run:
         raise UsageError("--campaign names the runs: leave the others out")
     root = files.runs_root()
-    chosen = runs.of_campaign(campaign, root) if campaign is not None else runs.find_all(run or ["last"], root)
+    chosen = everything(root, owner, campaign) if campaign is not None else to_read(run or ["last"], root, owner)
+    _check(chosen, changes=evaluate or wandb)
     if evaluate:
         _evaluate(chosen)
     groups = grouped(chosen, statuses(chosen))
@@ -83,23 +86,35 @@ def report(
     typer.echo(f"{out}: {headline(groups)}")
 
 
+def _check(chosen: list[Run], *, changes: bool) -> None:
+    """That pictures of the runs are files of theirs; that runs which are changed or uploaded are one's own."""
+    from .. import owner
+
+    for run in chosen:
+        if changes:
+            owner.check_own(run.path)
+        if owner.is_own(run.path):  # those of others have been looked at
+            owner.check_tree(run.path, parts=("evaluation",))
+
+
 def _write(path: Path, text: str, option: str) -> None:
     from .. import files
     from ..errors import UsageError
 
     try:
-        files.write_text(path.expanduser().absolute(), text)
+        files.write_text(files.expanded(path, f"{option} {path}"), text)
     except OSError as error:
         raise UsageError(f"{option} {path}: {error.strerror or error}") from None
 
 
 def _job_name(path: Path) -> str:
+    from .. import files
     from ..config.experiment import NAME_PATTERN
     from ..errors import UsageError
 
     if path.suffix != ".yaml" or not NAME_PATTERN.fullmatch(path.stem):
         raise UsageError(f"--winner {path}: should be a job file such as best.yaml; its experiment is called like it")
-    if path.expanduser().exists():
+    if files.expanded(path, f"--winner {path}").exists():
         raise UsageError(f"--winner {path}: exists already")
     return path.stem
 
@@ -108,7 +123,7 @@ def grouped(chosen: list[Run], statuses: list[Status]) -> list[Group]:
     """What the directories say; where a run is now, its status knows better."""
     from ..errors import RunError
     from ..report.facts import gather
-    from ..report.groups import groups_of
+    from ..report.groups import groups_of, remarks
 
     facts = []
     for run, seen in zip(chosen, statuses, strict=True):
@@ -118,7 +133,10 @@ def grouped(chosen: list[Run], statuses: list[Status]) -> list[Group]:
             typer.echo(f"warning: left out: {error}", err=True)
     if not facts:
         raise RunError("none of these runs can be read")
-    return groups_of(facts)
+    groups = groups_of(facts)
+    for remark in remarks(groups):
+        typer.echo(f"warning: {remark}", err=True)
+    return groups
 
 
 def _text(groups: list[Group], title: str, form: str) -> str:

@@ -224,11 +224,14 @@ def with_resources(experiment: Experiment, **changes: Any) -> Experiment:
 
 
 def chosen_cluster(name: str | None, dry_run: bool) -> Cluster:
-    from ..config.cluster import find_cluster
+    from ..config.cluster import find_cluster, overshadowed
     from ..launch.submit import have_sbatch
 
     # a dry run shows what Slurm would get, on a machine without Slurm too
-    return find_cluster(name, have_sbatch=dry_run or have_sbatch())
+    found = find_cluster(name, have_sbatch=dry_run or have_sbatch())
+    if (name is None or "/" not in name) and (path := overshadowed(found.name)):
+        typer.echo(f"hpc-cifar: {path} is not used: {found.name} is built in; name it by its path, or rename it", err=True)
+    return found
 
 
 def _submitted(

@@ -22,6 +22,7 @@ def sync(
     run: options.RunNames,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run has ended.")] = False,
     beside: Annotated[bool, typer.Option("--beside", hidden=True, help="Started by rank 0; ends with standard input.")] = False,
+    code_of: options.CodeOf = None,
 ) -> None:
     """Bring W&B up to date with a run directory; safe to repeat, also while the job runs.
 
@@ -29,13 +30,16 @@ def sync(
     hpc-cifar sync last
     hpc-cifar sync last --follow
     """
-    from .. import files, runs
+    from .. import files, owner
+    from . import chosen
 
     root = files.runs_root()
-    found = runs.find_all(run, root)
+    found = chosen.to_act_on(run, root, code_of)
     if beside:
         _beside(found[0])
         return
+    for one in found:
+        owner.check_tree(one.path, parts=("evaluation", "checkpoints"))
     from ..errors import RunBusy, TrackingError, UsageError
     from ..track.sync import sync as upload
     from ..track.wandb_run import has_login

@@ -68,7 +68,7 @@ def train(
 
     experiment = load_experiment(find_job(job), sets or [])
     ranks.settle()
-    data_root = data.expanduser().absolute() if data else files.data_root()
+    data_root = files.expanded(data, f"--data {data}") if data else files.data_root()
     root = files.runs_root()
     name = name or run_name(experiment, root)
 
@@ -114,15 +114,16 @@ def run_name(experiment: Experiment, root: Path) -> str:
 
     Fields that have their default do not count, so that a field which a later version adds changes no name.
     """
+    from .. import owner
     from ..errors import RunError
     from ..runs import Run
 
     values = json.dumps(experiment.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
     name = f"{experiment.name}-{hashlib.sha256(values.encode()).hexdigest()[:8]}"
-    if not (root / name).exists():
+    if not os.path.lexists(root / name):
         for path in sorted(root.glob(f"{experiment.name}-{'[0-9a-f]' * 8}")):
-            with contextlib.suppress(RunError):
-                if Run(path).experiment() == experiment:
+            with contextlib.suppress(RunError, OSError):
+                if owner.is_own(path) and Run(path).experiment() == experiment:
                     return path.name
     return name
 
@@ -172,7 +173,7 @@ def _agree(
 def _find_or_create(
     root: Path, name: str, experiment: Experiment, data_root: Path, *, fresh: bool, force: bool, world: int, local_world: int
 ) -> Run:
-    from .. import runs
+    from .. import owner, runs
     from ..errors import RunError
     from ..launch import provenance
     from ..launch import submit as launch
@@ -181,6 +182,9 @@ def _find_or_create(
     from ..plan import make_plan
 
     found = runs.named(root, name)
+    owner.check_root(root)
+    if os.path.lexists(found.path):
+        owner.check_name(found.path)
     exists, aside = found.experiment_file.is_file(), None
     if exists and is_live(found):
         raise RunError(f"{found.id} is being trained right now; wait for it, cancel it, or give this one a name with --name")
@@ -217,20 +221,23 @@ def _go_on_as(
         RunError: it would make others; the message names the fields.
     """
     from .. import files, runs
-    from ..config.difference import differences, matters
-    from ..config.fields import shown
+    from ..config.difference import differences, matters, without_weights
     from ..errors import RunError
     from ..launch.status import status
-    from ..launch.weights import without_weights
+    from ..train import begun
 
-    changed = differences(without_weights(found.experiment()), without_weights(experiment))
-    if not changed:
+    written, wanted = without_weights(found.experiment()), without_weights(experiment)
+    changed = differences(written, wanted)
+    manifest = begun.manifest(found)  # that file may have been edited: what counts is what the checkpoint was made with
+    trained = begun.changes(manifest, experiment) if begun.experiment_of(manifest) is not None else changed
+    important = {name: values for name, values in trained.items() if matters(name, *values)}
+    if begun.is_forced(found, experiment):
+        important = {}
+    if not changed and not important:
         return
-    said = [f"{name}: {shown(before)} -> {shown(now)}" for name, (before, now) in changed.items()]
-    important = [words for (name, values), words in zip(changed.items(), said, strict=True) if matters(name, *values)]
     if important and not force:
         raise RunError(
-            f"{found.id} was begun with another experiment ({'; '.join(important)}); --fresh starts over, --name NAME begins "
+            f"{found.id} was begun with another experiment ({begun.words(important)}); --fresh starts over, --name NAME begins "
             "another run, --force goes on from its checkpoint all the same"
         )
     seen = status(found)
@@ -241,7 +248,9 @@ def _go_on_as(
     experiment, plan = planned()
     files.write_json(found.path / "plan.json", plan)
     files.write_text(found.experiment_file, runs.experiment_text(experiment))
-    typer.echo(f"{found.id}: goes on with {'; '.join(said)}")
+    if important:
+        begun.force(found, experiment)
+    typer.echo(f"{found.id}: goes on with {begun.words(important | changed)}")
 
 
 def _placement(experiment: Experiment, world: int, local_world: int) -> tuple[Placement, tuple[str, ...]]:
@@ -271,9 +280,11 @@ def _print_result(found: Run, remark: str | None) -> None:
     if remark:
         typer.echo(f"{found.id}: {remark}")
     seen = status(found)
-    result = found.result() or {}
-    if seen.state == "failed" and result.get("state"):  # this very process still lives: the result is the last word
+    result = found.result()
+    if (
+        seen.state == "failed" and result is not None and result.state
+    ):  # this very process still lives: the result is the last word
         import dataclasses
 
-        seen = dataclasses.replace(seen, state=str(result["state"]), reason=result.get("reason"))
+        seen = dataclasses.replace(seen, state=result.state, reason=result.reason)
     console.result_table(found, seen)

@@ -6,6 +6,7 @@ a space or a quote.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Mapping
@@ -14,24 +15,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
+from .. import files, planted
 from ..errors import UsageError
 from ..redaction import holds_a_secret, may_name_a_secret
+from . import sbatch
 from .container import Container
 from .experiment import NAME_PATTERN
 from .explain import first_problem
 from .fields import Count, Duration, Flag, Model, Positive, Whole, matching, shown
-from .messages import did_you_mean
+from .messages import did_you_mean, shown_path
 from .packaged import cluster_files
 
 DEFAULT_PREFLIGHT_S = 60
-
-RESERVED_OPTIONS = frozenset(
-    {"array", "chdir", "cpus-per-gpu", "cpus-per-task", "error", "gpus", "gpus-per-node", "gpus-per-task", "gres", "job-name"}
-    | {"mem", "no-requeue", "nodes", "ntasks", "ntasks-per-node", "open-mode", "output", "requeue", "signal", "time", "wrap"}
-    | {"dependency", "kill-on-invalid-dep"}
-    | {"clusters", "parsable", "quiet", "test-only", "wait"}  # these change what sbatch does and prints
-)
-"""sbatch options that follow from the experiment and the profile; ``sbatch_extra`` must not contradict them."""
 
 _word = matching(r"[A-Za-z0-9_][A-Za-z0-9_.,@+:-]*", "a name without spaces (letters, digits and _ . , @ + : -)")
 _constraint = matching(r"[A-Za-z0-9_\[(][A-Za-z0-9_.,:&|*()\[\]!=-]*", "features joined by & or |, without spaces")
@@ -120,7 +115,7 @@ class Cluster(Model):
 
     # How jobs end.
     max_time: Duration | None = None
-    """The longest job, in quotes. A time limit above it is cut to it."""
+    """The longest job. A time limit above it is cut to it."""
     signal_delay_s: Annotated[Whole, Field(ge=5, le=3600)] = 120
     """How long before the time limit Slurm warns a job; enough to save a checkpoint."""
     requeue: Flag = True
@@ -167,13 +162,22 @@ class Cluster(Model):
         for name, value in extra.items():
             if not re.fullmatch(r"[a-z][a-z0-9_-]{0,63}", name):
                 raise ValueError(f"should name sbatch options without dashes in front, such as reservation, not {shown(name)}")
-            if name.replace("_", "-") in RESERVED_OPTIONS:
-                raise ValueError(f"should not set {name}: it follows from the job and the other fields of the profile")
+            if (why := sbatch.refusal(name, value)) is not None:
+                raise ValueError(why)
             if holds_a_secret(f"--{name}={value}"):
                 raise ValueError(f"should not hold a key, token or password (in {name}): {NO_SECRETS}")
             if value is False:
                 raise ValueError(f"should not set {name} to false: leave it out")
         return extra
+
+    @model_validator(mode="after")
+    def _extra_contradicts_no_field(self) -> Cluster:
+        given = [field for field in sbatch.RIVALS if getattr(self, field)]
+        if self.container is not None and self.container.runtime == "none":
+            given.remove("container")
+        if (why := sbatch.rivalry(self.sbatch_extra, given)) is not None:
+            raise ValueError(f"sbatch_extra: {why}")
+        return self
 
     @model_validator(mode="after")
     def _gpu_request_fits(self) -> Cluster:
@@ -227,13 +231,23 @@ def profile_folders() -> list[Path]:
 def known_clusters() -> dict[str, Path | None]:
     """Every name ``find_cluster`` would find and its file (None: built in)."""
     known: dict[str, Path | None] = {file.stem: file for file in cluster_files()}
-    known.update(dict.fromkeys(BUILT_IN))
     for folder in reversed(profile_folders()):
         try:
             known.update({file.stem: file for file in sorted(folder.glob("*.yaml")) if file.is_file()})
         except OSError:  # an unreadable folder holds no profile for us
             continue
-    return known
+    return known | dict.fromkeys(BUILT_IN)  # whose names always mean what they say
+
+
+def overshadowed(name: str) -> Path | None:
+    """A profile that has the name of a built-in one, and so is not used by that name."""
+    if name not in BUILT_IN:
+        return None
+    for folder in profile_folders():
+        with contextlib.suppress(OSError):
+            if (folder / f"{name}.yaml").is_file():
+                return folder / f"{name}.yaml"
+    return None
 
 
 def find_cluster(name: str | None = None, *, have_sbatch: bool) -> Cluster:
@@ -248,20 +262,28 @@ def find_cluster(name: str | None = None, *, have_sbatch: bool) -> Cluster:
     """
     name = name or os.environ.get("HPC_CIFAR_CLUSTER") or ("slurm" if have_sbatch else "local")
     if os.sep in name or name.endswith((".yaml", ".yml")):
-        return _named_by_file(Path(name).expanduser() if name.startswith("~/") else Path(name))
+        return _named_by_file(files.expanded(Path(name), f"--cluster {name}") if name.startswith("~/") else Path(name))
     known = known_clusters()
     if name not in known:
         folders = ", ".join(str(folder) for folder in profile_folders())
         hint = did_you_mean(name, sorted(known), "known profiles")
         raise UsageError(f"--cluster: no profile named {shown(name)}; {hint}; searched {folders} and the packaged profiles")
     path = known[name]
-    return BUILT_IN[name] if path is None else _named_by_file(path)
+    if path is None:
+        return BUILT_IN[name]
+    return _named_by_file(path, checked=path not in cluster_files())  # who can write those can write this code
 
 
-def _named_by_file(path: Path) -> Cluster:
-    """The profile in ``path`` under the file's name: a copied profile often keeps the name of the one it was copied from."""
+def _named_by_file(path: Path, *, checked: bool = True) -> Cluster:
+    """The profile in ``path`` under the file's name: a copied profile often keeps the name of the one it was copied from.
+
+    Raises:
+        UsageError: somebody else may have put it there: its environment and setup are run by jobs.
+    """
     from .load import load_cluster  # it needs the model above
 
+    if checked and (why := planted.problem(path)):
+        raise UsageError(f"{shown_path(path)}: is not used as a profile, whose lines jobs run: {why}")
     return load_cluster(path).model_copy(update={"name": path.stem})
 
 
@@ -278,4 +300,5 @@ def with_overrides(cluster: Cluster, **overrides: Any) -> Cluster:
         return Cluster.model_validate({**cluster.model_dump(), **given})
     except ValidationError as error:
         field, message = first_problem(error)
-        raise UsageError(f"--{field.replace('_', '-')}: {message}") from None
+        option = f"--{field.replace('_', '-')}: " if field else ""  # else it is a rule over several fields
+        raise UsageError(f"{option}{message}") from None

@@ -8,6 +8,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from .experiment import Experiment
+from .model import PretrainedModel
+
 # the same updates with other values of these: where it runs, what is told, what is kept, and how pixels get there
 ASIDE = (
     *("name", "claim", "resources", "tracking", "checkpoint.every_epochs", "checkpoint.every_steps"),
@@ -28,6 +31,14 @@ def differences(one: BaseModel, other: BaseModel) -> dict[str, tuple[Any, Any]]:
     first, second = flat(one.model_dump(mode="json")), flat(other.model_dump(mode="json"))
     names = dict.fromkeys([*first, *second])
     return {name: (first.get(name), second.get(name)) for name in names if first.get(name) != second.get(name)}
+
+
+def without_weights(experiment: Experiment) -> Experiment:
+    """Where pretrained weights lie does not matter to a run that goes on from its checkpoint."""
+    model = experiment.model
+    if not isinstance(model, PretrainedModel):
+        return experiment
+    return experiment.model_copy(update={"model": model.model_copy(update={"weights": None})})
 
 
 def matters(name: str, before: Any, now: Any) -> bool:

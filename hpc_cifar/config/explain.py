@@ -18,6 +18,7 @@ MOST_PROBLEMS = 50  # per file; more help nobody
 
 Loc = tuple[int | str, ...]
 
+ONE_LOSS = "the loss is cross-entropy, the only one there is; its one option is label_smoothing"
 _NAMED_BY = ("type", "name", "family")  # the fields that choose a class of a union
 
 
@@ -101,6 +102,12 @@ def _message(
 def _unknown_key(loc: Loc, model: type[BaseModel]) -> str:
     key = str(loc[-1])
     valid = sorted({name for cls in _models_at(model, loc[:-1]) for name in cls.model_fields} - {"type"})
+    where = next((str(part) for part in reversed(loc[:-1]) if isinstance(part, str)), "")
+    misplaced = key in model.model_fields and key not in (*_NAMED_BY, where)
+    if where == "loss" and not misplaced and closest(key, valid) is None:
+        return f"unknown key; {ONE_LOSS}"
+    if len(loc) > 1 and key in (*_NAMED_BY, "kind", where):  # it is to choose one of several
+        return _chosen(where, _models_at(model, loc[:-1]), _models_at(model, (loc[0],)), valid)
     if closest(key, valid) is None:
         for section, field in model.model_fields.items():
             if any(key in cls.model_fields for cls in _models_in(field.annotation)) and len(loc) == 1:
@@ -110,6 +117,19 @@ def _unknown_key(loc: Loc, model: type[BaseModel]) -> str:
     if not valid:
         return f"unknown key; {loc[-2] if len(loc) > 1 else 'it'} has no options"
     return f"unknown key; {did_you_mean(key, valid)}"
+
+
+def _chosen(where: str, models: Sequence[type[BaseModel]], section: Sequence[type[BaseModel]], valid: Sequence[str]) -> str:
+    """What to say where a key was to choose a class: how that is done there, or that there is nothing to choose."""
+    several = models if len(models) > 1 else section if {*models} < {*section} else ()
+    if names := _names_of(several):
+        field = next(key for key in _NAMED_BY if key in several[0].model_fields)
+        return f"unknown key; {field} chooses it, one of {', '.join(names)}"
+    return (
+        f"unknown key; there is one kind of {where}; valid keys are {', '.join(valid)}"
+        if valid
+        else "unknown key; it has no options"
+    )
 
 
 def _needed(loc: Loc, model: type[BaseModel]) -> str:
@@ -205,6 +225,8 @@ def _wording(detail: ErrorDetails, node: Node | None) -> str:
             wanted = "a list"
         case "model_type" | "dict_type" | "mapping_type":
             wanted = "a mapping (key: value)"
+            if detail["loc"] and detail["loc"][-1] == "loss":
+                return f"should be {wanted}, not {_written(detail, node)}: {ONE_LOSS}"
         case "too_short":
             return f"should have at least {_counted(context['min_length'], 'entry', 'entries')}, not {context['actual_length']}"
         case "too_long":

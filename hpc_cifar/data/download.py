@@ -18,6 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
+from .. import owner, planted
 from ..errors import DataError
 from ..files import fsync_folder, whole
 
@@ -52,7 +53,9 @@ def download(folder: Path, console: Console, *, url: str = URL, md5: str = MD5, 
     """
     name = urllib.parse.urlsplit(url).path.rpartition("/")[2] or "archive"
     target, part = folder / name, folder / f"{name}.part"
-    folder.mkdir(parents=True, exist_ok=True)
+    owner.make(folder, owner.ROOT_MODE)
+    if folder.is_symlink():
+        raise DataError(f"{folder}: is a link, which a download does not follow; {_elsewhere()}")
     if target.is_file() and md5_of(target) == md5:
         return target
     _look_up(url, timeout_s)
@@ -82,6 +85,7 @@ def download(folder: Path, console: Console, *, url: str = URL, md5: str = MD5, 
     if found != md5:
         part.unlink(missing_ok=True)
         raise DataError(f"{url}: what arrived has md5 {found}, not {md5}; it was removed, run the command again")
+    part.chmod(0o644)
     part.replace(target)
     fsync_folder(folder)
     return target
@@ -93,7 +97,7 @@ def _elsewhere() -> str:
 
 def _size(path: Path) -> int:
     try:
-        return path.stat().st_size
+        return path.lstat().st_size
     except FileNotFoundError:
         return 0
 
@@ -128,7 +132,8 @@ def _fetch(url: str, part: Path, console: Console, timeout_s: float) -> bool:
         request.add_header("Range", f"bytes={have}-")
     with urllib.request.urlopen(request, timeout=timeout_s) as response:
         total, start = _extent(response, have)
-        with part.open("r+b" if start else "wb") as stream:
+        with planted.open_there(part) as opened:
+            stream = opened.buffer
             stream.seek(start)
             stream.truncate()
             with _progress(console, part.name.removesuffix(".part"), start, total) as advance:

@@ -6,18 +6,26 @@ import collections
 import difflib
 import io
 import itertools
-from collections.abc import Iterable, Sequence
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import DataError
+from ..errors import DataError, first_line
 
 EXTENSIONS = (".jpg", ".jpeg", ".png")
 SPLITS = ("train", "test")
 LARGEST_SIDE = 1024  # pixels
+LARGEST_FILE_BYTES = 8 * 2**20  # an uncompressed image of that size has 3 MiB
+EXPANDED_BYTES, EXPANSION = (
+    2**28,
+    200,
+)  # all images together may have so many bytes of pixels, and so many times those of their source
 _CHUNK = 256  # images handed to a thread at once: one small JPEG is too little work
+_CHUNK_BYTES = 2**24  # of files, and of pixels
 
 Pixels = npt.NDArray[np.uint8]
 Split = tuple[Pixels, npt.NDArray[np.int64]]
@@ -31,7 +39,10 @@ def place(name: str) -> tuple[str, str] | None:
     return (parts[-3], parts[-2]) if parts[-3] in SPLITS else None
 
 
-def _decode(source: str, chunk: Sequence[tuple[str, bytes]], side: int | None) -> list[Pixels]:
+def _decode(
+    source: str, chunk: Sequence[tuple[str, bytes]], side: int | None, usual: tuple[int, ...] | None = None
+) -> list[Pixels]:
+    """The pixels of some images; of one that is not of the ``usual`` shape only the shape, in an array that takes no memory."""
     from PIL import Image
 
     decoded = []
@@ -40,9 +51,13 @@ def _decode(source: str, chunk: Sequence[tuple[str, bytes]], side: int | None) -
             with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
                 mode, size = image.mode, image.size
                 fits = mode == "RGB" and max(size) <= LARGEST_SIDE and (side is None or size == (side, side))
-                pixels = np.asarray(image) if fits else None
+                shape = (size[1], size[0], 3)
+                odd = usual is not None and shape != usual
+                pixels = (np.broadcast_to(np.uint8(0), shape) if odd else np.asarray(image)) if fits else None
+        except Image.DecompressionBombError:
+            raise DataError(f"{source}: {name}: has more pixels than {LARGEST_SIDE} x {LARGEST_SIDE}") from None
         except Exception as error:  # a damaged image may raise anything in a decoder
-            raise DataError(f"{source}: {name}: is no whole JPEG or PNG image ({error})") from None
+            raise DataError(f"{source}: {name}: is no whole JPEG or PNG image ({first_line(error)})") from None
         if pixels is None:
             wanted = f"{side} x {side}" if side else f"at most {LARGEST_SIDE} x {LARGEST_SIDE}"
             raise DataError(f"{source}: {name}: is {size[0]} x {size[1]} pixels in mode {mode}; should be {wanted} in mode RGB")
@@ -65,8 +80,27 @@ def _class_list(source: str, found: Iterable[tuple[str, str]], classes: Sequence
     return expected
 
 
+def _chunks(found: Iterable[tuple[str, bytes]]) -> Iterator[list[tuple[str, bytes]]]:
+    """The first image alone, then as many as a thread may have."""
+    chunk: list[tuple[str, bytes]] = []
+    most, size = 1, 0
+    for one in found:
+        chunk.append(one)
+        size += len(one[1])
+        if len(chunk) >= most or size > _CHUNK_BYTES:
+            yield chunk
+            chunk, most, size = [], _CHUNK, 0
+    if chunk:
+        yield chunk
+
+
 def read(
-    source: str, found: Iterable[tuple[str, bytes]], classes: Sequence[str] | None, side: int | None, threads: int
+    source: str,
+    found: Iterable[tuple[str, bytes]],
+    classes: Sequence[str] | None,
+    side: int | None,
+    threads: int,
+    most_bytes: int,
 ) -> tuple[Split, Split, tuple[str, ...]]:
     """Decode every image of ``found``, pairs of name and content.
 
@@ -75,6 +109,7 @@ def read(
         classes: names in the order of their labels, or None: those found, sorted.
         side: height and width that every image must have, or None: all equal.
         threads: decoders at work at once; Pillow decodes without the interpreter lock.
+        most_bytes: of the pixels of all images.
 
     Returns:
         Images (N,H,W,3) and labels (N,) of train and of test, sorted by class and name, and the class names.
@@ -83,16 +118,27 @@ def read(
         DataError: an image is damaged or of another size or mode, a class folder is wrong,
             missing or empty, or a name is there twice.
     """
+    from PIL import Image
+
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # the size is looked at before any pixel
     names: list[tuple[str, str, str]] = []
     running: collections.deque[Future[list[Pixels]]] = collections.deque()
     decoded: list[Pixels] = []
+    usual: tuple[int, ...] | None = None
     with ThreadPoolExecutor(max_workers=threads) as pool:
-        pending = iter(found)
-        images = ((name, data, where) for name, data in pending if (where := place(name)))
         try:
-            while chunk := list(itertools.islice(images, _CHUNK)):
-                names += [(*where, name.rpartition("/")[2]) for name, _, where in chunk]
-                running.append(pool.submit(_decode, source, [(name, data) for name, data, _ in chunk], side))
+            for chunk in _chunks((name, data) for name, data in found if place(name)):
+                names += [(*(place(name) or ("", "")), name.rpartition("/")[2]) for name, _ in chunk]
+                if usual is None:  # the first image alone
+                    decoded = _decode(source, chunk, side)
+                    usual = decoded[0].shape
+                    continue
+                if len(names) * math.prod(usual) > most_bytes:
+                    raise DataError(
+                        f"{source}: its images expand to more than {most_bytes // 2**20:,} MiB of pixels, hundreds of times "
+                        "its size: no dataset does that"
+                    )
+                running.append(pool.submit(_decode, source, chunk, side, usual))
                 while len(running) > 4 * threads:  # bounds what waits in memory
                     decoded += running.popleft().result()
             while running:
@@ -114,5 +160,9 @@ def read(
     splits = []
     for split in SPLITS:
         rows = sorted((order.index(name), path, row) for row, (part, name, path) in enumerate(names) if part == split)
-        splits.append((np.stack([decoded[row] for _, _, row in rows]), np.array([label for label, _, _ in rows], np.int64)))
+        try:
+            pixels = np.stack([decoded[row] for _, _, row in rows])
+        except MemoryError:
+            raise DataError(f"{source}: its images need more memory than there is") from None
+        splits.append((pixels, np.array([label for label, _, _ in rows], np.int64)))
     return splits[0], splits[1], order

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from numba.core import config as numba_config
 
-from .. import files
+from .. import caches, files
 
 Kernel = Callable[..., None]
 
@@ -115,7 +115,7 @@ def _at_a_fixed_path(function: Any) -> Kernel | None:
     text = Path(__file__).read_bytes()
     name = f"kernels-{hashlib.sha256(text).hexdigest()[:16]}"
     config: Any = numba_config
-    folder = files.cache_folder(name, config.CACHE_DIR)  # the user's own NUMBA_CACHE_DIR, if there is one
+    folder = caches.cache_folder(name, config.CACHE_DIR)  # below the user's own NUMBA_CACHE_DIR, if there is one
     if folder is None:
         return None
     source = folder / "kernels.py"
@@ -126,6 +126,17 @@ def _at_a_fixed_path(function: Any) -> Kernel | None:
         return None
     code: Any = function.__code__
     return types.FunctionType(code.replace(co_filename=str(source)), globals(), code.co_name)
+
+
+@contextlib.contextmanager
+def _beside_the_source() -> Iterator[None]:
+    """Have numba keep machine code in the private folder where the source lies, and not in one that it makes elsewhere."""
+    config: Any = numba_config
+    before, config.CACHE_DIR = config.CACHE_DIR, ""
+    try:
+        yield
+    finally:
+        config.CACHE_DIR = before
 
 
 @contextlib.contextmanager
@@ -162,7 +173,8 @@ def fill_of(item: str) -> Kernel:
         integer, array(number), boolean, integer, integer, numba.types.Array(number, 1, "C"),
     )  # fmt: skip
     if (cached := _at_a_fixed_path(_fill)) is not None:
-        with _without_scipy(), contextlib.suppress(OSError):  # the disk is full: compiled for this process alone, then
+        # on a full disk: compiled for this process alone
+        with _without_scipy(), _beside_the_source(), contextlib.suppress(OSError):
             kept: Kernel = numba.njit(signature, cache=True, nogil=True, boundscheck=False)(cached)
             return kept
     kernel: Kernel = numba.njit(signature, nogil=True, boundscheck=False)(_fill)

@@ -9,15 +9,15 @@ import fcntl
 import hashlib
 import os
 import shutil
-import socket
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 
-from .. import files
+from .. import files, owner, planted
 from ..errors import DataError, HpcCifarError, UsageError
 from . import archive as archives
 from . import beton, choice, sources, store
@@ -68,14 +68,18 @@ def prepare(
         raise UsageError("--archive: digits come with scikit-learn and take no archive; leave it out or name another dataset")
     source = _source_of(dataset, archive)
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        with _only_one(root, dataset, wait):
+        owner.make(root, owner.ROOT_MODE)
+        with _only_one(root, dataset, wait, console):
             _sweep(root, dataset)
             made = _prepare(dataset, source, root, force, download, console, url, md5)
             return _with_beton(made, write_beton, console)
     except HpcCifarError:
         raise
     except OSError as error:
+        read_only = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+        if read_only and not force and _existing(root, dataset)[0]:
+            _say(console, f"{dataset}: is prepared already, in a folder that cannot be written")
+            return _with_beton(_prepare(dataset, source, root, False, download, console, url, md5), write_beton, console)
         raise DataError(f"{root / dataset}: cannot be prepared: {error.strerror or error}") from None
 
 
@@ -84,7 +88,7 @@ def _source_of(dataset: str, archive: Path | None) -> Path | None:
         archive = Path(os.environ["HPC_CIFAR_ARCHIVE"])
     if archive is None:
         return None
-    archive = archive.expanduser().absolute()
+    archive = files.expanded(archive, f"--archive {archive}")
     if not archive.exists():
         raise DataError(f"{archive}: no such file or folder; --archive and HPC_CIFAR_ARCHIVE take an archive or a folder")
     return archive
@@ -152,11 +156,12 @@ def _with_beton(made: Store, wanted: bool | None, console: Console) -> Store:
             raise UsageError(f"--beton: FFCV holds RGB images; these have {made.image_shape[0]} channel(s)")
         return made
     for left in made.path.glob(f".{beton.NAME}.*.tmp"):  # of a killed process: the lock is held
-        left.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            left.unlink(missing_ok=True)
     path = made.train.beton
     try:
         if path is not None:
-            beton.verify(path, len(made.train.labels), "")
+            beton.verify(path, made.train.images, made.train.labels, "")
     except DataError as error:
         _say(console, f"{str(error).partition('; run:')[0]}; writing it anew")
         path = None
@@ -232,37 +237,72 @@ def _same_source(recorded: dict[str, Any], identity: dict[str, Any], source: Pat
 
 
 @contextlib.contextmanager
-def _only_one(root: Path, dataset: str, wait: bool) -> Iterator[None]:
-    """Hold the lock of ``dataset``; the kernel frees it when the process ends, however it ends."""
+def _only_one(root: Path, dataset: str, wait: bool, console: Console) -> Iterator[None]:
+    """Hold the lock of ``dataset``; the kernel frees it when the process ends, however it ends. What fails removes its file."""
     path = root / f".{dataset}.lock"
-    with path.open("a+") as stream:
+    while True:
+        stream = planted.open_there(path)
         try:
-            fcntl.lockf(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            stream.seek(0)
-            raise DataError(
-                f"{root / dataset}: is being prepared by {stream.read().strip() or 'another process'}; "
-                "try again when it is done, or add --wait"
-            ) from None
-        stream.truncate(0)
-        stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        stream.flush()
+            if not _locked(stream, root / dataset, wait):
+                _say(console, f"warning: {root}: this file system has no locks: prepare {dataset} by one command at a time")
+            if path.lstat().st_ino == os.fstat(stream.fileno()).st_ino:
+                break
+            stream.close()  # whoever had it has removed it since
+        except FileNotFoundError:
+            stream.close()
+        except BaseException:
+            stream.close()
+            raise
+    with stream:
         try:
+            files.write_holder(stream)
             yield
-        finally:
+        except BaseException:
             with contextlib.suppress(OSError):
-                stream.truncate(0)
+                path.unlink()
+            raise
+        with contextlib.suppress(OSError):
+            stream.truncate(0)
+
+
+def _locked(stream: TextIO, store_folder: Path, wait: bool) -> bool:
+    """Lock the open file; False on a file system without locks.
+
+    Raises:
+        DataError: another process has it.
+        OSError: it cannot be locked.
+    """
+    try:
+        fcntl.lockf(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        who = stream.read().strip()
+        raise DataError(
+            f"{store_folder}: is being prepared by {who or 'another process'}; try again when it is done, or add --wait"
+        ) from None
+    except OSError as error:
+        if error.errno not in files.NO_LOCKS:
+            raise
+        return False
+    return True
 
 
 def _sweep(root: Path, dataset: str) -> None:
     """Remove what a killed process left (the lock is held, so nobody works there); bring back a store set aside."""
-    for left in root.glob(f".{dataset}.*.tmp"):
+    for left in _own(root, f".{dataset}.*.tmp"):
         shutil.rmtree(left, ignore_errors=True)
-    for old in root.glob(f".{dataset}.*.old"):
+    for old in _own(root, f".{dataset}.*.old"):
         if (root / dataset).exists():
             shutil.rmtree(old, ignore_errors=True)
         else:
             old.rename(root / dataset)
+
+
+def _own(root: Path, pattern: str) -> Iterator[Path]:
+    """Folders of this user: what somebody else calls like that is not the store that was set aside."""
+    for path in list(root.glob(pattern)):
+        facts = path.lstat()
+        if stat.S_ISDIR(facts.st_mode) and facts.st_uid == owner.uid():
+            yield path
 
 
 def _build(root: Path, dataset: str, data: sources.Dataset, source: dict[str, Any]) -> None:

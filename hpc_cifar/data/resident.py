@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from .. import caches
 from ..config.experiment import Augment
 from ..errors import DataError, first_line
 from .draws import Draws
@@ -55,6 +56,7 @@ class Resident:
 
     def _tried(self, arrays: Arrays) -> Any:
         """The kernel, after one launch."""
+        caches.use("TRITON_CACHE_DIR", "triton")
         from .triton_kernel import Kernel
 
         made = Kernel(self._epochs.config.augment, arrays, self._output, self._epochs.seed)

@@ -82,6 +82,12 @@ def _kind(name: str) -> str | None:
     return "images" if images.place(name) else None
 
 
+def _limit(name: str) -> int:
+    """How many bytes of a file are read; 0 of one that is neither a batch nor an image."""
+    kind = _kind(name)
+    return images.LARGEST_FILE_BYTES if kind == "images" else archive.LARGEST_MEMBER_BYTES if kind else 0
+
+
 def read(source: Path, dataset: str, tell: archive.Tell = lambda done, total: None) -> Dataset:
     """Read and check ``source``, an archive or folder with the official batches or with class folders.
 
@@ -91,7 +97,7 @@ def read(source: Path, dataset: str, tell: archive.Tell = lambda done, total: No
     Raises:
         DataError: it is missing, truncated, damaged, altered, or does not hold what ``dataset`` needs.
     """
-    found = archive.files(source, tell)
+    found = archive.files(source, tell, _limit)
     for name, data in found:
         kind = _kind(name)
         if kind == "hundred" and not data.startswith(b"\x80"):  # any file may be called that; these are pickles
@@ -108,29 +114,31 @@ def read(source: Path, dataset: str, tell: archive.Tell = lambda done, total: No
 def _read_batches(source: Path, found: Iterator[tuple[str, bytes]], dataset: str) -> Dataset:
     if dataset != "cifar10":
         raise UsageError(f"{source}: holds CIFAR-10 batches; prepare it as cifar10, not as {dataset!r}")
-    contents: dict[str, bytes] = {}
+    md5: dict[str, str] = {}
+    parts: dict[str, images.Split] = {}
     digest = archive.ContentDigest()
     for path, data in found:
         name = PurePosixPath(path).name
         if _kind(path) != "batches":
             continue
-        if name in contents:
+        if name in md5:
             raise DataError(f"{source}: {path}: a second {name}")
         if name not in (*BATCHES, "batches.meta"):
             raise DataError(f"{source}: {path}: CIFAR-10 has no such batch; it has {', '.join(BATCHES)}")
-        contents[name] = data
+        md5[name] = hashlib.md5(data, usedforsecurity=False).hexdigest()
         digest.add(name, data)
-    missing = [name for name in BATCHES if name not in contents]
+        if name in BATCHES:  # looked at as it comes, so that no more than one is in memory twice
+            parts[name] = pickles.batch(data, f"{source}: {name}")
+            continue
+        names = pickles.label_names(data, f"{source}: {name}")
+        if names != pickles.CLASSES:
+            raise DataError(f"{source}: {name}: classes {', '.join(names[:20])}; should be {', '.join(pickles.CLASSES)}")
+    missing = [name for name in BATCHES if name not in parts]
     if missing:
         raise DataError(f"{source}: {', '.join(missing)}: missing; CIFAR-10 has {', '.join(BATCHES)}")
-    if "batches.meta" in contents:
-        names = pickles.label_names(contents["batches.meta"], f"{source}: batches.meta")
-        if names != pickles.CLASSES:
-            raise DataError(f"{source}: batches.meta: classes {', '.join(names)}; should be {', '.join(pickles.CLASSES)}")
-    parts = {name: pickles.batch(contents[name], f"{source}: {name}") for name in BATCHES}
     train_images, train_labels = (np.concatenate(arrays) for arrays in zip(*(parts[n] for n in BATCHES[:5]), strict=True))
     result = Dataset(train_images, train_labels, *parts["test_batch"], pickles.CLASSES, "", True, digest.hexdigest())
-    known = _known_batches(source, contents, [len(labels) for _, labels in parts.values()])
+    known = _known_batches(source, md5, [len(labels) for _, labels in parts.values()])
     return _checked(source, dataclasses.replace(result, label=known or "custom CIFAR-10 batches", verified=bool(known)))
 
 
@@ -167,16 +175,15 @@ def _read_hundred(source: Path, found: Iterator[tuple[str, bytes]], dataset: str
     return _checked(source, Dataset(*train, *test, classes, label, known, digest.hexdigest()))
 
 
-def _known_batches(source: Path, contents: dict[str, bytes], counts: list[int]) -> str | None:
+def _known_batches(source: Path, md5: dict[str, str], counts: list[int]) -> str | None:
     """Label of known batches, None for unknown ones; known counts with other bytes are refused."""
     if len(set(counts)) != 1 or counts[0] not in _KNOWN_BATCHES:
         return None
     label, digests = _KNOWN_BATCHES[counts[0]]
     for name, right in digests.items():
-        md5 = hashlib.md5(contents[name], usedforsecurity=False).hexdigest()
-        if md5 != right:
+        if md5[name] != right:
             raise DataError(
-                f"{source}: {name}: altered: as many images as {label} but md5 {md5}, not {right}; get a fresh copy"
+                f"{source}: {name}: altered: as many images as {label} but md5 {md5[name]}, not {right}; get a fresh copy"
             )
     return label
 
@@ -204,7 +211,9 @@ def _read_images(source: Path, found: Iterator[tuple[str, bytes]], dataset: str)
             raise DataError(f"{source}: {place}: has no images; every class needs some in train and in test")
     cifar = dataset == "cifar10"
     threads = min(len(os.sched_getaffinity(0)), 8)
-    train, test, classes = images.read(str(source), noted(), pickles.CLASSES if cifar else None, 32 if cifar else None, threads)
+    most = images.EXPANDED_BYTES + images.EXPANSION * archive.bytes_of(source)
+    order, side = (pickles.CLASSES, 32) if cifar else (None, None)
+    train, test, classes = images.read(str(source), noted(), order, side, threads, most)
     result = Dataset(*train, *test, classes, f"custom {dataset}", False, digest.hexdigest())
     full = (len(train[1]), len(test[1])) == (50_000, 10_000)
     if cifar and result.content == JPEG_CONTENT:

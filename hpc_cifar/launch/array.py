@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import files
+from .. import files, owner
 from ..config.cluster import Cluster
 from ..config.expand import Element
 from ..config.experiment import Experiment
@@ -75,7 +75,7 @@ def executor(
 
 def new_links(root: Path) -> Path:
     """A name for the folder of an array's links."""
-    return root / LINKS / submission.new_mark()
+    return owner.part(root, LINKS) / submission.new_mark()
 
 
 def start(
@@ -99,7 +99,8 @@ def start(
         LaunchError: Slurm refused, or did not answer.
     """
     links = new_links(root)
-    links.mkdir(parents=True, mode=0o700)
+    owner.make_part(links.parent)
+    links.mkdir(mode=owner.PRIVATE)
     for index, run in enumerate(members):
         (links / str(index)).symlink_to(Path("..") / ".." / run.id)
     made = executor(group, cluster, links, data_root, limit, waits)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from .. import runs
+from .. import owner, runs
 from ..errors import RunError, UsageError
 from ..runs import Run
 
@@ -24,6 +24,10 @@ def resolve(tokens: Sequence[str], root: Path, executor: str) -> list[Run]:
 
     wanted = runs.find_all(tokens, root)
     waiting = []
+    for run in wanted:
+        if not owner.is_own(run.path):
+            whose = owner.name_of(owner.of(run.path))
+            raise UsageError(f"--after {run.id}: it is a run of {whose}; wait for it first: hpc-cifar wait {run.path}")
     for run, seen in zip(wanted, statuses(wanted), strict=True):
         if seen.state == "finished":
             continue
@@ -34,7 +38,7 @@ def resolve(tokens: Sequence[str], root: Path, executor: str) -> list[Run]:
             raise UsageError(
                 f"--after {run.id}: it has no job yet ({seen.reason or seen.state}); see hpc-cifar status {run.id}"
             )
-        where = run.jobs()[-1].get("executor")
+        where = run.last_job().executor
         if (where == "slurm") != (executor == "slurm"):
             place = "on Slurm" if where == "slurm" else "on this machine without Slurm"
             raise UsageError(
@@ -55,7 +59,7 @@ def check_finished(after: Sequence[str]) -> None:
     """
     for run in map(Run, map(Path, after)):
         if not run.finished():
-            state = run.state().get("state") or "gone"
+            state = run.state().state or "gone"
             raise RunError(
                 f"{run.id}, after which this run was to start, has not finished: it is {state}; resume that one, then this one"
             )

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import files
+from .. import files, owner
 from ..config.cluster import Cluster
 from ..config.experiment import Experiment
 from ..errors import HpcCifarError, LaunchError
@@ -163,7 +163,7 @@ def on_node(cluster: Cluster, data_root: Path, runs_root: Path, say: Callable[[s
         LaunchError: Slurm refused the job, or it ended without an answer; its folder is kept then.
     """
     gpus = _gpus_of(cluster)
-    folder = runs_root / ".doctor" / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    folder = owner.part(runs_root, ".doctor") / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     experiment = Experiment.model_validate(
         {
             "name": "hpc-cifar-doctor",
@@ -180,7 +180,8 @@ def on_node(cluster: Cluster, data_root: Path, runs_root: Path, say: Callable[[s
     made = script.executor(experiment, once, plan, folder, folders=[runs_root, *([data_root] if data_root.is_dir() else [])])
     estimate.start_of(made.script(), once, plan)  # what Slurm refuses is refused before anything is created
     try:
-        folder.mkdir(mode=0o700, parents=True)
+        owner.make_part(folder.parent)
+        folder.mkdir(mode=owner.PRIVATE)
     except OSError as error:
         raise LaunchError(f"{folder}: cannot be written: {error.strerror or error}") from None
     try:
@@ -195,7 +196,7 @@ def on_node(cluster: Cluster, data_root: Path, runs_root: Path, say: Callable[[s
 def _asked(made: script.SlurmExecutor, folder: Path, look: Look, name: str, say: Callable[[str], None]) -> Machine:
     """Submit the job, and wait for its answer."""
     snapshot.take(folder / "code")
-    (folder / "submitit").mkdir(exist_ok=True)
+    owner.make(folder / "submitit", owner.PRIVATE)
     shutil.copyfile(script.GUARD, folder / "submitit" / script.GUARD.name)
     job_id = handover.submit(made, [look])
     say(f"job {job_id} looks at a node of {name}; Ctrl-C gives it up")

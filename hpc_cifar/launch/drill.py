@@ -192,7 +192,7 @@ class Drill:
                     control.cancel(run)
             with contextlib.suppress(HpcCifarError):
                 if self.cluster.executor == "slurm":
-                    slurm.cancel([str(job["job_id"]) for job in chain_of(run) if "job_id" in job])
+                    slurm.cancel([job.job_id for job in chain_of(run) if job.job_id])
 
     def remove(self) -> bool:
         """Remove the runs; whether all of it is gone. Processes of a run that has just finished still write, for moments."""
@@ -226,7 +226,7 @@ class Drill:
         self._until(lambda: self._step() >= wanted, f"step {wanted}")
         self._until(lambda: self._whole() >= WHOLE.get(name, 0), "its checkpoints")
         starts, before = len(self._starts()), self._lost()
-        began = time.time()
+        began, clock = time.time(), time.monotonic()
         self._do(name)
         outcome = Outcome(name, self._step())
         resumed = self._back(starts)
@@ -241,7 +241,8 @@ class Drill:
             outcome.missed = outcome.from_step >= _step_of(list(self.damaged)[-1])
         self._until(lambda: self._step() > self.from_step, "the next step")
         [first, *_] = [row for row in self._rows() if row["kind"] == "step" and row["step"] > self.from_step]
-        outcome.back_s = round(float(first["time"]) - began, 1)
+        # by the time of its row; a clock that is set meanwhile, or differs there, changes nothing past what was waited here
+        outcome.back_s = round(min(max(0.0, float(first["time"]) - began), time.monotonic() - clock), 1)
         outcome.lost = self._lost() - before
         outcome.at_step = outcome.from_step + outcome.lost
         self.say(
@@ -252,7 +253,7 @@ class Drill:
 
     def _do(self, name: str) -> None:
         """The fault itself, and that it has happened."""
-        ranks = list(range(int(self.victim.state().get("world_size") or 1)))
+        ranks = list(range(self.victim.state().world_size or 1))
         match name:
             case "preempt":
                 self._signal()
@@ -313,8 +314,7 @@ class Drill:
         if self.cluster.executor == "slurm":
             self._slurm("scancel", f"--signal={name}", self._job_id())
             return
-        who = controller_of(self.victim, self.victim.jobs()[-1])
-        process.signal_exactly(who, signal.Signals[f"SIG{name}"])
+        process.signal_exactly(controller_of(self.victim, self.victim.last_job()), signal.Signals[f"SIG{name}"])
 
     def _slurm(self, *command: str) -> None:
         reply = slurm.ask(list(command), timeout_s=slurm.TIMEOUT_S)
@@ -323,7 +323,7 @@ class Drill:
             raise LaunchError(f"{' '.join(command)}: {words}")
 
     def _job_id(self) -> str:
-        return str(status(self.victim).job_id)
+        return slurm.checked_ids([str(status(self.victim).job_id)])[0]
 
     # ---- what the run says -----------------------------------------------------------------------------------------------
 

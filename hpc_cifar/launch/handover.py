@@ -24,7 +24,7 @@ from typing import Any
 
 from submitit.core.utils import DelayedSubmission
 
-from .. import files
+from .. import files, owner
 from ..errors import HpcCifarError, Interrupted, LaunchError, NoAnswer, NoCluster
 from ..runs import Run, now
 from . import slurm, submission
@@ -226,10 +226,11 @@ def submit(
     with handled(lambda number, _: noted.append(number)), clean_environment(text):
         try:
             for folder, job in zip(folders, jobs, strict=True):
-                folder.mkdir(parents=True, exist_ok=True)
+                owner.make(folder, owner.PRIVATE)
                 delayed = DelayedSubmission(job)
                 delayed.set_timeout(made.parameters["time"], made.max_num_timeout)
                 delayed.dump(folder / submission.pickle_name(made.mark))
+                (folder / submission.pickle_name(made.mark)).chmod(0o600)  # whoever writes it decides what the job runs
             files.write_text(path, text, durable=False)
             for index, (run, row) in enumerate(members):
                 submission.begin(run, made.mark, row, index if array else None)
@@ -350,9 +351,8 @@ def _is_ours(run: Run, opened: Open) -> bool:
 def _take(run: Run, opened: Open, job_id: str) -> None:
     with contextlib.suppress(FileNotFoundError):
         submission.place(run.submitit, opened.mark, job_id)
-    if not opened.is_link and run.state().get("state") == "failed":  # since nobody answered; the job itself has not begun
-        kept = {key: value for key, value in run.state().items() if key != "reason"}
-        run.write_state(**{**kept, "state": "pending"})
+    if not opened.is_link:  # it failed since nobody answered; the job itself has not begun
+        run.update_state(when=lambda old: old.state == "failed", state="pending", reason=None)
     submission.settle(run, opened.mark, job_id, opened.row, opened.replaces)
 
 

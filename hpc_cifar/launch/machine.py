@@ -15,7 +15,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from .. import __version__, files
+from .. import __version__, owner
+from .. import caches as compiled
 from ..config.cluster import Cluster
 from ..errors import HpcCifarError, first_line
 from ..findings import Finding, ok, problem, warning
@@ -39,7 +40,7 @@ def findings(data_root: Path, runs_root: Path, cluster: Cluster, trains: bool) -
     yield packages()
     yield compiler()
     runs, skew_s = folder("runs", "HPC_CIFAR_RUNS", runs_root)
-    yield runs
+    yield shared(runs_root) or runs
     if skew_s is not None:
         yield clock(skew_s, runs_root)
     yield from data(data_root)
@@ -132,6 +133,19 @@ def folder(name: str, variable: str, path: Path) -> tuple[Finding, float | None]
     return ok(name, said), skew_s
 
 
+def shared(root: Path) -> Finding | None:
+    """Who else can write to the folder of runs, if that matters."""
+    if said := owner.root_problem(root):
+        words, _, fix = said.partition("; ")
+        return problem("runs", words, fix)
+    with contextlib.suppress(OSError):
+        whose = root.stat().st_uid
+        if whose not in (owner.uid(), 0):
+            fix = "export HPC_CIFAR_RUNS=FOLDER, one of your own, unless you trust them with what your jobs run"
+            return warning("runs", f"{root}: is of {owner.name_of(whose)}, who can exchange runs in it", fix)
+    return None
+
+
 def _locks(probe: Path) -> bool:
     """Whether a second lock is refused, as one on a run directory has to be; network file systems want to write for one."""
     with probe.open("r+b") as one, probe.open("r+b") as two:
@@ -170,6 +184,7 @@ def data(root: Path) -> Iterator[Finding]:
     for name in names:
         try:
             found = Store.open(root, name)
+            found.verify_once()
             beton = " with FFCV's file" if found.train.beton else ""
             yield ok("data", f"{found.label} in {found.path}: {len(found.train.labels):,} training images{beton}")
         except HpcCifarError as error:
@@ -213,10 +228,12 @@ def shared_memory() -> Finding:
 
 def caches() -> Finding:
     """Where compiled code is kept between jobs."""
-    found = files.cache_folder("doctor")
-    if found is None:
-        fix = "export XDG_CACHE_HOME=FOLDER"
-        return warning("cache", "no folder for compiled code can be written: every job compiles again", fix)
-    with contextlib.suppress(OSError):
-        found.rmdir()
-    return ok("cache", f"{found.parent}, for compiled code")
+    found, refused = compiled.find("doctor")
+    said = "; ".join([*refused, f"{found.parent} serves instead, for compiled code"] if found else refused)
+    if found is not None:
+        with contextlib.suppress(OSError):
+            found.rmdir()
+        if not refused:
+            return ok("cache", f"{found.parent}, for compiled code")
+    fix = "export XDG_CACHE_HOME=FOLDER, one that only you can write, or remove the folder that others can write"
+    return warning("cache", said or "no folder for compiled code can be written: every job compiles again", fix)

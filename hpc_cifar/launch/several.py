@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from .. import files
+from .. import files, owner
 from ..runs import Run, now
 from . import handover, slurm
 from .control import RARELY_S, cancel, until_news
@@ -28,28 +28,34 @@ def wait_all(runs: Sequence[Run], tick: Callable[[list[Status]], None] | None = 
         seen |= dict(zip(open_runs, statuses(open_runs), strict=True))
 
 
-def cancel_all(runs: Sequence[Run]) -> Iterator[str]:
+def cancel_all(runs: Sequence[Run], code_of: str | None = None) -> Iterator[str]:
     """Stop runs for good, as :func:`control.cancel` does; those on Slurm with one ``scancel``.
 
+    Args:
+        code_of: the user whose runs may be cancelled too.
+
     Raises:
+        RunError: one is somebody else's; then none is cancelled.
         LaunchError: the scheduler refused, or a run is on a machine that cannot be reached from here.
     """
+    for run in runs:
+        owner.check_own(run.path, code_of)
     left = handover.adopt(runs, anew=True)
     states = zip(runs, statuses(runs), strict=True) if len(runs) > 1 else ()
     together = {run: seen for run, seen in states if not seen.ended and _on_slurm(run) and run not in left}
     for run in together:
         files.write_text(run.cancel_marker, now() + "\n", durable=False)  # first: whatever stops now must not requeue
     if together:
-        slurm.cancel([str(row["job_id"]) for run in together for row in chain_of(run)])
+        slurm.cancel([job.job_id for run in together for job in chain_of(run)])
     for run in runs:
         if run not in together:
-            yield cancel(run)
+            yield cancel(run, code_of=code_of)
         elif together[run].state in ("pending", "requeued"):  # no process is there to say so
-            run.write_state(**{**run.state(), "state": "cancelled"})
+            run.update_state(state="cancelled")
             yield f"{run.id}: cancelled while it was waiting (job {together[run].job_id})"
         else:
             yield f"{run.id}: cancelling job {together[run].job_id}; it saves a checkpoint first"
 
 
 def _on_slurm(run: Run) -> bool:
-    return (run.jobs() or [{}])[-1].get("executor") == "slurm" and not elsewhere(chain_of(run))
+    return run.last_job().executor == "slurm" and not elsewhere(chain_of(run))

@@ -18,6 +18,7 @@ from .policy import Word
 WAITING = frozenset("PENDING CONFIGURING EXPEDITING REQUEUED REQUEUE_FED REQUEUE_HOLD SPECIAL_EXIT RESV_DEL_HOLD".split())  # noqa: SIM905
 ACTIVE = frozenset("RUNNING COMPLETING SUSPENDED STOPPED SIGNALING STAGE_OUT RESIZING".split())  # noqa: SIM905
 ENDED_ALREADY = ("already completing or completed", "Invalid job id")
+JOB_ID = re.compile(r"[0-9]{1,18}(_[0-9]{1,18})?")  # of a job, or of an element of an array
 TIMEOUT_S = 30
 LONGEST_LIST, MOST_ELEMENTS = 1 << 20, 1 << 20  # characters of a list of elements that are read; elements that are told
 _SPAN = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?(?::([0-9]{1,9}))?")
@@ -57,10 +58,18 @@ class JobState:
 
 @dataclass(frozen=True)
 class Answer:
-    """States of the jobs that Slurm knows. ``reachable`` tells "not there any more" from "nobody answered"."""
+    """States of the jobs that Slurm knows. ``reachable`` tells "not there any more" from "nobody answered".
+
+    ``hidden`` are jobs of other users that Slurm may have and not show to this one.
+    """
 
     jobs: dict[str, JobState]
     reachable: bool
+    hidden: frozenset[str] = frozenset()
+
+    def is_gone(self, job_id: str) -> bool:
+        """Whether Slurm has said that it has no such job."""
+        return self.reachable and job_id not in self.jobs and job_id not in self.hidden
 
 
 @dataclass(frozen=True)
@@ -91,6 +100,24 @@ def ask(command: list[str], *, text: str | None = None, timeout_s: float = LOOK_
     except (OSError, subprocess.SubprocessError) as error:
         return Reply("", f"{command[0]} cannot be run: {error}", None)
     return Reply(done.stdout, done.stderr, done.returncode)
+
+
+def is_job_id(text: str) -> bool:
+    """Whether it is a number of a job of Slurm's, and not an option of its programs."""
+    return JOB_ID.fullmatch(text) is not None
+
+
+def checked_ids(job_ids: Iterable[str]) -> list[str]:
+    """Job ids that came out of files, before one of Slurm's programs gets them as arguments.
+
+    Raises:
+        LaunchError: one is something else.
+    """
+    found = list(job_ids)
+    for one in found:
+        if not is_job_id(one):
+            raise LaunchError(f"{one[:40]!a}: is not the number of a Slurm job, such as 123 or 123_4; jobs.jsonl is damaged")
+    return found
 
 
 def _environment() -> dict[str, str]:
@@ -149,21 +176,32 @@ def _plain(text: str) -> str:
     return "" if text.strip() in ("None", "(null)", "N/A") else text.strip()
 
 
-def query(job_ids: Iterable[str], ended: Collection[str] = ()) -> Answer:
+def query(job_ids: Iterable[str], ended: Collection[str] = (), others: Collection[str] = ()) -> Answer:
     """States of many jobs: one ``squeue``, and one ``sacct`` for those it does not know, where there is accounting.
 
     Args:
         ended: jobs whose end is known already; only ``squeue`` is asked whether they are back.
+        others: those of other users, for which ``squeue`` is asked once more.
     """
-    wanted = set(job_ids)
+    wanted = {one for one in job_ids if is_job_id(one)}  # another one is known to nobody
     if not wanted:
         return Answer({}, True)
     found: dict[str, JobState] = {}
     # By user, not by id: squeue fails as a whole for a single id that it has forgotten.
     # --all: else jobs in hidden partitions are left out. In a federation it also lists those that another cluster took.
-    listing = ask(["squeue", "--all", "--noheader", f"--user={os.getuid()}", "--states=all", "--format=%i|%T|%r|%S|%N"])
+    queue = ["squeue", "--all", "--noheader", "--states=all", "--format=%i|%T|%r|%S|%N"]
+    listing = ask([*queue, f"--user={os.getuid()}"])
     reachable = listing.code == 0
-    for line in listing.out.splitlines() if reachable else ():
+    lines = listing.out.splitlines() if reachable else []
+    hidden: set[str] = set()
+    if reachable and (theirs := wanted & set(others)):
+        told = ask([*queue, f"--jobs={','.join(sorted(theirs))}"])
+        lines += told.out.splitlines() if told.code == 0 else []
+        # "Invalid job id" is said of one, and does not say of which of several
+        certain = told.code == 0 or (len(theirs) == 1 and ENDED_ALREADY[1] in told.err)
+        if not certain or "jobs" in configuration().get("PrivateData", "").split(","):
+            hidden = theirs
+    for line in lines:
         job_id, state, reason, start, nodes, *_ = [*line.split("|"), "", "", "", ""]
         if state and _word(state) != "REVOKED":
             seen = JobState(_word(state), _plain(reason), utc_of(start), _plain(nodes) or None)
@@ -189,7 +227,7 @@ def query(job_ids: Iterable[str], ended: Collection[str] = ()) -> Answer:
                 begun, hosts = utc_of(pairs.get("StartTime", "")), _plain(pairs.get("NodeList", ""))
                 seen = JobState(pairs["JobState"], _plain(pairs.get("Reason", "")), begun, hosts or None)
                 found = dict.fromkeys(expand_ids(name, wanted), seen) | found
-    return Answer(found, reachable)
+    return Answer(found, reachable, frozenset(hidden - set(found)))
 
 
 @dataclass(frozen=True)
@@ -232,6 +270,8 @@ def evidence(job_id: str) -> Evidence:
     Args:
         job_id: ``123_4`` for an element of an array: the plain number of one of the elements means the whole array.
     """
+    if not is_job_id(job_id):
+        return Evidence()
     told = ask(["scontrol", "--oneliner", "show", "job", job_id])
     # what stands before and after these may hold anything: names, comments, command lines
     found = re.search(r" JobState=(\S+) Reason=(.*?) Dependency=(.*?) Partition=", told.out) if told.code == 0 else None
@@ -281,11 +321,11 @@ def cancel(job_ids: list[str]) -> None:
     """``scancel``.
 
     Raises:
-        LaunchError: Slurm refused or is not there; that a job has ended already is no error.
+        LaunchError: Slurm refused or is not there, or an id is none; that a job has ended already is no error.
     """
     from .script import slurm_words  # what jobs ask of this module needs no configuration
 
-    reply = ask(["scancel", *job_ids], timeout_s=TIMEOUT_S)
+    reply = ask(["scancel", *checked_ids(job_ids)], timeout_s=TIMEOUT_S)
     if reply.code is None:
         raise LaunchError(f"{reply.err}; the run is marked as cancelled: try again, where it was submitted")
     if reply.unanswered:

@@ -96,6 +96,7 @@ def _copy(source: str, target: str) -> str:
         before = Path(source).stat()
         shutil.copyfile(source, target)
         if Path(source).stat().st_mtime_ns == before.st_mtime_ns:  # else an editor has saved it: old text with a new time
+            Path(target).chmod(0o644)
             os.utime(target, ns=(before.st_atime_ns, before.st_mtime_ns))
             return target
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import files, runs
+from .. import files, owner, runs
 from ..config.cluster import Cluster
 from ..config.experiment import Experiment
 from ..config.shapes import check_fits
@@ -62,6 +62,7 @@ def checked_train_images(experiment: Experiment, data_root: Path) -> int:
     from ..data.store import Store
 
     store = Store.open(data_root, experiment.data.dataset)
+    store.verify_once()
     check_fits(experiment.model, store.image_shape, len(store.classes), experiment.data.dataset)
     return len(store.train.labels)
 
@@ -137,11 +138,17 @@ def preview(
 
 
 def preview_plan(experiment: Experiment, cluster: Cluster, data_root: Path) -> Plan:
-    """The plan of one job, also where its dataset is not prepared yet."""
+    """The plan of one job, also where its dataset is not prepared yet.
+
+    Raises:
+        DataError: it is there, and damaged.
+    """
     notes: tuple[str, ...] = ()
     try:
         stored = checked_train_images(experiment, data_root)
     except DataError:
+        if (data_root / experiment.data.dataset).exists():
+            raise
         stored = USUAL_TRAIN_IMAGES
         notes = (f"{experiment.data.dataset} is not prepared in {data_root}: counted as {stored:,} training images",)
     return plan_for(experiment, cluster, stored, notes)
@@ -212,6 +219,7 @@ def submit(
     """
     if cluster.executor == "slurm" and not have_sbatch():
         raise LaunchError(NO_SBATCH)
+    owner.check_root(root)
     plan = plan_for(experiment, cluster, checked_train_images(experiment, data_root))
     check_budget(plan, cluster, max_gpu_hours)
     waits = dependency.resolve(after, root, cluster.executor)
@@ -290,10 +298,10 @@ def recorded(waiting: Sequence[Run]) -> Iterator[None]:
             yield
     except BaseException as error:
         reason = handover.told(error)
-        words = {"state": "failed", "reason": reason.splitlines()[0] if reason else "not submitted"}
+        words = reason.splitlines()[0] if reason else "not submitted"
         for run in waiting:
             with contextlib.suppress(OSError):
-                run.write_state(**{**run.state(), **words})
+                run.update_state(state="failed", reason=words)
         if isinstance(error, OSError):
             raise LaunchError(f"{waiting[0].path if waiting else ''}: cannot be written: {error}") from None
         raise
@@ -303,16 +311,19 @@ def make_ready(run: Run, cluster: Cluster, code: Path | None = None) -> None:
     """All a run directory needs before its job is queued; ``code`` is a snapshot that it may share."""
     files.write_json(run.path / "cluster.json", cluster.model_dump(mode="json"), durable=code is None)
     snapshot.take(run.code) if code is None else snapshot.share(run.code, code)
-    run.submitit.mkdir(exist_ok=True)
+    owner.make(run.submitit, owner.PRIVATE)
     shutil.copyfile(script.GUARD, run.submitit / script.GUARD.name)
     interruptions.begin_anew(run)
-    waiting = {key: value for key, value in run.state().items() if key != "reason"}
-    run.write_state(**{**waiting, "state": "pending"})
+    run.update_state(state="pending", reason=None)
 
 
 def job_ids(after: Sequence[Run]) -> list[str]:
-    """The last job of each run."""
-    return [str(run.jobs()[-1]["job_id"]) for run in after]
+    """The last job of each run, as Slurm numbers them.
+
+    Raises:
+        LaunchError: a run's record holds something else.
+    """
+    return slurm.checked_ids(run.last_job().job_id for run in after)
 
 
 def start_local(

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import files, runs
+from .. import files, owner, runs
 from ..config.cluster import Cluster
 from ..config.expand import Element
 from ..errors import LaunchError, NoCluster, UsageError
@@ -171,6 +171,7 @@ def submit_all(
     """
     if cluster.executor == "slurm" and not submit.have_sbatch():
         raise LaunchError(submit.NO_SBATCH)
+    owner.check_root(root)
     planned = plan_all(elements, cluster, data_root)
     check_budget(planned, cluster, max_gpu_hours)
     waits = dependency.resolve(after, root, cluster.executor) if after else []

@@ -1,4 +1,4 @@
-"""Pretrained weights of experiments before they are submitted, and when a run is compared with its job file."""
+"""Pretrained weights of experiments before they are submitted."""
 
 from __future__ import annotations
 
@@ -44,11 +44,3 @@ def with_weights(experiments: Sequence[Experiment], data_root: Path, *, copy: bo
     if problems:
         raise UsageError("\n".join(dict.fromkeys(problems)))
     return made
-
-
-def without_weights(experiment: Experiment) -> Experiment:
-    """Where pretrained weights lie does not matter to a run that goes on from its checkpoint."""
-    model = experiment.model
-    if not isinstance(model, PretrainedModel):
-        return experiment
-    return experiment.model_copy(update={"model": model.model_copy(update={"weights": None})})

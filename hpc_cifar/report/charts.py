@@ -9,7 +9,7 @@ from typing import Any
 
 from ..config import claim as claims
 from .facts import Facts
-from .groups import Group
+from .groups import Group, of
 
 # after Okabe and Ito 2008, told apart with every kind of colour vision; each has a contrast of 3 on white and on black
 COLOURS = ("#0072b2", "#d55e00", "#00875f", "#c05f96", "#b57a00", "#2b8cbe", "#8c6d31")
@@ -152,8 +152,8 @@ def _claims(groups: Sequence[Group]) -> Any:
     chart.add_scatter(
         x=[found.mean for found in spreads], y=titles, mode="markers", name="measured",
         error_x={"type": "data", "array": [found.std or 0.0 for found in spreads]},
-        marker={"size": 9, "color": COLOURS[0]}, customdata=[found.n for found in spreads],
-        hovertemplate="%{y}<br>measured %{x:.2%} (n = %{customdata})<extra></extra>",
+        marker={"size": 9, "color": COLOURS[0]}, customdata=[of(found) for found in spreads],
+        hovertemplate="%{y}<br>measured %{x:.2%} (%{customdata})<extra></extra>",
     )  # fmt: skip
     return chart
 

@@ -27,11 +27,12 @@ TESTS = {"cifar10": 10_000, "cifar10-jpeg": 10_000, "cifar10-lossless-subset": 1
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and sample standard deviation of ``n`` values; ``std`` is None for one."""
+    """Mean and sample standard deviation of ``n`` values, one of each of the ``seeds``; ``std`` is None for one."""
 
     mean: float
     std: float | None
     n: int
+    seeds: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,36 @@ class Group:
         return tuple(one for one in self.runs if one.state == "finished")
 
     @cached_property
+    def counted(self) -> tuple[Facts, ...]:
+        """Of the finished runs the first of each seed and fold: the same seed again is no other measurement."""
+        first: dict[str, Facts] = {}
+        for one in self.finished:
+            first.setdefault(one.label, one)
+        return tuple(first.values())
+
+    @property
+    def seeds(self) -> str:
+        """Those of the runs that count."""
+        return seeds_of(self.counted)
+
+    @cached_property
+    def remarks(self) -> tuple[str, ...]:
+        """What a reader of its figures has to know: runs that do not count, and warnings of each."""
+        found = []
+        for one in self.counted:
+            same = [other.id for other in self.finished if other.label == one.label and other is not one]
+            if same:
+                found.append(f"{self.title}: {one.label} counts once, as {one.id} has it; the same: {', '.join(same)}")
+        return (*found, *(f"{one.id}: {text}" for one in self.runs for text in one.warnings))
+
+    @cached_property
     def spreads(self) -> dict[str, Spread]:
-        """Figures and costs of the finished runs."""
+        """Figures and costs of the finished runs, each seed once."""
         found = {}
         for name in (*FIGURES, "epochs", "seconds", "gpu_hours"):
-            values = [value for one in self.finished if (value := _value(one, name)) is not None]
-            if values:
-                found[name] = spread(values)
+            known = [(one, value) for one in self.counted if (value := _value(one, name)) is not None]
+            if known:
+                found[name] = spread([value for _, value in known], seeds_of([one for one, _ in known]))
         return found
 
     def claimed(self, figure: str) -> Figure | None:
@@ -104,8 +128,29 @@ def outside(value: float, claim: Figure) -> float:
     return min(value - low, 0.0) if low is not None else 0.0
 
 
-def spread(values: Sequence[float]) -> Spread:
-    return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+def spread(values: Sequence[float], seeds: str = "") -> Spread:
+    return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values), seeds)
+
+
+def seeds_of(runs: Sequence[Facts]) -> str:
+    """``seed 3``, ``seeds 0-4``, ``seeds 0, 1, folds 0-4``; ``seed 0, fold 1; seed 1, fold 0`` if they are not all there."""
+    pairs = {(one.experiment.seed, one.experiment.data.fold) for one in runs}
+    seeds, folds = ({pair[part] for pair in pairs} for part in (0, 1))
+    if len(pairs) < len(seeds) * len(folds):
+        return "; ".join(dict.fromkeys(one.label for one in runs))
+    parts = [("seed", sorted(seed for seed in seeds if seed is not None)), ("fold", sorted(f for f in folds if f is not None))]
+    return ", ".join(f"{word}{'s' if len(known) > 1 else ''} {_numbers(known)}" for word, known in parts if known)
+
+
+def _numbers(known: Sequence[int]) -> str:
+    """``0-4, 7``."""
+    spans: list[list[int]] = []
+    for number in known:
+        if spans and number == spans[-1][-1] + 1:
+            spans[-1].append(number)
+        else:
+            spans.append([number])
+    return ", ".join(f"{span[0]}-{span[-1]}" if len(span) > 2 else ", ".join(map(str, span)) for span in spans)
 
 
 def margin_of(found: Spread, images: int | None) -> float | None:
@@ -128,7 +173,8 @@ def images_of(one: Facts, figure: str) -> int | None:
     if split == "test" or (split == "val" and data.validation == "test"):
         evaluated = one.evaluation.get("images") if one.evaluation.get("split") == "test" else None
         return evaluated or TESTS.get(data.dataset)
-    trained = one.run.plan().get("train_images")
+    plan = one.run.plan()
+    trained = (plan.train_images or None) if plan is not None else None
     if split == "train" or not trained:
         return trained
     share = 1 / data.folds if data.folds else data.validation
@@ -136,9 +182,14 @@ def images_of(one: Facts, figure: str) -> int | None:
 
 
 def percent(found: Spread) -> str:
-    """``93.12 % ± 0.10 (n = 3)``."""
+    """``93.12 % ± 0.10 (n = 3: seeds 0-2)``."""
     deviation = f" ± {found.std:.2%}" if found.std is not None else ""
-    return f"{found.mean:.2%}{deviation} (n = {found.n})"
+    return f"{found.mean:.2%}{deviation} ({of(found)})"
+
+
+def of(found: Spread) -> str:
+    """``n = 3: seeds 0-2``."""
+    return f"n = {found.n}" + (f": {found.seeds}" if found.seeds else "")
 
 
 def groups_of(facts: Sequence[Facts]) -> list[Group]:
@@ -235,6 +286,10 @@ def headline(groups: Sequence[Group]) -> str:
     return "; ".join(parts)
 
 
+def remarks(groups: Sequence[Group]) -> list[str]:
+    return [remark for group in groups for remark in group.remarks]
+
+
 def best(groups: Sequence[Group]) -> Group | None:
     """By the mean figure on validation images; None where those are the test images, or not the same in all."""
     ranked = [(mean, group) for group in groups if (mean := _rank(group)) is not None]
@@ -244,7 +299,7 @@ def best(groups: Sequence[Group]) -> Group | None:
 
 
 def _rank(group: Group) -> float | None:
-    ranks = [rank for one in group.finished if (rank := ranking(one)) is not None]
+    ranks = [rank for one in group.counted if (rank := ranking(one)) is not None]
     return statistics.fmean(ranks) if ranks else None
 
 

@@ -41,6 +41,8 @@ def html(groups: Sequence[Group], title: str) -> str:
         title=title,
         made=now(),
         headline=grouped.headline(groups),
+        remarks=grouped.remarks(groups),
+        of=grouped.of,
         groups=groups,
         runs=runs,
         figures=[name for name in FIGURES if any(name in group.spreads or group.claimed(name) is not None for group in groups)],

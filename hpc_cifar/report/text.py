@@ -25,13 +25,15 @@ RUN_COLUMNS = (
 def markdown(groups: Sequence[Group], title: str) -> str:
     """Headline, claimed beside measured, and the runs."""
     figures = [name for name in FIGURES if any(name in group.spreads or group.claimed(name) is not None for group in groups)]
-    heads = ["system", "verdict", "n", *(name.replace("_", " ") for name in figures), "epochs", "time of each"]
+    heads = ["system", "verdict", "n", "seeds", *(name.replace("_", " ") for name in figures), "epochs", "time of each"]
     rows = []
     for group in groups:
-        cells = [group.title, group.verdict.word, f"{len(group.finished)}/{len(group.runs)}"]
+        cells = [group.title, group.verdict.word, f"{len(group.counted)}/{len(group.runs)}", group.seeds or "-"]
         for name in figures:
             found = group.spreads.get(name)
             spread = f" ± {figure_text(found.std, name)}" if found and found.std is not None else ""
+            if found and found.seeds != group.seeds:
+                spread += f" ({grouped.of(found)})"
             mean = figure_text(found.mean if found else None, name)
             cells.append(f"{figure_text(group.claimed(name), name)} / {mean}{spread}")
         epochs, seconds, claim = group.spreads.get("epochs"), group.spreads.get("seconds"), group.claim
@@ -41,6 +43,8 @@ def markdown(groups: Sequence[Group], title: str) -> str:
         rows.append(cells)
     lines = [f"# {title}", "", grouped.headline(groups), "", "Claimed / measured, mean ± standard deviation:", ""]
     lines += table(heads, rows)
+    if remarks := grouped.remarks(groups):
+        lines += ["", *(f"- {remark}" for remark in remarks)]
     heads = ["run", "state", "validation", "test", "images/s", "time", "GPU-hours", "restarts", "lost steps", "goodput"]
     lines += ["", *table(heads, [_cells(one) for group in groups for one in group.runs]), ""]
     return "\n".join(lines)
@@ -81,6 +85,9 @@ def as_json(groups: Sequence[Group], title: str) -> str:
         {
             "system": group.title,
             "verdict": dataclasses.asdict(group.verdict),
+            "seeds": sorted({one.experiment.seed for one in group.counted}),
+            "counted": [one.id for one in group.counted],
+            "remarks": group.remarks,
             "claim": group.claim.model_dump(exclude_none=True) if group.claim else None,
             "measured": {name: dataclasses.asdict(found) for name, found in group.spreads.items()},
             "config": group.config,
@@ -120,7 +127,7 @@ def winner(groups: Sequence[Group], name: str) -> str:
         f"# {name}: {found.title}, the best of {len(groups)} by validation.",
         "#",
         f"# Measured: {_measured(found, first)} on {first.data}.",
-        f"# From:     {', '.join(one.id for one in found.runs)}",
+        f"# From:     {', '.join(one.id for one in found.counted)}",
         "",
     ]
     return "\n".join(header) + "\n" + experiment_text(experiment)
@@ -130,7 +137,7 @@ def _measured(found: Group, first: Facts) -> str:
     if first.metric == "val_accuracy":
         return f"{grouped.percent(found.spreads['val_accuracy'])} validation accuracy"
     loss = found.spreads["val_loss"]
-    return f"{loss.mean:.4f} validation loss (n = {loss.n})"
+    return f"{loss.mean:.4f} validation loss ({grouped.of(loss)})"
 
 
 def as_csv(groups: Sequence[Group]) -> str:

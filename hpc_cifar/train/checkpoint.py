@@ -2,7 +2,7 @@
 
 checkpoints/
   step-00000391/state.pt        tensors and plain values (loads with weights_only=True)
-                manifest.json   format, step, epoch, size and sha256 of state.pt, validation metrics
+                manifest.json   format, step, epoch, size and sha256 of state.pt, validation metrics, experiment
   latest -> step-00000391       best -> ...
   damaged-step-...              set aside when a run fell back past it; only the newest of them stays
 """
@@ -12,10 +12,8 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import pickle
 import secrets
 import shutil
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ import torch
 
 from .. import files
 from ..errors import CheckpointError, DamagedCheckpoint
+from ..models import tensors
 from .saved import WAY_OUT
 
 FORMAT = 1
@@ -58,6 +57,7 @@ def save(
     keep_last: int = 3,
     keep_every_epochs: int | None = None,
     whole_epoch: bool = False,
+    experiment: dict[str, Any] | None = None,
 ) -> Path:
     """Write one checkpoint and move ``latest`` to it, and ``best`` if ``best_step`` is this one.
 
@@ -65,6 +65,7 @@ def save(
 
     Args:
         whole_epoch: it is at the end of ``epoch``, which counts from 1 then.
+        experiment: what is trained, as plain values; see :mod:`hpc_cifar.train.begun`.
 
     Raises:
         CheckpointError: the file system refused; what was there before is untouched.
@@ -85,6 +86,7 @@ def save(
             "sha256": hashlib.sha256(data).hexdigest(),
             "best_step": best_step,
             "metrics": metrics or {},
+            "experiment": experiment,
         }
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -165,8 +167,8 @@ def read(saved: Saved) -> dict[str, Any]:
     if hashlib.sha256(data).hexdigest() != saved.manifest.get("sha256"):
         raise DamagedCheckpoint(f"{path}: its sha256 is not the one in manifest.json")
     try:
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile, ValueError, KeyError) as error:
+        state = tensors.load(data)
+    except tensors.Unreadable as error:
         raise DamagedCheckpoint(f"{path}: cannot be loaded: {error}") from None
     if not isinstance(state, dict):
         raise DamagedCheckpoint(f"{path}: holds no checkpoint")
@@ -241,7 +243,7 @@ def same(one: Saved, other: Saved) -> bool:
         CheckpointError: one cannot be read, or is damaged.
     """
     first, second = read(one), read(other)
-    return all(_equal(first[name], second[name]) for name in ("model", "optimizer", "ema"))
+    return all(_equal(first.get(name), second.get(name)) for name in ("model", "optimizer", "ema"))
 
 
 def _equal(one: Any, other: Any) -> bool:

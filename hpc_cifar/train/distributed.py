@@ -14,12 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .. import files
+from .. import caches, files
 from ..errors import RunError
 from . import interfaces
 from .heap import keep_freed_memory
 
 FLAT_LIMIT = 4_000_000  # parameters; below, one flat all-reduce beats overlapping buckets, which hide no communication
+GPU_CODE = {"CUDA_CACHE_PATH": "cuda", "PYTORCH_KERNEL_CACHE_PATH": "torch-kernels"}  # what the driver and torch compile
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,9 @@ def available_cpus(local_size: int) -> int:
 
 def device_for(use_gpu: bool, local_rank: int, local_size: int) -> torch.device:
     """A GPU of its own for each rank of this node, or the CPU for all of them."""
+    if use_gpu:
+        for variable, name in GPU_CODE.items():
+            caches.use(variable, name)
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     # Slurm may show each task only its own GPU, as number 0; otherwise NCCL refuses two ranks on one, so they share the CPU
     own_gpu = gpus == 1 and "SLURM_PROCID" in os.environ

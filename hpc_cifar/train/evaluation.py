@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from .trained import Trained
 SHIFT = 2  # pixels of the views of test-time augmentation
 
 
-def evaluate(trained: Trained, split: str, *, tta: bool, pictures: bool, maps_of: int | None) -> tuple[dict[str, Any], Path]:
+def evaluate(
+    trained: Trained, split: str, *, tta: bool, pictures: bool, maps_of: int | None, out: Path | None = None
+) -> tuple[dict[str, Any], Path]:
     """Write the evaluation of one split; its figures, and the folder.
 
     Args:
@@ -30,11 +33,15 @@ def evaluate(trained: Trained, split: str, *, tta: bool, pictures: bool, maps_of
         tta: also average over mirrored and shifted views, beside the plain figures.
         pictures: draw them.
         maps_of: number of the image of the split whose feature maps are drawn.
+        out: the folder, instead of that of the run.
 
     Raises:
-        UsageError: there is no such split or image.
+        UsageError: there is no such split or image, or the folder cannot be written.
+        DataError: its files are not what was written.
     """
     arrays, indices = trained.images(split)
+    store = trained.prepared.store
+    store.verify("test" if arrays is store.test else "train")
     if maps_of is not None and not 0 <= maps_of < len(indices):
         raise UsageError(f"--image {maps_of}: the {split} images are numbered 0 to {len(indices) - 1}")
     classes = trained.prepared.store.classes
@@ -44,8 +51,12 @@ def evaluate(trained: Trained, split: str, *, tta: bool, pictures: bool, maps_of
         "run": trained.run.id, "split": split, "data": trained.prepared.store.label, "checkpoint": trained.which,
         "epoch": trained.epoch, "step": trained.step, "evaluated": now(), **metrics.summary(plain, labels, classes),
     }  # fmt: skip
-    folder = trained.run.path / "evaluation" / split
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = out or trained.run.path / "evaluation" / split
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UsageError(f"{folder}: cannot be written: {error.strerror or error}; --out FOLDER names another folder") from None
     wrong = metrics.misclassified(plain, labels)
     result["misclassified"] = [
         {

@@ -4,6 +4,9 @@
 <run>/.holder.json   which job, segment and process that is; the time of the file is its heartbeat
 <run>/waits.json     present while a restarted job waits for the lock of its earlier segment
 
+On a file system without locks the record of the holder stands for the lock: only one process can make it, and one that is
+silent is put aside.
+
 After a crash of a node the file server may keep its locks for minutes (NFSv4: a lease of 90 s; Lustre: until it evicts the
 node). Whether a holder lives is judged by its heartbeat: seen twice, it has changed or not. Clocks of nodes are not compared.
 """
@@ -13,15 +16,16 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import secrets
 import threading
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from .. import files
+from .. import files, planted, reading, records
 from ..errors import LockHeld, RunBusy, RunError
+from ..records import Holder
 from ..runs import Run
 from .distributed import World
 from .stop import REASONS, StopFlag
@@ -46,41 +50,52 @@ def is_held_by_another(run: Run, job: str) -> bool:
             fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return not is_earlier(run, job, Beat.read(run.path).who)
-    except OSError:
-        return False
+    except OSError as error:
+        return error.errno in files.NO_LOCKS and _beats(run, job)
     return False
 
 
-def is_earlier(run: Run, job: str, holder: Mapping[str, Any]) -> bool:
+def _beats(run: Run, job: str) -> bool:
+    """Whether the heartbeat of another job moves, where there are no locks."""
+    first, deadline = Beat.read(run.path), time.monotonic() + 2 * BEAT_S
+    if not first.who or is_earlier(run, job, first.who):
+        return False
+    while time.monotonic() < deadline:
+        time.sleep(min(POLL_S, BEAT_S / 4))
+        if (now := Beat.read(run.path)) != first:
+            return bool(now.who)
+    return False
+
+
+def is_earlier(run: Run, job: str, holder: Holder) -> bool:
     """Whether the holder is an earlier segment of the job ``<job id>.<restart>``, or a job of the run that came before it."""
     here, _, restart = job.rpartition(".")
-    there, _, before = str(holder.get("job", "")).rpartition(".")
+    there, _, before = holder.job.rpartition(".")
     if here and here == there:
         earlier, this = files.whole(before), files.whole(restart)
         return earlier is not None and this is not None and earlier < this
-    jobs = [str(row.get("job_id")) for row in run.jobs()]
-    return here in jobs and any(name in jobs[: jobs.index(here)] for name in (there, holder.get("segment")))
+    jobs = [row.job_id for row in run.jobs()]
+    return here in jobs and any(name in jobs[: jobs.index(here)] for name in (there, holder.segment))
 
 
 @dataclass(frozen=True)
 class Beat:
     """What the holder says of itself, and the state of its heartbeat; equal ones mean that it was silent in between."""
 
-    who: dict[str, Any] = field(default_factory=dict)
+    who: Holder = field(default_factory=Holder)
     time_ns: int = 0
 
     @staticmethod
-    def read(folder: Path) -> Beat:
+    def read(folder: Path, name: str = HOLDER) -> Beat:
         try:
-            with (folder / HOLDER).open("rb") as stream:  # to open a file has NFS ask the server for its time
-                time_ns = os.fstat(stream.fileno()).st_mtime_ns
-        except OSError:
+            with reading.opened(folder / name, reading.MAX_JSON) as descriptor:  # has NFS ask the server for its time
+                time_ns = os.fstat(descriptor).st_mtime_ns
+        except (FileNotFoundError, reading.Damaged):
             return Beat()
-        found = files.read_json(folder / HOLDER)
-        return Beat(found if isinstance(found, dict) else {}, time_ns)
+        return Beat(records.read(Holder, folder / name) or Holder(), time_ns)
 
     def __str__(self) -> str:
-        return f"process {self.who.get('pid')} on {self.who.get('host')}"
+        return f"process {self.who.pid} on {self.who.host}"
 
 
 class RunLock:
@@ -106,7 +121,7 @@ class RunLock:
         self._stream: TextIO | None = None
         self._begun = self._moved = time.monotonic()  # since when it has tried; when a heartbeat was seen last
         self._seen: Beat | None = None
-        self._moves = self._waits = False
+        self._moves = self._waits = self._claimed = False
         self._stop = threading.Event()
         self.asked = ""
         self.held_by_another = False
@@ -160,11 +175,11 @@ class RunLock:
         """Whether the lock is ours now.
 
         Args:
-            free_without_locks: whether it is, on a file system that has none.
+            free_without_locks: whether nobody beats, on a file system that has none; then one of those who see it gets it.
         """
-        stream = (self._run.path / ".lock").open("a+", encoding="utf-8")
+        stream = planted.open_there(self._run.path / ".lock")
         try:
-            if files.flock(stream) or free_without_locks:
+            if files.flock(stream) or (free_without_locks and self._claim()):
                 files.write_holder(stream)
                 self._stream = stream
         except BlockingIOError:
@@ -173,6 +188,31 @@ class RunLock:
             if self._stream is None:
                 stream.close()
         return self._stream is not None
+
+    def _claim(self) -> bool:
+        """On a file system without locks: be the one that makes the record of the holder; a silent one is put aside before."""
+        path = self._run.path / HOLDER
+        mine = path.with_name(f"{HOLDER}.{secrets.token_hex(4)}")
+        try:
+            if (self._seen or Beat()).time_ns:
+                path.rename(mine)
+                if Beat.read(self._run.path, mine.name) != self._seen:  # somebody was faster, and has it now
+                    with contextlib.suppress(FileExistsError):
+                        _link(mine, path)
+                    return False
+                mine.unlink()
+            files.write_json(mine, self._who(), durable=False)
+            _link(mine, path)
+            self._claimed = True
+        except (FileExistsError, FileNotFoundError):
+            return False
+        finally:
+            mine.unlink(missing_ok=True)
+        return True
+
+    def _who(self) -> dict[str, Any]:
+        who = {"job": self._job, "segment": self._segment, "host": os.uname().nodename, "pid": os.getpid()}
+        return {**who, "pid_started": _started()}
 
     def _busy(self, beat: Beat, silent: bool) -> RunBusy:
         holder = str(beat)
@@ -188,7 +228,7 @@ class RunLock:
 
     def _begin_wait(self, beat: Beat) -> None:
         self._waits = True
-        words = f"waits for the lock of its earlier segment on {beat.who.get('host')} (process {beat.who.get('pid')})"
+        words = f"waits for the lock of its earlier segment on {beat.who.host} (process {beat.who.pid})"
         if self._console:
             print(f"{words}, which the file server frees some time after a crash", flush=True)
         with contextlib.suppress(OSError):
@@ -205,8 +245,8 @@ class RunLock:
     def _keep(self) -> None:
         """The lock is ours: say so, again and again."""
         self._end_wait()
-        who = {"job": self._job, "segment": self._segment, "host": os.uname().nodename, "pid": os.getpid()}
-        files.write_json(self._run.path / HOLDER, {**who, "pid_started": _started()}, durable=False)
+        if not self._claimed:
+            files.write_json(self._run.path / HOLDER, self._who(), durable=False)
         threading.Thread(target=self._beat, name="lock heartbeat", daemon=True).start()
 
     def _beat(self) -> None:
@@ -220,6 +260,22 @@ class RunLock:
             with contextlib.suppress(OSError):
                 (self._run.path / HOLDER).unlink(missing_ok=True)  # nobody need wait for its heartbeat
             self._stream.close()
+
+
+def _link(mine: Path, path: Path) -> None:
+    """Have ``path`` hold what ``mine`` holds, unless it is there, where a rename would replace it.
+
+    Raises:
+        FileExistsError: it is.
+    """
+    try:
+        os.link(mine, path)
+    except FileExistsError:
+        raise
+    except OSError:  # no hard links there
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(mine.read_bytes())
 
 
 def _started() -> int:

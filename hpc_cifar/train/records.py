@@ -14,7 +14,8 @@ from .. import files
 from ..config.experiment import Experiment
 from ..errors import LostRank, NonFiniteLoss, first_line
 from ..plan import Plan
-from ..runs import Run, now
+from ..records import RunState
+from ..runs import UPDATE_WAIT_S, Run, now
 from ..track.companion import Companion
 from ..track.metrics import MetricsLog
 from ..track.progress import Progress
@@ -50,17 +51,19 @@ class Records:
         self._run, self._world, self._experiment, self._plan = run, world, experiment, plan
         self._session, self._label, self._last_step = session, data_label, last_step
         self._before = run.state()
-        self._started = time.time()
+        self._clock = time.monotonic()  # that of the machine may be set while a run trains
+        self._began = self._before.started or now()
         self._state_written = 0.0
-        self.rate = 0.0  # images/s of the last window
+        self.rate = 0.0  # images/s of the last windows
+        self._recent: list[tuple[int, float]] = []  # images and seconds of each
         self.progress = Progress(console and world.main, last_step, session.position.step)
-        self._precision = self._before.get("precision")
-        self._lost_steps = int(self._before.get("lost_steps", 0))  # trained, and to be trained again
+        self._precision = self._before.precision
+        self._lost_steps = self._before.lost_steps  # trained, and to be trained again
         self._metrics: MetricsLog | None = None
         self._wandb: Companion | None = None
         if world.main:
-            self._metrics = MetricsLog(run.metrics_file, session.position.step)
-            reached = max(self._metrics.reached, int(self._before.get("step") or 0))
+            self._metrics = MetricsLog(run.metrics_file, session.position.step, session.history)
+            reached = max(self._metrics.reached, self._before.step or 0)
             self._lost_steps += max(0, reached - session.position.step)
             self.state("running")  # what W&B is told of the run
             self._wandb = Companion(run, experiment.tracking, self.progress.say)
@@ -74,7 +77,7 @@ class Records:
             f"{plan.steps_per_epoch} steps x {self._experiment.epochs} epochs, batch {plan.batch_size} "
             f"on {world.size} x {world.device.type}, {precision}"
         )
-        for note in notes:
+        for note in [*notes, *(self._metrics.notes if self._metrics is not None else ())]:
             self.progress.say(f"note: {note}")
         facts = {"world_size": world.size, "device": str(world.device), "precision": precision}
         self.event("started", **facts, lost_steps=self._lost_steps)
@@ -106,14 +109,23 @@ class Records:
         self.progress.say(f"first step after {sum(seconds.values()):.1f} s ({parts})")
         self.event("first step", seconds=seconds)
 
-    def window(self, epoch: int, step: int, losses: list[float], accuracy: float, rate: float, seconds: float) -> None:
-        """A ``step`` row over the last ``len(losses)`` steps, which took ``seconds``."""
-        self.rate = len(losses) * self._plan.batch_size / max(seconds, 1e-9)
+    def window(
+        self, epoch: int, step: int, losses: list[float], accuracy: float, rate: float, seconds: float, images: int
+    ) -> None:
+        """A ``step`` row over the last ``len(losses)`` steps, which took ``seconds`` for ``images`` of all ranks."""
+        seconds = max(seconds, 1e-9)
+        self._recent.append((images, seconds))
+        # a window of few images says little of those to come: together they are at least a whole one
+        enough = min(self._experiment.training.log_every_steps * self._plan.batch_size, self._plan.train_images)
+        while sum(count for count, _ in self._recent[1:]) >= enough:
+            del self._recent[0]
+        self.rate = sum(count for count, _ in self._recent) / sum(taken for _, taken in self._recent)
         loss = sum(losses) / len(losses)
-        values = {"train_loss": loss, "train_accuracy": accuracy, "lr": rate, "images_per_second": round(self.rate, 1)}
+        own = round(images / seconds, 1)
+        values = {"train_loss": loss, "train_accuracy": accuracy, "lr": rate, "images_per_second": own}
         self._emit("step", epoch, step, values)
         self.progress.step(step, self._last_step, epoch, self._experiment.epochs, loss, self.rate)
-        if time.time() - self._state_written > 0.5:
+        if time.monotonic() - self._state_written > 0.5:
             self.state("running", train_loss=loss)
 
     def epoch(self, row: dict[str, Any]) -> None:
@@ -139,19 +151,20 @@ class Records:
         """Write ``state.json`` on rank 0."""
         self._write_state(self._state(state, **values))
 
-    def _write_state(self, record: dict[str, Any]) -> None:
-        self._state_written = time.time()
+    def _write_state(self, record: dict[str, Any], wait_s: float = UPDATE_WAIT_S) -> None:
+        self._state_written = time.monotonic()
         if self._world.main:
-            self._run.write_state(**record)
+            self._run.update_state(**record, wait_s=wait_s)
 
     def _state(self, state: str, **values: Any) -> dict[str, Any]:
         """What ``state.json`` holds: also the time and GPU-hours of all segments so far."""
         position, before, world = self._session.position, self._before, self._world
-        seconds = time.time() - self._started
+        seconds = time.monotonic() - self._clock
         gpus = world.size if world.on_gpu else 0
         validated = (row["val_accuracy"] for row in reversed(self._session.history) if "val_accuracy" in row)
         return {
             "state": state,
+            "reason": None,
             "epoch": position.epoch,
             "epochs": self._experiment.epochs,
             "step": position.step,
@@ -159,10 +172,10 @@ class Records:
             "val_accuracy": next(validated, None),
             "images_per_second": round(self.rate, 1),
             "lost_steps": self._lost_steps,
-            "restarts": int(before.get("restarts", -1)) + 1,
-            "gpu_hours": round(float(before.get("gpu_hours", 0.0)) + gpus * seconds / 3600, 6),
-            "seconds": round(float(before.get("seconds", 0.0)) + seconds, 3),
-            "started": before.get("started") or now(),
+            "restarts": _times(before) + 1,
+            "gpu_hours": round(max(0.0, before.gpu_hours or 0.0) + gpus * seconds / 3600, 6),
+            "seconds": round(max(0.0, before.seconds or 0.0) + seconds, 3),
+            "started": self._began,
             "world_size": world.size,
             "device": world.device.type,
             "precision": self._precision,
@@ -193,7 +206,7 @@ class Records:
         lost = isinstance(error, LostRank) or (isinstance(error, RuntimeError) and is_lost_peer(error))
         if isinstance(error, NonFiniteLoss) and recovery.goes_back(self._run, error.step):
             self.event("went back", reason=first_line(error))
-            self.state("running", restarts=int(self._before.get("restarts", -1)))  # it is no restart
+            self.state("running", restarts=_times(self._before))  # it is no restart
             self.progress.say(f"note: {error}; going back to the last checkpoint, to leave this batch out")
         elif self._metrics is not None and isinstance(error, Exception) and not lost:
             self.event("failed", reason=first_line(error))
@@ -207,6 +220,11 @@ class Records:
         if self._wandb is not None:
             self._wandb.finish()
         self.progress.close()
+
+
+def _times(before: RunState) -> int:
+    """Restarts so far; -1 of a run that has not begun."""
+    return -1 if before.restarts is None else before.restarts
 
 
 def _sheet(images: torch.Tensor) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .. import files
+from .. import caches
 from ..config.experiment import Experiment
 from ..config.model import PretrainedModel
 from ..config.shapes import check_fits
@@ -38,8 +38,14 @@ class Prepared:
 
 
 def prepare_data(experiment: Experiment, data_root: Path, world: World) -> Prepared:
-    """Open the dataset and split it; every rank computes the same split and the same exact statistics."""
+    """Open the dataset, verified, and split it; every rank computes the same split and the same exact statistics.
+
+    Raises:
+        DataError: on every rank: the dataset is missing or damaged where one of them is.
+        UsageError: the network does not fit its images.
+    """
     store = Store.open(data_root, experiment.data.dataset)
+    on_each_host(world, store.verify_once)
     check_fits(experiment.model, store.image_shape, len(store.classes), store.dataset)
     labels = store.train.labels
     data = experiment.data
@@ -61,6 +67,23 @@ def prepare_data(experiment: Experiment, data_root: Path, world: World) -> Prepa
     else:
         mean, std = np.zeros(channels), np.ones(channels)
     return Prepared(store, train, validation, mean, std)
+
+
+def on_each_host(world: World, check: Callable[[], None]) -> None:
+    """Have one rank of each host check something that all of them use. Call on every rank; what one raises, all raise.
+
+    Raises:
+        HpcCifarError: that of the first rank that raised one.
+    """
+    problem: HpcCifarError | None = None
+    if world.local_rank == 0:
+        try:
+            check()
+        except HpcCifarError as error:
+            problem = error
+    found = world.gather(problem)
+    if problem := world.share(next((one for one in found if one), None) if found else None):
+        raise problem
 
 
 def split_digest(prepared: Prepared) -> str:
@@ -130,8 +153,8 @@ def choose_channels_last(experiment: Experiment) -> bool:
 
 def compiled(module: nn.Module) -> nn.Module:
     """torch.compile for the shapes of batches as they come; what it makes is kept for other runs on processors of this kind."""
-    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ and (folder := files.cache_folder(f"inductor-{_kind_of_processor()}")):
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+    caches.use("TORCHINDUCTOR_CACHE_DIR", f"inductor-{_kind_of_processor()}")
+    caches.use("TRITON_CACHE_DIR", "triton")
     made: nn.Module = torch.compile(module, dynamic=False)  # type: ignore[assignment]
     return made
 

@@ -100,6 +100,7 @@ class Stepper:
         self._window = torch.zeros(window + 2, dtype=torch.float64, device=world.device)
         self._slot = torch.zeros(1, dtype=torch.int64, device=world.device)  # of the next step in the window
         self._seen = 0
+        self._images = 0  # of all ranks, in the batches of these steps
         self._rate_on_device = graph
         self._graphs = Graphs(self._update, world.device) if graph else None
         self.start_clock()
@@ -125,6 +126,7 @@ class Stepper:
             self._slow()
             self._settle()
         self._seen += 1
+        self._images += batch.global_size
         if self.rest is not None:
             self.rest()
         return self.rate
@@ -234,11 +236,11 @@ class Stepper:
     def take_window(self) -> PendingWindow:
         """Sum the window over the ranks and start its way to the host; call on every rank at the same step."""
         totals = self._world.sum(self._window.clone())
-        pending = PendingWindow(totals, self._seen, self._begin)
+        pending = PendingWindow(totals, self._seen, self._begin, self._images)
         self._begin = pending.end
         self._window.zero_()
         self._slot.zero_()
-        self._seen = 0
+        self._seen = self._images = 0
         return pending
 
 
@@ -264,10 +266,13 @@ class Mark:
 
 
 class PendingWindow:
-    """Metrics of the last few steps on their way from the device to the host, without stalling either."""
+    """Metrics of the last few steps on their way from the device to the host, without stalling either.
 
-    def __init__(self, totals: Tensor, steps: int, begin: Mark) -> None:
-        self.steps = steps
+    ``images`` is the size of their batches over all ranks; the last batch of an epoch is smaller than the others.
+    """
+
+    def __init__(self, totals: Tensor, steps: int, begin: Mark, images: int) -> None:
+        self.steps, self.images = steps, images
         self._begin = begin
         if totals.is_cuda:
             self._host = torch.empty(totals.shape, dtype=totals.dtype, pin_memory=True)

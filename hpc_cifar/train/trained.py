@@ -16,9 +16,9 @@ from ..config.experiment import Experiment
 from ..data import pipeline as data
 from ..data.pipeline import Batch
 from ..data.store import Arrays
-from ..errors import CheckpointError, RunError, UsageError, first_line
+from ..errors import CheckpointError, RunError, UsageError
 from ..runs import Run
-from . import checkpoint
+from . import begun, checkpoint, contents
 from .distributed import World, device_for
 from .saved import missing
 from .setup import Prepared, choose_channels_last, choose_precision, make_network, prepare_data, split_digest
@@ -75,7 +75,7 @@ def load(run: Run, data_root: Path, which: str = "") -> Trained:
         which: ``best`` or ``latest``; "" is the one whose test figures the run reports.
 
     Raises:
-        RunError: there is no such checkpoint.
+        RunError: there is no such checkpoint, or it is of another experiment than the run is now.
         CheckpointError: it is damaged, or of another network or dataset.
         DataError: the dataset is not here.
     """
@@ -89,23 +89,29 @@ def load(run: Run, data_root: Path, which: str = "") -> Trained:
             raise problem
         raise RunError(f"{run.id} has no checkpoint {which!r} (yet); there are: {_names(run)}")
     state = checkpoint.read(saved)
+    if wrong := contents.problem(state):
+        raise CheckpointError(f"{saved.folder}: is not what this version writes: {wrong}")
+    begun.check(run, saved.manifest, experiment)
     if state["split_digest"] != split_digest(prepared):
         raise CheckpointError(
             f"{run.id} was trained on other images than those in {data_root / experiment.data.dataset}; prepare the same again"
         )
     channels_last = choose_channels_last(experiment)
     network = make_network(experiment, prepared, world, channels_last)
-    try:
-        network.load_state_dict(state["model"])
-    except RuntimeError as error:
-        raise CheckpointError(f"{saved.folder} does not fit the run's network: {first_line(error)}") from None
+    live = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    unlike = contents.difference(state["model"], network.state_dict())
     if state["ema"] is not None:
-        live = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        average = contents.listed(state["ema"]["shadow"], "average")
+        unlike = unlike or contents.difference(average, contents.listed(live, "average"))
+    if unlike:
+        raise CheckpointError(f"{saved.folder} does not fit the run's network: {unlike}")
+    network.load_state_dict(state["model"])
+    if state["ema"] is not None:
         with torch.no_grad():
-            for parameter, average in zip(live, state["ema"]["shadow"], strict=True):
-                parameter.copy_(average)
+            for parameter, shadow in zip(live, state["ema"]["shadow"], strict=True):
+                parameter.copy_(shadow)
     network.eval()
-    precision = choose_precision(experiment, world.device, run.state().get("precision"))
+    precision = choose_precision(experiment, world.device, run.state().precision)
     step = state["position"]["step"]
     epoch = state["position"]["epoch"]
     return Trained(

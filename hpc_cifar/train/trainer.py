@@ -20,7 +20,7 @@ from ..models import build
 from ..plan import Plan
 from ..runs import Run, now
 from ..track.rows import is_better, least_improvement
-from . import checkpoint, features, optim, saved
+from . import begun, checkpoint, features, optim, saved
 from .distributed import World, gradient_sync
 from .graph import WARM_UP
 from .records import Records, peak_memory
@@ -58,7 +58,7 @@ class Trainer:
         stages.done("data")
         self.plan: Plan = actual_plan(self.experiment, self.prepared, world)
         self.last_step = min(self.plan.total_steps, max_steps or self.plan.total_steps)
-        begun = run.state().get("precision")
+        begun = run.state().precision
         self.precision = world.share(choose_precision(self.experiment, world.device, begun))  # nodes may differ
         self.channels_last = choose_channels_last(self.experiment)
         self.flag, self.agreement = flag, StopAgreement(flag, world)
@@ -114,6 +114,7 @@ class Trainer:
                 good, notes = checkpoint.newest_good(folder)
                 if good is not None:
                     notes = [f"skipped a damaged checkpoint: {line}" for line in notes] or saved.older(self.run, good.step)
+                    notes += begun.check(self.run, good.manifest, self.experiment)
                     choice = (good.folder.name, notes, checkpoint.settle(folder, good))
                     saved.note(self.run, good.step)
             except HpcCifarError as error:
@@ -132,9 +133,8 @@ class Trainer:
             notes.append(f"the best checkpoint so far, of step {good.best_step}, is gone; the best of what follows counts")
             self.session.best = self.session.best_step = None
         self.saved_step = good.step
-        position = self.session.position
-        place = f"epoch {position.epoch + 1}, batch {position.batch}"
-        return [*notes, f"resuming at step {good.step} of {self.plan.total_steps} ({place})"]
+        at = self.session.position
+        return [*notes, f"resuming at step {good.step} of {self.plan.total_steps} (epoch {at.epoch + 1}, batch {at.batch})"]
 
     # ---- the whole run -------------------------------------------------------------------------------------------
 
@@ -192,6 +192,7 @@ class Trainer:
             if position.step + 1 not in self.left_out:
                 with self._patience(batch):
                     rate = session.stepper(batch, position.step, session.history)
+                self.epoch_images += batch.global_size
             if not self.begun:
                 self._first_step_is_made()
                 self.records.first_batch(batch.images)
@@ -199,7 +200,6 @@ class Trainer:
             position.step += 1
             self.watchdog.step(position.step)
             self.saver.check()
-            self.epoch_images += batch.global_size
             if position.batch % self.experiment.training.log_every_steps == 0:  # the same steps after a resume
                 self._take_window(rate)
             if position.batch == self.plan.steps_per_epoch:
@@ -276,7 +276,7 @@ class Trainer:
                 if not math.isfinite(loss):
                     raise self._non_finite(step - window.steps + index + 1, loss)
             if losses:
-                self.records.window(epoch, step, losses, accuracy, rate, seconds)
+                self.records.window(epoch, step, losses, accuracy, rate, seconds, window.images)
         self.pending.clear()
 
     def _non_finite(self, step: int, loss: float) -> NonFiniteLoss:
@@ -331,6 +331,7 @@ class Trainer:
                     whole_epoch=position.batch == 0 and position.step > 0,
                     metrics={key: value for key, value in last.items() if isinstance(value, float)},
                     best_step=self.session.best_step,
+                    experiment=self.experiment.model_dump(mode="json"),
                 )
             self.world.barrier()  # else the others wait for rank 0 in a step, which is to be quicker than a checkpoint
         self.saved_step = position.step

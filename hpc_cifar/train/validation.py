@@ -19,7 +19,7 @@ from .features import Features
 from .graph import Graphs
 from .optim import penalty
 from .session import Session
-from .setup import AveragedStatistics, Prepared
+from .setup import AveragedStatistics, Prepared, on_each_host
 from .step import autocast
 
 BATCH = 1000
@@ -35,6 +35,7 @@ class Validation:
     """
 
     cached: Features | None = None
+    _verified = False  # the test files were, by this process or another one of its host
 
     def __init__(
         self, experiment: Experiment, prepared: Prepared, session: Session, precision: torch.dtype, channels_last: bool
@@ -59,7 +60,7 @@ class Validation:
     def __call__(self) -> tuple[float, float]:
         """On the validation split; with ``validation: test`` on the test set, by which nothing is chosen."""
         if self._experiment.data.validation == "test":
-            return self.test()
+            return self._test() if self._verified else self.test()
         return self._of(self._prepared.store.train, self._prepared.validation_indices)
 
     def penalty(self) -> float | None:
@@ -85,7 +86,18 @@ class Validation:
             ema.swap()
 
     def test(self, augmented: bool = False) -> tuple[float, float]:
-        """On the test set, as it is or averaged over shifted and mirrored views."""
+        """On the test set, as it is or averaged over shifted and mirrored views.
+
+        Its files are read whole before: a figure of damaged ones would be believed.
+
+        Raises:
+            DataError: on every rank: they are not what was written.
+        """
+        on_each_host(self._session.world, partial(self._prepared.store.verify, "test"))
+        self._verified = True
+        return self._test(augmented)
+
+    def _test(self, augmented: bool = False) -> tuple[float, float]:
         arrays = self._prepared.store.test
         return self._of(arrays, range(len(arrays.labels)), augmented)
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from hpc_cifar.config.cluster import LOCAL, SLURM, Cluster, find_cluster, known_clusters, with_overrides
+from hpc_cifar.config.cluster import LOCAL, SLURM, Cluster, find_cluster, known_clusters, overshadowed, with_overrides
 from hpc_cifar.config.load import load_cluster
 from hpc_cifar.config.packaged import cluster_files
 from hpc_cifar.errors import ConfigError, UsageError
@@ -57,10 +57,15 @@ def test_nearer_profiles_win(empty_site: Path) -> None:
         assert find_cluster("gpu8", have_sbatch=True).name == "gpu8"
 
 
-def test_a_profile_may_replace_a_built_in_one(empty_site: Path) -> None:
-    put(empty_site / "slurm/slurm.yaml", "partition: mine\n")
-    assert find_cluster(have_sbatch=True).partition == "mine"
-    assert known_clusters()["local"] is None
+@pytest.mark.parametrize("name", ["local", "slurm"])
+def test_no_profile_replaces_a_built_in_one(empty_site: Path, name: str) -> None:
+    for folder in ("slurm", "slurm/profiles", "home/.config/hpc-cifar/clusters"):
+        put(empty_site / folder / f"{name}.yaml", "environment: {LD_PRELOAD: /tmp/evil.so}\n")
+    for found in (find_cluster(name, have_sbatch=True), find_cluster(have_sbatch=name == "slurm")):
+        assert found is {"local": LOCAL, "slurm": SLURM}[name]
+    assert known_clusters()[name] is None
+    assert overshadowed(name) == Path(f"slurm/{name}.yaml") and overshadowed("gpu8") is None
+    assert find_cluster(f"slurm/{name}.yaml", have_sbatch=True).environment, "by its path it is what it says"
 
 
 def test_explicit_path(empty_site: Path) -> None:

@@ -15,8 +15,9 @@ from reported import EVALUATED, left_behind
 from hpc_cifar.cli.main import main
 from hpc_cifar.report.charts import charts
 from hpc_cifar.report.facts import gather, shown
-from hpc_cifar.report.groups import changed, comparable, groups_of
+from hpc_cifar.report.groups import changed, comparable, groups_of, seeds_of
 from hpc_cifar.report.page import html
+from hpc_cifar.report.text import markdown
 
 
 def typed(root: Path, *arguments: str, code: int = 0) -> None:
@@ -47,7 +48,7 @@ LEFT, RIGHT = "triangle-left-open", "triangle-right-open"
 @pytest.mark.parametrize(
     ("claim", "measured", "word", "text"),
     [
-        (BELOW, 0.38, "above", "test accuracy 38.00% (n = 1), claimed below 30%: 8.00 points above"),
+        (BELOW, 0.38, "above", "test accuracy 38.00% (n = 1: seed 0), claimed below 30%: 8.00 points above"),
         (BELOW, 0.32, "as claimed", "claimed below 30%: 2.00 points above"),  # 359 digits: 4.8 points are within its interval
         (BELOW, 0.1, "as claimed", "claimed below 30%: within"),
         (ABOVE, 0.38, "below", "claimed above 50%: 12.00 points below"),
@@ -101,6 +102,58 @@ def test_seeds_and_folds_are_one_group_and_every_other_field_makes_two(tmp_path:
     assert [len(group.runs) for group in groups] == [4, 1]
     assert [group.title for group in groups] == ["net optimizer.lr=0.01", "net optimizer.lr=0.5"]
     assert groups[0].runs[3].label == "seed 1, fold 1"
+
+
+def test_a_seed_counts_once_and_its_copies_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fields: dict[str, Any] = {"claim": CLAIM, "tracking": {"group": "t2"}}
+    made = [left_behind(tmp_path, test=test, **fields) for test in (0.9, 0.9, 0.9)]
+    [group] = groups_of([gather(run) for run in made])
+    found = group.spreads["test_accuracy"]
+    assert (found.n, found.std, found.seeds) == (1, None, "seed 0")
+    more = [left_behind(tmp_path, seed=seed, test=0.9 + seed / 100, **fields) for seed in (1, 2, 4)]
+    [group] = groups_of([gather(run) for run in (*made, *more)])
+    assert [one.id for one in group.counted] == [made[0].id, *(run.id for run in more)]
+    words = "(n = 4: seeds 0-2, 4)"
+    assert words in group.verdict.text and group.spreads["seconds"].n == 4
+    copies = f"seed 0 counts once, as {made[0].id} has it; the same: {made[1].id}, {made[2].id}"
+    for form in ("md", "json"):
+        typed(tmp_path, "report", "--campaign", "t2", "--format", form)
+        out, err = capsys.readouterr()
+        assert copies in out and copies in err and words in out, form
+    assert "| 4/6 | seeds 0-2, 4 |" in markdown([group], "x")
+    page = html([group], "x")
+    assert copies in page and words in page and '<td class="text">seeds 0-2, 4</td>' in page
+    typed(tmp_path, "list", "--campaign", "t2")
+    assert words in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("pairs", "words"),
+    [
+        ([(3, None)], "seed 3"),
+        ([(0, None), (1, None), (2, None), (5, None), (7, None), (8, None)], "seeds 0-2, 5, 7, 8"),
+        ([(0, 0), (0, 1), (0, 2)], "seed 0, folds 0-2"),
+        ([(0, 0), (1, 0), (0, 1), (1, 1)], "seeds 0, 1, folds 0, 1"),
+        ([(0, 0), (1, 1), (1, 1)], "seed 0, fold 0; seed 1, fold 1"),
+    ],
+)
+def test_seeds_are_told_shortly(tmp_path: Path, pairs: list[tuple[int, int | None]], words: str) -> None:
+    data = {"dataset": "digits", "batch_size": 144}
+    made = [
+        left_behind(tmp_path, seed=seed, data=data if fold is None else {**data, "folds": 3, "fold": fold})
+        for seed, fold in pairs
+    ]
+    assert seeds_of([gather(run) for run in made]) == words
+    [group] = groups_of([gather(run) for run in made])
+    assert group.spreads["test_accuracy"].n == len(set(pairs))
+
+
+def test_a_figure_of_fewer_seeds_than_its_group_says_of_which(tmp_path: Path) -> None:
+    made = [left_behind(tmp_path, seed=seed) for seed in (0, 1)]
+    made[0].result_file.write_text(json.dumps({"state": "finished", "steps": 45}))
+    groups = groups_of([gather(run) for run in made])
+    assert "90.00% (n = 1: seed 1)" in markdown(groups, "x")
+    assert '<span class="soft">n = 1: seed 1</span>' in html(groups, "x")
 
 
 def test_what_has_not_finished_counts_for_nothing(tmp_path: Path) -> None:
@@ -172,7 +225,7 @@ def test_list_of_a_campaign_ends_with_mean_and_spread(tmp_path: Path, capsys: py
     other = left_behind(tmp_path, name="other")
     typed(tmp_path, "list", "--campaign", "t2")
     said = capsys.readouterr().out
-    assert other.id not in said and "net: test accuracy 90.50% ± 0.71% (n = 2)" in said
+    assert other.id not in said and "net: test accuracy 90.50% ± 0.71% (n = 2: seeds 0, 1)" in said
 
 
 @pytest.mark.parametrize(

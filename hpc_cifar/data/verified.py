@@ -1,0 +1,80 @@
+"""Which stores were verified on this host since it was started, so that one process reads every byte and the others need not.
+
+A store that was read and found good is known by device, inode, size and times of its files. The record lies in a folder that
+only this user can write; where there is none, everyone who asks reads the store.
+
+<cache>/hpc-cifar/verified/<host>-<store>.json     boot, and what was seen of each file; <store> is that of the folder's inode
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from .. import caches, files
+
+BOOT = Path("/proc/sys/kernel/random/boot_id")
+
+Seen = dict[str, list[int]]
+
+
+def seen(folder: Path, names: Iterable[str]) -> Seen:
+    """What tells whether a file is still the one that was read."""
+    return {name: _facts((folder / name).stat()) for name in names}
+
+
+def _facts(facts: os.stat_result) -> list[int]:
+    return [facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns]
+
+
+def is_known(folder: Path, digest: str, now: Seen) -> bool:
+    """Whether files that look like ``now`` were read since this host was started, and had what ``digest`` says."""
+    path = _record(folder)
+    return path is not None and files.read_json(path) == _entry(digest, now)
+
+
+def note(folder: Path, digest: str, then: Seen) -> None:
+    """They were read, and looked like ``then`` before and afterwards. A full disk costs the next one's time."""
+    path = _record(folder)
+    if path is not None:
+        with contextlib.suppress(OSError):
+            files.write_json(path, _entry(digest, then), durable=False)
+
+
+@contextlib.contextmanager
+def by_one(folder: Path) -> Iterator[None]:
+    """Within the block no other process of this user and host reads the store; without locks in the home each does."""
+    path = _record(folder)
+    if path is None:
+        yield
+        return
+    with contextlib.ExitStack() as opened:
+        with contextlib.suppress(OSError):
+            stream = opened.enter_context(os.fdopen(os.open(path.with_suffix(".lock"), _LOCK, 0o600), "w"))
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+_LOCK = os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+
+
+def _record(folder: Path) -> Path | None:
+    private = caches.cache_folder("verified")
+    if private is None:
+        return None
+    facts = folder.stat()
+    place = hashlib.sha256(f"{facts.st_dev} {facts.st_ino}".encode()).hexdigest()[:16]  # a copy gets its name afterwards
+    return private / f"{os.uname().nodename}-{place}.json"
+
+
+def _entry(digest: str, now: Seen) -> dict[str, Any]:
+    try:
+        boot = BOOT.read_text(encoding="ascii").strip()
+    except OSError:
+        boot = ""
+    return {"boot": boot, "store": digest, "files": now}
