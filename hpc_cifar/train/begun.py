@@ -26,7 +26,7 @@ FORCED = "forced.json"
 
 def manifest(run: Run, name: str = "") -> dict[str, Any]:
     """Of a checkpoint (``best``, ``latest``, a folder's name), of the newest one by default; ``{}`` without any."""
-    folders = [path for path in run.checkpoints.glob("step-*") if path.name.removeprefix("step-").isdigit()]
+    folders = [path for path in run.checkpoints.glob("step-*") if files.whole(path.name.removeprefix("step-")) is not None]
     newest = max(folders, key=lambda path: int(path.name.removeprefix("step-")), default=None)
     folder = run.checkpoints / name if name else newest
     found = files.read_json(folder / "manifest.json") if folder is not None else None
