@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import sys
 import time
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from .. import terminal
 from . import complete, options
 
 RECENT = 20
@@ -25,7 +27,7 @@ def status(
     ] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Look again every few seconds until all have ended.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="A list of objects, one a run.")] = False,
-    every: Annotated[float, typer.Option(min=0.2, help="Seconds between looks with --watch.")] = 5.0,
+    every: Annotated[float, typer.Option(min=0.2, max=86_400, help="Seconds between looks with --watch.")] = 5.0,
     owner: options.Owner = None,
 ) -> None:
     """Show the state of a run, or of the latest runs.
@@ -38,14 +40,14 @@ def status(
     A run is pending, running, requeued, finished, failed, cancelled, or stopped (with a checkpoint to go on from).
     """
     from .. import files
-    from ..launch.status import statuses
+    from ..launch.status import statuses, there
     from . import chosen, status_table
 
     root, first, screen = files.runs_root(), True, watch and sys.stdout.isatty()
     while True:
         wanted = chosen.to_read([run], root, owner) if run is not None else chosen.everything(root, owner)
         hidden = 0 if as_json or run is not None else max(0, len(wanted) - RECENT)
-        seen = statuses(wanted[hidden:])
+        seen = there(statuses(wanted[hidden:]))
         if as_json:
             typer.echo(json.dumps([row.as_dict() for row in seen], indent=None if watch else 2))
         elif run is not None and len(seen) == 1 and sys.stdout.isatty() and not watch:
@@ -54,7 +56,10 @@ def status(
             lines = status_table.lines_of(seen) if seen else [f"no runs in {root}"]
             if hidden:
                 lines.append(f"and {hidden} older: hpc-cifar list")
-            typer.echo(status_table.in_place(lines, first=first) if screen else "\n".join(lines), nl=not screen)
+            if screen:
+                terminal.draw(status_table.in_place(lines, first=first))
+            else:
+                typer.echo("\n".join(lines))
         if not watch or all(row.ended for row in seen):
             return
         first = False
@@ -76,7 +81,7 @@ def list_runs(
     hpc-cifar list --campaign table2
     """
     from .. import files
-    from ..launch.status import statuses
+    from ..launch.status import statuses, there
     from . import status_table
     from .chosen import everything
 
@@ -84,9 +89,9 @@ def list_runs(
     chosen = everything(root, owner, campaign)
     seen = statuses(chosen)
     if as_json:
-        typer.echo(json.dumps([row.as_dict() for row in seen], indent=2))
-    elif seen:
-        typer.echo("\n".join(status_table.lines_of(seen)))
+        typer.echo(json.dumps([row.as_dict() for row in there(seen)], indent=2))
+    elif there(seen):
+        typer.echo("\n".join(status_table.lines_of(there(seen))))
         if campaign is not None:
             from .report import grouped
 
@@ -98,7 +103,9 @@ def list_runs(
 def logs(
     run: options.RunName = "last",
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run has ended.")] = False,
-    rank: Annotated[int, typer.Option(min=0, help="Whose log.")] = 0,
+    rank: Annotated[int, typer.Option(min=0, max=1_000_000, help="Whose log.")] = 0,
+    whole: Annotated[bool, typer.Option("--all", help="Also the beginning of a log of more than 16 MiB.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="As it was written, with colours and whatever a terminal obeys.")] = False,
     owner: options.Owner = None,
 ) -> None:
     """Print what a rank wrote: standard output and standard error of every job of the run, in order.
@@ -106,32 +113,49 @@ def logs(
     \b
     hpc-cifar logs last -f
     hpc-cifar logs 4711 --rank 3
+
+    Colours are left out, other control characters are shown as \\x1b and the like.
     """
     from .. import files
     from ..errors import RunError
     from ..launch import control
     from . import chosen
 
+    def show(text: str) -> None:
+        if raw:
+            terminal.draw(text)
+        else:
+            typer.echo(terminal.of_log(text), nl=False)
+
+    def begin(path: Path) -> int:
+        start = 0 if whole else control.log_begin(path)
+        if start:
+            typer.echo(f"hpc-cifar: {path.name}: without its first {start / 2**20:,.0f} MiB (--all prints them)", err=True)
+        return start
+
     [found] = chosen.to_read(run, files.runs_root(), owner)
     last = None
     if follow:
-        for path, text in control.follow_logs(found, rank):
+        for path, text in control.follow_logs(found, rank, begin):
             if path != last and (last is not None or path.suffix == ".err"):
                 typer.echo(f"==> {path.name} <==")
             last = path
-            typer.echo(text, nl=False)
+            show(text)
         return
     paths = control.log_files(found, rank)
     if not paths:
-        if found.jobs() and found.jobs()[-1].get("executor") == "train":
+        if found.last_job().executor == "train":
             raise RunError(f"{found.id} was started by train or torchrun, which write to the terminal they were started in")
         raise RunError(f"{found.id}: rank {rank} has no log yet (they will lie in {found.submitit})")
     for path in paths:
-        text = path.read_text(encoding="utf-8", errors="replace")
-        if text:
-            if len(paths) > 1:
+        text = ""
+        for text in control.log_pieces(path, begin(path)):  # the last one ends in a line or not
+            if len(paths) > 1 and path != last:
                 typer.echo(f"==> {path.name} <==")
-            typer.echo(text, nl=not text.endswith("\n"))
+            last = path
+            show(text)
+        if text and not text.endswith("\n"):
+            typer.echo()
 
 
 def wait(run: options.RunNamesOrLast = None, owner: options.Owner = None) -> None:
@@ -147,7 +171,7 @@ def wait(run: options.RunNamesOrLast = None, owner: options.Owner = None) -> Non
 
     ended = wait_all(chosen.to_read(run or ["last"], files.runs_root(), owner))
     for seen in ended:
-        typer.echo(f"{seen.run}: {seen.state}" + (f" ({seen.reason})" if seen.reason else ""))
+        typer.echo(terminal.one_line(f"{seen.run}: {seen.state}" + (f" ({seen.reason})" if seen.reason else "")))
     if any(seen.state not in ("finished", "stopped") for seen in ended):
         raise typer.Exit(1)
 
@@ -173,7 +197,8 @@ def resume(
         str | None, typer.Option(help="Another profile than last time.", show_default=False, autocompletion=complete.clusters)
     ] = None,
     max_gpu_hours: Annotated[
-        float | None, typer.Option(min=0, help="Refuse a job that may use more GPU-hours.", show_default=False)
+        float | None,
+        typer.Option(min=0, max=options.MOST_HOURS, help="Refuse a job that may use more GPU-hours.", show_default=False),
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Begin at step 0; what a run has so far is set aside in it.")] = False,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Watch the run to its end and print the result.")] = False,

@@ -41,7 +41,7 @@ def train(
         str | None, typer.Option(help="Name of the run; else the experiment's name and a digest of it.", show_default=False)
     ] = None,
     max_steps: Annotated[
-        int | None, typer.Option(min=1, help="Stop at this step of the whole run.", show_default=False)
+        int | None, typer.Option(min=1, max=10**15, help="Stop at this step of the whole run.", show_default=False)
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over; a run of this name is set aside.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Go on with another experiment than the run began with.")] = False,
@@ -49,7 +49,7 @@ def train(
         Path | None, typer.Option(help="Folder of prepared datasets; HPC_CIFAR_DATA, else ./data.", show_default=False)
     ] = None,
 ) -> None:
-    """Train on the processes that are here: one, or those of torchrun. The same command continues an interrupted run.
+    """Train on the processes that are here: one, or those of torchrun, srun or mpirun. The same command continues a run.
 
     \b
     hpc-cifar train quickstart
@@ -62,16 +62,17 @@ def train(
     from ..config.packaged import find_job
     from ..errors import RunError
     from ..launch import job as launch_job
+    from ..launch import ranks
     from ..launch.control import here
     from ..runs import Run
 
     experiment = load_experiment(find_job(job), sets or [])
-    _check_ranks()
+    ranks.settle()
     data_root = files.expanded(data, f"--data {data}") if data else files.data_root()
     root = files.runs_root()
     name = name or run_name(experiment, root)
 
-    if _whole("LOCAL_RANK", 0) == 0:
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         launch_job.read_ahead(Run(root / name), data_root, experiment)
     lifetime.collect_later()
     from ..train.distributed import connected
@@ -127,37 +128,12 @@ def run_name(experiment: Experiment, root: Path) -> str:
     return name
 
 
-def _whole(name: str, default: int) -> int:
-    from ..errors import UsageError
-
-    text = os.environ.get(name, "")
-    if not text:
-        return default
-    if not text.isdigit():
-        raise UsageError(f"{name}: should be a whole number as torchrun sets it, not {text!r}")
-    return int(text)
-
-
 @contextlib.contextmanager
 def _collecting_afterwards() -> Iterator[None]:
     try:
         yield
     finally:
         lifetime.collect_again()
-
-
-def _check_ranks() -> None:
-    """What torchrun set fits together.
-
-    Raises:
-        UsageError: naming the variable.
-    """
-    from ..errors import UsageError
-
-    rank, world = _whole("RANK", 0), _whole("WORLD_SIZE", 1)
-    _whole("LOCAL_WORLD_SIZE", world)
-    if not rank < world:
-        raise UsageError(f"RANK={rank}, WORLD_SIZE={world}: ranks count from 0 to WORLD_SIZE - 1, as torchrun sets them")
 
 
 def _agree(
@@ -304,9 +280,11 @@ def _print_result(found: Run, remark: str | None) -> None:
     if remark:
         typer.echo(f"{found.id}: {remark}")
     seen = status(found)
-    result = found.result() or {}
-    if seen.state == "failed" and result.get("state"):  # this very process still lives: the result is the last word
+    result = found.result()
+    if (
+        seen.state == "failed" and result is not None and result.state
+    ):  # this very process still lives: the result is the last word
         import dataclasses
 
-        seen = dataclasses.replace(seen, state=str(result["state"]), reason=result.get("reason"))
+        seen = dataclasses.replace(seen, state=result.state, reason=result.reason)
     console.result_table(found, seen)

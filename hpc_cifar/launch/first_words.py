@@ -40,7 +40,7 @@ _NOISE = re.compile(
 )
 # what Slurm's programs say when a task has ended: true of each, and the reason of none
 _SLURMS = re.compile(r"srun: |slurmstepd(?:-[\w.-]+)?: ")
-_TASK = re.compile(r"srun: error: \S+: tasks? (\d+)[\d,-]*: ([^\n]+)")
+_TASK = re.compile(r"srun: error: \S+: tasks? ([0-9]{1,9})[\d,-]*: ([^\n]+)")
 _DUE_TO = re.compile(r"CANCELLED AT \S+ DUE TO ([A-Z][A-Z ]+)")
 _SETUP = re.compile(rf"{OURS}.+ (?:failed|ended the job) with exit code \d+")
 _BASHS = re.compile(r"/\S*/(?:slurm_script|guard\.sh): line \d+: ")  # what bash puts before its words
@@ -124,10 +124,10 @@ def _death(errors: str, for_memory: bool) -> str:
 
 def one_line(text: str) -> str:
     """``text`` as one line that a terminal and a table can show: without control characters and keys."""
-    from .provenance import redact
+    from ..redaction import redact_beginning
 
-    plain = _BASHS.sub("", " ".join(text[: 8 * LONGEST].split()))
-    shown = redact("".join(char if char.isprintable() else _escaped(char) for char in plain))
+    plain, _ = redact_beginning(_BASHS.sub("", " ".join(text[: 64 * LONGEST].split())), 32 * LONGEST)
+    shown = "".join(char if char.isprintable() else _escaped(char) for char in plain)
     return shown if len(shown) <= LONGEST else shown[: LONGEST - 3] + "..."
 
 

@@ -1,79 +1,73 @@
-"""Processes of this machine by identity: a pid and its start time, so that a recycled pid is never taken for ours."""
+"""Sessions of processes: what a controller started, and all that its ranks left behind. Single ones are ``processes``."""
 
 from __future__ import annotations
 
-import contextlib
-import os
+import dataclasses
 import signal
-import socket
 from pathlib import Path
 
-ENDED = "ZX"  # zombie, dead: such a process runs no more code
+from .. import processes, records
+from ..files import Damaged
+from ..processes import ENDED, boot_id, start_time, stat
+from ..processes import identity as identity
+from ..processes import send as send
+from ..records import Process
 
 
-def _stat(pid: int) -> list[str] | None:
-    """Fields of /proc/PID/stat from the third (state) on; the second, the command, may hold spaces and brackets."""
+def recorded(path: Path) -> Process:
+    """The identity that a file holds; of no process where it is missing or damaged."""
     try:
-        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-    except OSError:
-        return None
-    return text.rpartition(")")[2].split()
+        return records.load(Process, path)
+    except (FileNotFoundError, Damaged):
+        return Process()
 
 
-def start_time(pid: int) -> int | None:
-    """Clock ticks after boot at which ``pid`` began, or None if there is no such process."""
-    fields = _stat(pid)
-    return int(fields[19]) if fields else None
-
-
-def boot_id() -> str:
-    """Differs after every boot, since pids and start times may repeat."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
-
-
-def identity(pid: int) -> dict[str, int | str]:
-    """What to record in order to find this process again."""
-    return {"pid": pid, "pid_started": start_time(pid) or 0, "boot": boot_id(), "host": socket.gethostname()}
-
-
-def is_alive(who: dict[str, object]) -> bool:
+def is_alive(who: Process) -> bool:
     """Whether exactly the recorded process runs on this machine."""
-    pid = who.get("pid")
-    if not isinstance(pid, int) or who.get("boot") != boot_id():
-        return False
-    fields = _stat(pid)
-    return fields is not None and fields[0] not in ENDED and int(fields[19]) == who.get("pid_started")
+    return processes.is_alive(dataclasses.asdict(who))
+
+
+def signal_exactly(who: Process, number: signal.Signals) -> bool:
+    """Signal the recorded process and no other, whoever has its pid by now; whether it was there."""
+    return processes.signal_exactly(dataclasses.asdict(who), number)
+
+
+def in_session(pid: int, session: int) -> bool:
+    """Whether a process runs and is of that session."""
+    fields = stat(pid)
+    return fields is not None and fields[0] not in ENDED and int(fields[3]) == session
 
 
 def session_members(session: int) -> list[int]:
     """Processes of a session that still run."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            fields = _stat(int(entry.name))
-            if fields and fields[0] not in ENDED and int(fields[3]) == session:
-                found.append(int(entry.name))
-    return found
+    numbers = (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isascii() and entry.name.isdecimal())
+    return [pid for pid in numbers if in_session(pid, session)]
 
 
-def survivors(leader: dict[str, object]) -> list[int]:
+def survivors(leader: Process) -> list[int]:
     """Running processes of the session that the recorded process leads, itself included.
 
     A number stays taken as long as its session has members; if another process has the leader's pid, all of ours are gone.
     """
-    pid = leader.get("pid")
-    if not isinstance(pid, int) or leader.get("boot") != boot_id():
-        return []
-    began = start_time(pid)
-    if began is not None and began != leader.get("pid_started"):
-        return []
-    return session_members(pid)
+    return session_members(leader.pid) if leader.pid is not None and _is_its_session(leader) else []
 
 
-def send(pid: int, number: signal.Signals) -> None:
-    """Signal one process; that it has gone already is no error."""
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, number)
+def _is_its_session(leader: Process) -> bool:
+    if leader.pid is None or leader.boot != boot_id():
+        return False
+    began = start_time(leader.pid)
+    return began is None or began == leader.pid_started
+
+
+def kill_survivors(leader: Process) -> None:
+    """End what is left of the session that the recorded process leads."""
+    left = survivors(leader)
+    for pid in left:
+        send(pid, signal.SIGKILL, lambda pid: pid in survivors(leader))
+
+
+def kill_session(session: int, spared: int) -> None:
+    """End the processes of a session, but for one."""
+    for pid in session_members(session):
+        if pid != spared:
+            send(pid, signal.SIGKILL, lambda pid: in_session(pid, session))

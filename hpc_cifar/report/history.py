@@ -18,15 +18,15 @@ from ..train import begun
 
 
 def epochs_of(
-    run: Run, experiment: Experiment, rows: Sequence[dict[str, Any]], damaged: int
+    run: Run, experiment: Experiment, rows: Sequence[dict[str, Any]], damaged: int, manifest: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], int | None, list[str]]:
     """Its rows of epochs, the step of the checkpoint that is the best one (None where nothing says so), and what to warn of.
 
     Args:
-        rows, damaged: from :func:`hpc_cifar.track.rows.rows_of`.
+        rows, damaged: from :func:`hpc_cifar.track.rows.rows_but_steps`.
+        manifest: of its newest checkpoint.
     """
     epochs = [row for row in rows if row["kind"] == "epoch"]
-    manifest = begun.manifest(run)
     problem = _disagreement(run, experiment, epochs, manifest)
     best = manifest.get("best_step") if experiment.checkpoint.select == "best" else None
     if not damaged and not problem:
@@ -57,7 +57,7 @@ def _disagreement(run: Run, experiment: Experiment, epochs: Sequence[dict[str, A
     if not isinstance(step, int) or not isinstance(epoch, int):
         return ""
     until = [row for row in epochs if row["step"] <= step]
-    if [row["epoch"] for row in until] != list(range(1, epoch + 1)):
+    if len(until) != epoch or [row["epoch"] for row in until] != list(range(1, epoch + 1)):
         return f"metrics.jsonl does not have the epochs 1 to {epoch} that the checkpoint of step {step} has"
     best = manifest.get("best_step")
     if experiment.checkpoint.select == "best" and isinstance(best, int):

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 
+from .. import owner
 from ..config.experiment import Tracking
 from ..runs import Run
 from .wandb_run import FINISH_TIMEOUT_S, mode
@@ -36,6 +37,8 @@ class Companion:
         if self.mode != "online":
             return
         command = [sys.executable, "-m", "hpc_cifar", "sync", str(run.path), "--beside"]
+        if not owner.is_own(run.path):  # whoever resumed it has said whose code may run
+            command += ["--code-of", str(owner.of(run.path))]
         try:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True  # a Ctrl-C is for the ranks
@@ -53,7 +56,7 @@ class Companion:
         closed, opened = time.monotonic(), False
         # a short run is to arrive, but nothing waits for W&B where the machine is wanted back
         start = float(os.environ.get(VARIABLE, START_S))
-        answer, finish = (0.0, REQUEUE_S) if self._run.state().get("state") == "requeued" else (start, FINISH_TIMEOUT_S)
+        answer, finish = (0.0, REQUEUE_S) if self._run.state().state == "requeued" else (start, FINISH_TIMEOUT_S)
         while (code := process.poll()) is None:
             opened = opened or OPENED.encode() in (process.stdout.read() or b"")
             if time.monotonic() > (closed + finish if opened else max(closed + PATIENCE_S, self._begun + answer)):

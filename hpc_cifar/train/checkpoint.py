@@ -132,7 +132,7 @@ def _prune(folder: Path, keep_last: int, every: int | None) -> None:
 
 def stored(folder: Path) -> list[Saved]:
     """Every checkpoint, newest step first; nothing is verified yet."""
-    folders = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit()]
+    folders = [path for path in folder.glob("step-*") if files.whole(path.name.removeprefix("step-")) is not None]
     return [_open(path) for path in sorted(folders, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)]
 
 

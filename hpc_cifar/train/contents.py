@@ -19,6 +19,7 @@ def problem(state: Any) -> str:
         "optimizer": _is_of_an_optimizer(state.get("optimizer")),
         "ema": state.get("ema", 0) is None or _is_an_average(state.get("ema")),
         "position": _is_a_position(state.get("position")),
+        "statistics": state.get("statistics") is None or _are_tensors(state["statistics"]),
         "per_rank": _are_of_ranks(state.get("per_rank"), state.get("world_size")),
         "split_digest": isinstance(state.get("split_digest"), str),
         "history": _are_rows(state.get("history")),

@@ -18,9 +18,11 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined, unused-i
 
 from ..data.store import Store
 from ..errors import DataError, HpcCifarError, first_line
+from . import interfaces
 from .distributed import device_for
 from .meeting import Meeting
 
+CGROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 GIB = 2**30
 HOST_GIB_PER_RANK = 0.5  # free, beyond what the process has already; little training does with less
 DEVICE_GIB = 2.0
@@ -46,6 +48,7 @@ def problems_here(
     if local_rank == 0:
         checks |= {
             "memory": lambda: _check_memory(local_size),
+            "network": lambda: _check_interfaces(gpu),
             "run directory": lambda: _check_folder(run),
             "data": lambda: _check_data(data_root, dataset, verify),
         }
@@ -84,26 +87,44 @@ def check_device(gpu: bool, local_rank: int, local_size: int) -> None:
             raise Broken(f"{free:.1f} GiB free on {torch.cuda.get_device_name(device)}, needed are {DEVICE_GIB:.1f}")
 
 
+def _check_interfaces(gpu: bool) -> None:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and (found := interfaces.problems(gpu=gpu)):
+        raise Broken("; ".join(found))
+
+
 def _check_memory(local_size: int) -> None:
     free, needed = free_host_bytes() / GIB, HOST_GIB_PER_RANK * local_size
     if free < needed:
         raise Broken(f"{free:.1f} GiB free for {local_size} processes, needed are {needed:.1f}")
 
 
-def free_host_bytes() -> int:
-    """Memory that can still be had: of the machine, and of the control groups (v2) this process is in."""
+def free_host_bytes(groups: Path = CGROUPS, own: Path = OWN_GROUPS) -> int:
+    """Memory that can still be had: of the machine, and of the control groups (v1 and v2) this process is in.
+
+    Args:
+        groups: where the control groups are mounted.
+        own: what lists those of this process.
+    """
     meminfo = Path("/proc/meminfo").read_text()
     found = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo, re.MULTILINE)
     free = int(found[1]) * 1024 if found else 2**62
     with contextlib.suppress(OSError):
-        path = Path("/proc/self/cgroup").read_text().rpartition("0::")[2].strip()
-        group = Path("/sys/fs/cgroup") / path.lstrip("/")
-        for folder in (group, *group.parents):
-            with contextlib.suppress(OSError, ValueError):  # no limit there, or the text "max"
-                limit, used = (int((folder / f"memory.{name}").read_text()) for name in ("max", "current"))
-                cache = re.search(r"^inactive_file (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE)
-                free = min(free, limit - used + (int(cache[1]) if cache else 0))
-    return free
+        for line in own.read_text().splitlines():
+            _, controllers, path = [*line.split(":", 2), "", ""][:3]
+            if not controllers:
+                names, cached, mounted = ("memory.max", "memory.current"), "inactive_file", groups
+            elif "memory" in controllers.split(","):
+                names, cached = ("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_inactive_file"
+                mounted = groups / "memory"
+            else:
+                continue
+            group = mounted / path.lstrip("/")
+            for folder in (group, *group.parents):  # in a container its own group is mounted as the uppermost one
+                with contextlib.suppress(OSError, ValueError):  # no limit there, or the text "max"
+                    limit, used = (int((folder / name).read_text()) for name in names)
+                    cache = re.search(rf"^{cached} (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE)
+                    free = min(free, limit - used + (int(cache[1]) if cache else 0))
+    return max(0, free)
 
 
 def _check_folder(folder: Path) -> None:
@@ -163,16 +184,26 @@ def _sum(meeting: Meeting, device: torch.device) -> str:
         "nccl" if on_gpu else "gloo", store=PrefixStore("sum", meeting.store),
         rank=meeting.rank, world_size=meeting.size, timeout=timeout, device_id=device if on_gpu else None,
     )  # fmt: skip
-    values = torch.full((1024,), meeting.rank + 1.0, device=device)
-    work = dist.all_reduce(values, async_op=True)
-    assert work is not None
     deadline = time.monotonic() + meeting.timeout_s
+    said = _summed(meeting, device, None, deadline, "all-reduce")
+    if on_gpu and not said:  # flags and Python objects travel by gloo there too
+        control = dist.new_group(backend="gloo")
+        assert isinstance(control, dist.ProcessGroup)
+        said = _summed(meeting, torch.device("cpu"), control, deadline, "all-reduce by gloo")
+    if "no end" not in said:
+        dist.destroy_process_group()
+    return said
+
+
+def _summed(meeting: Meeting, device: torch.device, group: dist.ProcessGroup | None, deadline: float, what: str) -> str:
+    values = torch.full((1024,), meeting.rank + 1.0, device=device)
+    work = dist.all_reduce(values, group=group, async_op=True)
+    assert work is not None
     while not work.is_completed():
         if time.monotonic() > deadline:
-            return f"all-reduce: no end within {meeting.timeout_s:.0f} s"
+            return f"{what}: no end within {meeting.timeout_s:.0f} s"
         time.sleep(POLL_S)
     work.wait()
     got, expected = values.cpu(), meeting.size * (meeting.size + 1) / 2
-    dist.destroy_process_group()
     wrong = got[got != expected]
-    return f"all-reduce: {wrong[0].item():g} instead of {expected:g}" if len(wrong) else ""
+    return f"{what}: {wrong[0].item():g} instead of {expected:g}" if len(wrong) else ""

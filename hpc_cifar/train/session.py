@@ -13,6 +13,7 @@ from . import contents, optim
 from .distributed import World
 from .saver import copy_of
 from .setup import AveragedStatistics
+from .statistics import Statistics
 from .step import Stepper
 
 
@@ -40,6 +41,7 @@ class Session:
     history: list[dict[str, Any]] = field(default_factory=list)  # rows of finished epochs
     best: float | None = None  # of checkpoint.monitor
     best_step: int | None = None
+    statistics: dict[int, Statistics] = field(default_factory=dict)  # as validated after a step; of the last one only
 
     def state(self) -> dict[str, Any] | None:
         """What a checkpoint holds, on rank 0; None elsewhere. Call on every rank. Its tensors are copies, on their devices."""
@@ -60,6 +62,7 @@ class Session:
             "optimizer": optimizer,
             "ema": None if self.ema is None else {"shadow": copy_of(self.ema.shadow), "updates": self.ema.updates},
             "position": {"epoch": self.position.epoch, "batch": self.position.batch, "step": self.position.step},
+            "statistics": copy_of(self.statistics.get(self.position.step)),
             "per_rank": per_rank,
             "world_size": self.world.size,
             "split_digest": self.split_digest,
@@ -89,6 +92,7 @@ class Session:
         if self.ema is not None:
             self.ema.updates = state["ema"]["updates"]
         self.position = Position(**state["position"])
+        self._restore_statistics(state)
         self.history = state["history"]
         self.best, self.best_step = state["best"], state["best_step"]
         if state["world_size"] == self.world.size:
@@ -115,7 +119,15 @@ class Session:
         if problem := contents.problem(state):
             raise CheckpointError(f"the checkpoint is not what this version writes: {problem}")
         self._restore_weights(state)
+        self._restore_statistics(state)
         self.local_statistics = False  # the checkpoint holds the mean over the ranks already
+
+    def _restore_statistics(self, state: dict[str, Any]) -> None:
+        found = state.get("statistics")  # a checkpoint of before has none
+        if found is not None:
+            buffers = dict(self.network.named_buffers())
+            self._check(contents.difference(found, {name: buffers[name] for name in found if name in buffers}))
+        self.statistics = {} if found is None else {self.position.step: found}
 
     def _restore_weights(self, state: dict[str, Any]) -> None:
         """Weights and their average, each of the same shape and type: torch would fit what is another's."""

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import ranks
 
-from hpc_cifar import files
+from hpc_cifar import files, records
 from hpc_cifar.cli.console import duration
 from hpc_cifar.launch import status, submission
 from hpc_cifar.launch.slurm import JobState
+from hpc_cifar.plan import Plan
 from hpc_cifar.report.facts import gather
 from hpc_cifar.runs import Run
 from hpc_cifar.train import loop
@@ -52,7 +53,7 @@ def test_a_run_takes_as_long_as_it_takes(tmp_path: Path, digits_data: Path, cloc
     started: list[Any] = []
 
     def set_clock(row: dict[str, Any]) -> bool:
-        started.append(run.state()["started"])
+        started.append(run.state().started)
         time.sleep(1.1)  # times are told in whole seconds
         clock.offset = days * DAY
         return False
@@ -60,9 +61,9 @@ def test_a_run_takes_as_long_as_it_takes(tmp_path: Path, digits_data: Path, cloc
     began = time.monotonic()
     loop.train(run, data_root=digits_data, console=False, gives_up=set_clock)
     took = time.monotonic() - began
-    result, state = run.result() or {}, run.state()
-    assert 3.3 < result["seconds"] <= took and 3.3 < state["seconds"] <= took
-    assert {*started, state["started"]} == {started[0]}
+    result, state = files.read_object(run.result_file), run.state()
+    assert 3.3 < result["seconds"] <= took and 3.3 < state.seconds <= took
+    assert {*started, state.started} == {started[0]}
     [segment] = gather(run).segments
     assert 3.3 < segment.ended - segment.begun <= took
     times = [row["time"] for row in files.read_json_lines(run.metrics_file)]
@@ -71,10 +72,10 @@ def test_a_run_takes_as_long_as_it_takes(tmp_path: Path, digits_data: Path, cloc
 
 def test_gpu_hours_and_seconds_of_before_are_never_negative(tmp_path: Path, digits_data: Path) -> None:
     run = ranks.new_run(tmp_path, ranks.experiment())
-    run.write_state(state="stopped", seconds=-DAY, gpu_hours=-24.0, restarts=0)
+    run.update_state(state="stopped", seconds=-DAY, gpu_hours=-24.0, restarts=0)
     assert not {"seconds", "gpu_hours"} & gather(run).cost.keys()
     loop.train(run, data_root=digits_data, console=False)
-    result = run.result() or {}
+    result = files.read_object(run.result_file)
     assert 0 < result["seconds"] < DAY and result["gpu_hours"] == 0
     assert duration(-86_366.0) == "-"
 
@@ -83,7 +84,7 @@ def test_gpu_hours_and_seconds_of_before_are_never_negative(tmp_path: Path, digi
 def test_a_dead_run_is_not_young_since_the_clock_was_set(tmp_path: Path, clock: Clock, days: int) -> None:
     run = ranks.new_run(tmp_path, ranks.experiment())
     run.add_job(executor="local", job_id="1")
-    run.write_state(state="running", step=1)
+    run.update_state(state="running", step=1)
     assert status.status(run).state == "running", "it was written just now, so its process may just be starting"
     clock.offset = days * DAY
     seen = status.status(run)
@@ -95,7 +96,7 @@ def test_the_budget_left_survives_a_clock_that_is_set(clock: Clock, days: int) -
     start = datetime.datetime.fromtimestamp(REAL() - 1800, datetime.UTC).isoformat()
     plan = {"gpu_hours": 8.0, "time_s": 7200, "placement": {"nodes": 1, "gpus_per_node": 4}}
     clock.offset = days * DAY
-    left = status._hours_left(plan, 1.9, JobState("RUNNING", start=start))
+    left = status._hours_left(records.of(Plan, plan), 1.9, JobState("RUNNING", start=start))
     assert left == pytest.approx(6.1 if days else 6.0, abs=0.01)
 
 

@@ -17,8 +17,9 @@ import pytest
 import ranks
 import torch
 
-from hpc_cifar import files
+from hpc_cifar import files, records
 from hpc_cifar.errors import LockHeld, RunBusy
+from hpc_cifar.records import Holder
 from hpc_cifar.runs import Run
 from hpc_cifar.train import lock
 from hpc_cifar.train.distributed import World
@@ -169,18 +170,70 @@ def test_without_locks_the_heartbeat_tells(run: Run, monkeypatch: pytest.MonkeyP
             assert mine.asked == ""
 
 
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("left", [True, False])
+def test_without_locks_one_of_two_hosts_that_begin_at_once_trains(
+    run: Run, monkeypatch: pytest.MonkeyPatch, left: bool, links: bool
+) -> None:
+    """Each has seen that nobody beats before the other says that it trains; ``left`` is what a killed one has left."""
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    hosts = 4
+    here, results = threading.Barrier(hosts), list[str]()
+    if left:
+        files.write_json(run.path / ".holder.json", {"job": "3.0", "segment": "3.0", "host": "n9", "pid": 1})
+    looked = lock.RunLock._lock
+
+    def together(self: RunLock, *, free_without_locks: bool) -> bool:
+        if free_without_locks and not here.broken:
+            with contextlib.suppress(threading.BrokenBarrierError):
+                here.wait(10)
+                here.abort()
+        return looked(self, free_without_locks=free_without_locks)
+
+    monkeypatch.setattr(RunLock, "_lock", together)
+    done = threading.Event()
+
+    def host(job: str) -> None:
+        try:
+            with locked(run, job):
+                results.append("trains")
+                done.wait(30)
+        except RunBusy:
+            results.append("busy")
+
+    threads = [threading.Thread(target=host, args=(f"{7 + number}.0",)) for number in range(hosts)]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + 60
+    while len(results) < hosts and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert is_held_by_another(run, "99.0")
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert sorted(results) == ["busy"] * (hosts - 1) + ["trains"], results
+    assert not is_held_by_another(run, "99.0")
+    assert [path.name for path in run.path.glob(".holder*")] == []
+
+
 def test_which_holders_are_earlier_segments(run: Run) -> None:
     for name in ("train-ab", "5_1", "6"):
         run.add_job(job_id=name)
     earlier = [
         ("7.1", {"job": "7.0"}), ("7_2.10", {"job": "7_2.9"}), ("6.0", {"job": "5_1.3"}), ("6.0", {"segment": "train-ab"}),
     ]  # fmt: skip
-    assert all(is_earlier(run, job, holder) for job, holder in earlier)
+    assert all(is_earlier(run, job, records.row_of(Holder, holder, "")) for job, holder in earlier)
     others = [
         ("7.1", {"job": "7.1"}), ("7.1", {"job": "7.2"}), ("7_1.1", {"job": "7_2.0"}), ("8.0", {"job": "7.0"}),
         ("5_1.0", {"job": "6.0"}), (".1", {"job": ".0"}), ("ab", {"job": "ab"}), ("6.1", {}), ("6.1", {"job": 3}),
     ]  # fmt: skip
-    assert not any(is_earlier(run, job, holder) for job, holder in others)
+    assert not any(is_earlier(run, job, records.row_of(Holder, holder, "")) for job, holder in others)
 
 
 @pytest.mark.slow
@@ -197,10 +250,10 @@ def test_ranks_wait_together_and_hear_signals(tmp_path: Path, digits_data: Path)
         ranks.eventually(lambda: (made.path / "waits.json").exists(), second, made)
         second[1].send_signal(signal.SIGTERM)
         assert ranks.finish(second) == [0, 0], ranks.logs(made)
-        assert (made.state()["state"], made.state()["reason"]) == ("stopped", "terminated")
+        assert (made.state().state, made.state().reason) == ("stopped", "terminated")
         third = ranks.start(made, digits_data, 2, environment={"SEGMENT": "7.2"})
         ranks.eventually(lambda: (made.path / "waits.json").exists(), third, made)
     assert ranks.finish(third) == [0, 0], ranks.logs(made)
-    assert (made.result() or {})["state"] == "finished"
+    assert files.read_object(made.result_file)["state"] == "finished"
     said = (made.path / "rank-0.log").read_text()
     assert said.count("waits for the lock of its earlier segment") == 2 and "s for the lock" in said
