@@ -21,6 +21,7 @@ from ..errors import DataError, first_line
 
 LARGEST_MEMBER_BYTES = 192 * 2**20  # the training images of CIFAR-100 have 155 MB; anything far above is no dataset we read
 LARGEST_HEADER_BYTES = 16 * 2**10  # of what is said about one member beside its plain header, such as a long name
+MOST_OTHERS = 100_000  # members that are not read
 MOST_HEADERS = 16  # of such before one member
 DICTIONARY_BYTES = 512 * 2**20  # that xz may ask for; xz -9 takes 64 MiB
 EXPANDED_BYTES, EXPANSION = 2**29, 250  # an archive may expand to so much, and so many times its size
@@ -151,6 +152,7 @@ def _damaged(path: Path, after: str | None, why: object) -> DataError:
 
 def _tar_files(path: Path, tell: Tell, limit: Limit) -> Iterator[tuple[str, bytes]]:
     last: str | None = None
+    others = 0
     try:
         with path.open("rb") as stream, _decompressed(stream) as plain:
             size = path.stat().st_size
@@ -164,13 +166,17 @@ def _tar_files(path: Path, tell: Tell, limit: Limit) -> Iterator[tuple[str, byte
                     shown = repr(member.name[:200])
                     if name.startswith("/") or ".." in name.split("/"):
                         raise DataError(f"{path}: member {shown} points outside the archive")
+                    most = limit(name)
+                    others += not most
+                    if others > MOST_OTHERS:
+                        raise _Refused(f"{MOST_OTHERS:,} members that are neither images nor batches")
                     if member.isdir():
                         continue
                     if not member.isreg():
                         raise DataError(f"{path}: member {shown} is a link or device; only plain files are read")
-                    most = limit(name)
                     if member.size > (most or LARGEST_MEMBER_BYTES):
-                        raise DataError(f"{path}: member {shown} has {member.size:,} bytes, which is no image or batch")
+                        size_words = f"{member.size:,}" if member.size < 2**63 else "any number of"
+                        raise DataError(f"{path}: member {shown} has {size_words} bytes, which is no image or batch")
                     content = archive.extractfile(member) if most else None
                     data = content.read() if content else b""
                     if most and len(data) != member.size:

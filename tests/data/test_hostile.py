@@ -65,7 +65,7 @@ def header(name: str = "train/a/0.png", size: int = 0, kind: bytes = tarfile.REG
 def packed(path: Path, kind: str) -> Any:
     """A compressed file that is written in parts."""
     if kind == "gz":
-        return gzip.open(path, "wb", 1)
+        return gzip.open(path, "wb", 9)
     return lzma.open(path, "wb", preset=0) if kind == "xz" else bz2.open(path, "wb", 1)
 
 
@@ -103,9 +103,9 @@ def test_headers_for_all_members_add_up(tmp_path: Path) -> None:
 def test_empty_members_without_end(tmp_path: Path) -> None:
     with packed(tmp_path / "a", "gz") as stream:
         one = header("README") * 2048
-        for _ in range(1100):
+        for _ in range(300):
             stream.write(one)
-    assert "expands to more than" in read(tmp_path / "a", most_mib=200)
+    assert "100,000 members that are neither images nor batches" in read(tmp_path / "a", most_mib=200)
 
 
 @pytest.mark.parametrize("packing", ["xz", "gz", "bz2"])
@@ -125,7 +125,7 @@ def test_a_member_that_expands(tmp_path: Path, name: str) -> None:
             for _ in range(190):
                 stream.write(ZERO)
         stream.write(b"\0" * 1024)
-    said = read(tmp_path / "a", "cifar10", most_mib=600)
+    said = read(tmp_path / "a", "cifar10", most_mib=LIMIT_MIB)
     assert re.search(r"is no image or batch|expands to more than|is no CIFAR-10 batch", said), said
 
 
@@ -136,7 +136,7 @@ def test_sparse_members(tmp_path: Path) -> None:
         member = tarfile.TarInfo("train/a/0.png")
         member.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "1000000000"}
         member.size = 512
-        archive.addfile(member, io.BytesIO(b"100000\n" * 73))
+        archive.addfile(member, io.BytesIO((b"100000\n" * 74)[:512]))
     assert "a sparse file; pack it without --sparse" in read(tmp_path / "b")
 
 
@@ -198,7 +198,7 @@ def png(width: int, height: int, tail: bytes = b"") -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     rows = zlib.compressobj(9)
-    packed = b"".join(rows.compress(b"\0" * (3 * width + 1)) for _ in range(min(height, 2000))) + rows.flush()
+    packed = b"".join(rows.compress(b"\0" * (3 * min(width, 20_000) + 1)) for _ in range(min(height, 2000))) + rows.flush()
     ihdr = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", ihdr) + chunk(b"IDAT", packed) + tail + chunk(b"IEND", b"")
 
