@@ -4,8 +4,8 @@
 command line and the names of modules are used, so that an older package can be tried.
 
 A line is a JSON object: ``argv``, ``environment``, ``folder``, ``limit_s``, ``memory_mib`` (more than this process has),
-``out``, ``err`` (files) and ``later`` ([seconds, path]: removed while the command runs). The answer is one too: ``code``, ``signal``,
-``hung``, ``seconds``, ``cpu_s``, ``grown_mib``. A signal that the command would send is written down, and it ends.
+``out``, ``err`` (files) and ``later`` ([seconds, path]: removed while the command runs). The answer is one too: ``code``,
+``signal``, ``hung``, ``seconds``, ``cpu_s``, ``grown_mib``. A signal that the command would send is written down, and it ends.
 """
 
 from __future__ import annotations
