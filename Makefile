@@ -41,10 +41,10 @@ else
 	@$(QUIET) .venv/bin/python scripts/run_tests.py
 endif
 
-test-full: ## every test, all those of Slurm on every version; writes docs/results/test-full.json
+test-full: ## every test, all those of Slurm on every version; writes docs/results/test-full.json; ARGS='--only "slurm 24.11"'
 	@scripts/system_packages.sh
 	@scripts/environment.sh dev
-	@$(QUIET) .venv/bin/python scripts/run_tests.py --full
+	@$(QUIET) .venv/bin/python scripts/run_tests.py --full $(ARGS)
 
 test-slurm: ## the tests of Slurm on VERSION=24.11 (or 22.05, 26.05), in a Debian root that holds it (root); ARGS="-k name"
 	@scripts/system_packages.sh

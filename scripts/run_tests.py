@@ -2,7 +2,8 @@
 
 The test clusters, on this machine's version of Slurm and on others (slurm/testbed/roots.py); the other tests, spread over the
 processors; what measures times, with the machine for itself. A table at the end says how long each took. With --full every
-version runs all tests of Slurm, and the table becomes docs/results/test-full.json.
+version runs all tests of Slurm, and the table becomes docs/results/test-full.json. With --only the named sessions alone run
+and take the place of their rows there: each row says at which commit it was made.
 """
 
 from __future__ import annotations
@@ -85,7 +86,9 @@ def sessions(full: bool, versions: list[str]) -> list[Session]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="all tests of Slurm on every version")
-    full = parser.parse_args().full
+    parser.add_argument("--only", action="append", metavar="SESSION", help="this session alone; may be repeated")
+    options = parser.parse_args()
+    full = options.full
     required = set(os.environ.get("HPC_CIFAR_REQUIRE", "").replace(",", " ").split())
     missing = {}
     for version in roots.SUITES:
@@ -98,7 +101,10 @@ def main() -> int:
     versions = [version for version in roots.SUITES if version not in (*missing, roots.host_version())]
     RESULTS.mkdir(parents=True, exist_ok=True)
     told = "\n".join(f"slurm-{version}={why}" for version, why in missing.items())
-    table = {each.name: each.run(required, told) for each in sessions(full, versions)}
+    chosen = sessions(full, versions)
+    if unknown := set(options.only or ()) - {each.name for each in chosen}:
+        parser.error(f"--only: {', '.join(sorted(unknown))}: the sessions are {', '.join(each.name for each in chosen)}")
+    table = {each.name: each.run(required, told) for each in chosen if options.only is None or each.name in options.only}
 
     print(f"\n{'session':20} minutes  passed  failed  skipped")
     for name, row in table.items():
@@ -113,9 +119,19 @@ def main() -> int:
         bad = bad or needed
     if full and not bad:
         cores = len(os.sched_getaffinity(0))
-        found = {"cores": cores, "slurm": slurms(versions), "sessions": table}
-        (ROOT / "docs" / "results" / "test-full.json").write_text(json.dumps(found, indent=2) + "\n")
+        rows = {name: {**row, "commit": commit()} for name, row in table.items()}
+        path = ROOT / "docs" / "results" / "test-full.json"
+        before = json.loads(path.read_text())["sessions"] if options.only is not None and path.exists() else {}
+        both = {each.name: (before | rows)[each.name] for each in chosen if each.name in before | rows}
+        found = {"cores": cores, "slurm": slurms(versions), "sessions": both}
+        path.write_text(json.dumps(found, indent=2) + "\n")
     return int(bad)
+
+
+def commit() -> str:
+    """What was tested; "" outside of a checkout."""
+    command = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def slurms(versions: list[str]) -> dict[str, str]:

@@ -92,6 +92,29 @@ def test_a_version_that_cannot_be_had_is_named(
         assert json.loads(results.read_text())["slurm"] == {"24.11": "24.11.5", "26.05": "26.05.5"}
 
 
+def test_one_session_can_be_run_again(run_tests: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its row alone changes; each row names the commit that was tested."""
+    ran: list[str] = []
+
+    def run(session: Any, required: set[str], missing: str) -> dict[str, object]:
+        ran.append(session.name)
+        return {"exit code": 0, "minutes": len(ran)}
+
+    monkeypatch.setattr(run_tests.Session, "run", run)
+    monkeypatch.setattr(run_tests.roots, "SUITES", {})
+    for number, more in enumerate(([], ["--only", "others"])):
+        monkeypatch.setattr(run_tests, "commit", lambda number=number: f"c{number}")
+        monkeypatch.setattr("sys.argv", ["run_tests.py", "--full", *more])
+        assert run_tests.main() == 0
+    assert ran == ["slurm 22.05", "others", "alone", "others"]
+    rows = json.loads((run_tests.ROOT / "docs" / "results" / "test-full.json").read_text())["sessions"]
+    assert list(rows) == ["slurm 22.05", "others", "alone"]
+    assert [(row["minutes"], row["commit"]) for row in rows.values()] == [(1, "c0"), (4, "c1"), (3, "c0")]
+    monkeypatch.setattr("sys.argv", ["run_tests.py", "--full", "--only", "slurm 17.11"])
+    with pytest.raises(SystemExit):
+        run_tests.main()
+
+
 def test_a_failed_session_fails_all(run_tests: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """By pytest's own exit code; the numbers are those of its report."""
     (tmp_path / ".venv" / "bin").mkdir(parents=True)

@@ -24,12 +24,9 @@ LAYERS = (
     ("data", "models", "track"),
     ("plan", "runs"),
     ("config",),
-<<<<<<< HEAD
-    ("caches", "files", "findings", "lifetime", "stages"),
-=======
-    ("files", "findings", "lifetime", "stages"),
+    ("caches", "files", "findings", "hostile", "lifetime", "processes", "redaction", "stages", "terminal"),
+    ("planted",),
     ("owner",),
->>>>>>> w-folders
     ("errors",),
 )
 ORDERED = {("train", "evaluate"), ("plan", "runs")}  # the one line in which an earlier part may use a later one

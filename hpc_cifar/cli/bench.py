@@ -37,12 +37,8 @@ def data(
     from ..data.store import Store
 
     target = _target(json)
-<<<<<<< HEAD
-    store = Store.open(root.expanduser().absolute() if root else files.data_root(), dataset)
-    store.verify_once()
-=======
     store = Store.open(files.expanded(root, f"--root {root}") if root else files.data_root(), dataset)
->>>>>>> w-folders
+    store.verify_once()
     result = bench.run(store, images, batch_size, rounds, typer.echo)
     if target:
         files.write_json(target, result)

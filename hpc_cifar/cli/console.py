@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from .. import terminal
+
 if TYPE_CHECKING:
     from ..config.cluster import Cluster
     from ..launch.estimate import Length, Start
@@ -16,15 +18,13 @@ if TYPE_CHECKING:
     from ..runs import Run
 
 
-def printable(text: str) -> str:
-    """``text`` without characters that a terminal would obey."""
-    return "".join(char if char.isprintable() else " " for char in text)
+printable = terminal.one_line
 
 
 def facts(title: str, rows: Sequence[tuple[str, str]]) -> None:
     """Names and values, one a line, aligned."""
     width = max((len(name) for name, _ in rows), default=0)
-    print(title)
+    print(printable(title))
     for name, value in rows:
         print(f"  {name:<{width}}  {printable(value)}")
 
@@ -152,14 +152,15 @@ class _Bar:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
         self._bar = Progress(
-            TextColumn("{task.fields[what]}"), BarColumn(), TextColumn("{task.fields[how]}"), TimeElapsedColumn()
-        )
+            TextColumn("{task.fields[what]}", markup=False), BarColumn(), TextColumn("{task.fields[how]}"), TimeElapsedColumn(),
+            console=terminal.console(),
+        )  # fmt: skip
         self._task = self._bar.add_task("", total=None, what="waiting to start", how="")
         self._bar.start()
 
     def update(self, seen: Status, state: dict[str, Any]) -> None:
         if seen.step is None or not state.get("total_steps"):
-            self._bar.update(self._task, what=seen.state + (f" ({seen.reason})" if seen.reason else ""))
+            self._bar.update(self._task, what=printable(seen.state + (f" ({seen.reason})" if seen.reason else "")))
             return
         epoch = min((seen.epoch or 0) + 1, seen.epochs or 1)
         how = [f"step {seen.step:,}/{state['total_steps']:,}"]
@@ -192,6 +193,7 @@ def follow(run: Run) -> Status:
     last, size = "", -1
     try:
         while True:
+            terminal.end_if_nobody_reads()
             seen, state = status(run), run.state()
             try:
                 now_size = run.metrics_file.stat().st_size
@@ -227,7 +229,7 @@ def follow(run: Run) -> Status:
 
 
 def _state_line(seen: Status) -> str:
-    return f"{seen.run}: {seen.state}" + (f" ({seen.reason})" if seen.reason else "")
+    return printable(f"{seen.run}: {seen.state}" + (f" ({seen.reason})" if seen.reason else ""))
 
 
 def _say(text: str) -> None:

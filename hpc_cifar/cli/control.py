@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import sys
 import time
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from .. import terminal
 from . import complete, options
 
 RECENT = 20
@@ -54,7 +56,10 @@ def status(
             lines = status_table.lines_of(seen) if seen else [f"no runs in {root}"]
             if hidden:
                 lines.append(f"and {hidden} older: hpc-cifar list")
-            typer.echo(status_table.in_place(lines, first=first) if screen else "\n".join(lines), nl=not screen)
+            if screen:
+                terminal.draw(status_table.in_place(lines, first=first))
+            else:
+                typer.echo("\n".join(lines))
         if not watch or all(row.ended for row in seen):
             return
         first = False
@@ -98,7 +103,9 @@ def list_runs(
 def logs(
     run: options.RunName = "last",
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run has ended.")] = False,
-    rank: Annotated[int, typer.Option(min=0, help="Whose log.")] = 0,
+    rank: Annotated[int, typer.Option(min=0, max=1_000_000, help="Whose log.")] = 0,
+    whole: Annotated[bool, typer.Option("--all", help="Also the beginning of a log of more than 16 MiB.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="As it was written, with colours and whatever a terminal obeys.")] = False,
     owner: options.Owner = None,
 ) -> None:
     """Print what a rank wrote: standard output and standard error of every job of the run, in order.
@@ -106,20 +113,34 @@ def logs(
     \b
     hpc-cifar logs last -f
     hpc-cifar logs 4711 --rank 3
+
+    Colours are left out, other control characters are shown as \\x1b and the like.
     """
     from .. import files
     from ..errors import RunError
     from ..launch import control
     from . import chosen
 
+    def show(text: str) -> None:
+        if raw:
+            terminal.draw(text)
+        else:
+            typer.echo(terminal.of_log(text), nl=False)
+
+    def begin(path: Path) -> int:
+        start = 0 if whole else control.log_begin(path)
+        if start:
+            typer.echo(f"hpc-cifar: {path.name}: without its first {start / 2**20:,.0f} MiB (--all prints them)", err=True)
+        return start
+
     [found] = chosen.to_read(run, files.runs_root(), owner)
     last = None
     if follow:
-        for path, text in control.follow_logs(found, rank):
+        for path, text in control.follow_logs(found, rank, begin):
             if path != last and (last is not None or path.suffix == ".err"):
                 typer.echo(f"==> {path.name} <==")
             last = path
-            typer.echo(text, nl=False)
+            show(text)
         return
     paths = control.log_files(found, rank)
     if not paths:
@@ -127,11 +148,14 @@ def logs(
             raise RunError(f"{found.id} was started by train or torchrun, which write to the terminal they were started in")
         raise RunError(f"{found.id}: rank {rank} has no log yet (they will lie in {found.submitit})")
     for path in paths:
-        text = path.read_text(encoding="utf-8", errors="replace")
-        if text:
-            if len(paths) > 1:
+        text = ""
+        for text in control.log_pieces(path, begin(path)):  # the last one ends in a line or not
+            if len(paths) > 1 and path != last:
                 typer.echo(f"==> {path.name} <==")
-            typer.echo(text, nl=not text.endswith("\n"))
+            last = path
+            show(text)
+        if text and not text.endswith("\n"):
+            typer.echo()
 
 
 def wait(run: options.RunNamesOrLast = None, owner: options.Owner = None) -> None:
@@ -147,7 +171,7 @@ def wait(run: options.RunNamesOrLast = None, owner: options.Owner = None) -> Non
 
     ended = wait_all(chosen.to_read(run or ["last"], files.runs_root(), owner))
     for seen in ended:
-        typer.echo(f"{seen.run}: {seen.state}" + (f" ({seen.reason})" if seen.reason else ""))
+        typer.echo(terminal.one_line(f"{seen.run}: {seen.state}" + (f" ({seen.reason})" if seen.reason else "")))
     if any(seen.state not in ("finished", "stopped") for seen in ended):
         raise typer.Exit(1)
 

@@ -59,13 +59,11 @@ def prepare(
     The source is --archive, else HPC_CIFAR_ARCHIVE, else the store that is there, else the download. Class folders are
     train/<class>/*.jpg and test/<class>/*.jpg, or PNG.
     """
-    from rich.console import Console
-
-    from .. import files
+    from .. import files, terminal
     from ..data import download as downloads
     from ..data import prepare as preparing
 
-    console = Console(stderr=print_dataset)
+    console = terminal.console(stderr=print_dataset)
     folder = files.expanded(root, f"--root {root}") if root else files.data_root()
     if weights:
         _fetch(weights, folder, console)

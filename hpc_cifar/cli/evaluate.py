@@ -52,6 +52,7 @@ def evaluate(
         raise UsageError(f"--split {split}: should be test or validation")
     from .. import files
     from .. import owner as owners
+    from ..terminal import one_line
     from . import chosen
 
     [found] = chosen.to_read(run, files.runs_root(), owner)
@@ -71,7 +72,7 @@ def evaluate(
         typer.echo(json.dumps(result, indent=2))
     else:
         for line in lines_of(result):
-            typer.echo(line)
+            typer.echo(one_line(line))
         typer.echo(f"\n{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
     if own and out is None:
         mirror(found)
@@ -79,6 +80,8 @@ def evaluate(
 
 def lines_of(result: dict[str, Any]) -> list[str]:
     """The figures for people; with test-time augmentation beside those without."""
+    from ..terminal import escaped
+
     columns = [result, *([result["tta"]] if "tta" in result else [])]
     lines = [
         f"{result['run']}, {result['data']}, {result['images']:,} {result['split']} images, {result['checkpoint']} checkpoint"
@@ -99,7 +102,7 @@ def lines_of(result: dict[str, Any]) -> list[str]:
     lines += ["", f"{'class':22}{'precision':>10}{'recall':>12}{'F1':>10}{'images':>10}"]
     for name, scores in result["per_class"].items():
         lines.append(
-            f"{name[:21]:22}{scores['precision']:10.4f}{scores['recall']:12.4f}{scores['f1']:10.4f}{scores['images']:10,}"
+            f"{escaped(name)[:21]:22}{scores['precision']:10.4f}{scores['recall']:12.4f}{scores['f1']:10.4f}{scores['images']:10,}"
         )
     confused = [f"{'/'.join(row['pair'])} {row['images']}" for row in result["most_confused"][:5]]
     return [*lines, "", "most confused: " + (", ".join(confused) or "nothing")]

@@ -10,14 +10,17 @@ import os
 import re
 import sys
 import traceback
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .. import __version__, lifetime, owner
-from ..errors import HpcCifarError, Interrupted
+from .. import __version__, lifetime, owner, terminal
+from ..errors import HpcCifarError, Interrupted, UsageError
 from . import bench, configure, control, data, doctor, drill, evaluate, init, report, submit, sync, train
 
+# what these have begun, they finish, whether or not anybody still reads what they print
+ACTING = frozenset(("train", "submit", "resume", "cancel", "prepare", "evaluate", "export", "sync", "drill", "bench", "init"))
 HELP = """Train CIFAR-10-sized experiments on a Slurm cluster or on this machine.
 
 One YAML file is one experiment; it becomes a resumable, distributed training run.
@@ -99,9 +102,26 @@ def _error(text: str) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    with terminal.guarded(keeps_going=bool(arguments) and arguments[0] in ACTING) as out:
+        code = _run(arguments)
+        with contextlib.suppress(BrokenPipeError):
+            out.flush()
+        return _with_output(code, out.lost, arguments)
+
+
+def _with_output(code: int, lost: OSError | None, arguments: list[str]) -> int:
+    """The exit code of a command some of whose output is lost: 1, unless it was there for more than that."""
+    if lost is None or code or arguments[:1] == ["train"]:
+        return code
+    if not isinstance(lost, BrokenPipeError):
+        _error(f"standard output: {lost.strerror or lost}; some of what the command printed is lost")
+    return 1
+
+
+def _run(arguments: list[str]) -> int:
     try:
+        _check_folder()
         code = app(args=arguments or ["--help"], prog_name="hpc-cifar", standalone_mode=False)
-        sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except HpcCifarError as error:
         _error(str(error))
@@ -110,8 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
         with contextlib.suppress(OSError):  # the terminal may have gone with a HUP
             print("hpc-cifar: interrupted", file=sys.stderr)
         return error.exit_code if isinstance(error, Interrupted) else 130
-    except BrokenPipeError:
-        _silence()
+    except BrokenPipeError:  # the reader has gone (``| head``)
         return 1
     except _ClickException as error:
         said = error.format_message() if hasattr(error, "format_message") else str(error)
@@ -139,14 +158,16 @@ def _command(arguments: list[str]) -> str:
     return f"{arguments[0]} " if arguments and arguments[0] in names else ""
 
 
-def _silence() -> None:
-    """The reader has gone (``| head``): nothing more is written, not even by the interpreter on its way out."""
-    sink = os.open(os.devnull, os.O_WRONLY)
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            os.dup2(sink, stream.fileno())
-        except (OSError, ValueError):
-            continue
+def _check_folder() -> None:
+    """
+    Raises:
+        UsageError: the working folder has been removed; half of all paths mean nothing then.
+    """
+    try:
+        Path.cwd()
+    except OSError as error:
+        words = "it has been removed" if isinstance(error, FileNotFoundError) else str(error.strerror)
+        raise UsageError(f"the working folder cannot be used: {words}; change to another one, as by: cd ~") from None
 
 
 def run() -> None:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from .. import terminal
 from . import console, status_table
 
 if TYPE_CHECKING:
@@ -67,9 +68,10 @@ def follow(runs: Sequence[Run]) -> list[Status]:
 
     def tick(seen: list[Status]) -> None:
         nonlocal last
+        terminal.end_if_nobody_reads()
         line = counts(seen)
         if line != last:
-            print(f"\r\x1b[K{line}" if live else line, end="" if live else "\n", flush=True)
+            terminal.draw(f"\r\x1b[K{line}" if live else f"{line}\n")
             last = line
 
     try:

@@ -49,7 +49,7 @@ def train(
         Path | None, typer.Option(help="Folder of prepared datasets; HPC_CIFAR_DATA, else ./data.", show_default=False)
     ] = None,
 ) -> None:
-    """Train on the processes that are here: one, or those of torchrun. The same command continues an interrupted run.
+    """Train on the processes that are here: one, or those of torchrun, srun or mpirun. The same command continues a run.
 
     \b
     hpc-cifar train quickstart
@@ -62,16 +62,17 @@ def train(
     from ..config.packaged import find_job
     from ..errors import RunError
     from ..launch import job as launch_job
+    from ..launch import ranks
     from ..launch.control import here
     from ..runs import Run
 
     experiment = load_experiment(find_job(job), sets or [])
-    _check_ranks()
+    ranks.settle()
     data_root = files.expanded(data, f"--data {data}") if data else files.data_root()
     root = files.runs_root()
     name = name or run_name(experiment, root)
 
-    if _whole("LOCAL_RANK", 0) == 0:
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         launch_job.read_ahead(Run(root / name), data_root, experiment)
     lifetime.collect_later()
     from ..train.distributed import connected
@@ -127,37 +128,12 @@ def run_name(experiment: Experiment, root: Path) -> str:
     return name
 
 
-def _whole(name: str, default: int) -> int:
-    from ..errors import UsageError
-
-    text = os.environ.get(name, "")
-    if not text:
-        return default
-    if not text.isdigit():
-        raise UsageError(f"{name}: should be a whole number as torchrun sets it, not {text!r}")
-    return int(text)
-
-
 @contextlib.contextmanager
 def _collecting_afterwards() -> Iterator[None]:
     try:
         yield
     finally:
         lifetime.collect_again()
-
-
-def _check_ranks() -> None:
-    """What torchrun set fits together.
-
-    Raises:
-        UsageError: naming the variable.
-    """
-    from ..errors import UsageError
-
-    rank, world = _whole("RANK", 0), _whole("WORLD_SIZE", 1)
-    _whole("LOCAL_WORLD_SIZE", world)
-    if not rank < world:
-        raise UsageError(f"RANK={rank}, WORLD_SIZE={world}: ranks count from 0 to WORLD_SIZE - 1, as torchrun sets them")
 
 
 def _agree(

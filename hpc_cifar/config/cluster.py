@@ -17,6 +17,8 @@ from pydantic import AfterValidator, Field, ValidationError, field_validator, mo
 
 from .. import files, planted
 from ..errors import UsageError
+from ..redaction import holds_a_secret, may_name_a_secret
+from . import sbatch
 from .container import Container
 from .experiment import NAME_PATTERN
 from .explain import first_problem
@@ -25,14 +27,6 @@ from .messages import did_you_mean, shown_path
 from .packaged import cluster_files
 
 DEFAULT_PREFLIGHT_S = 60
-
-RESERVED_OPTIONS = frozenset(
-    {"array", "chdir", "cpus-per-gpu", "cpus-per-task", "error", "gpus", "gpus-per-node", "gpus-per-task", "gres", "job-name"}
-    | {"mem", "no-requeue", "nodes", "ntasks", "ntasks-per-node", "open-mode", "output", "requeue", "signal", "time", "wrap"}
-    | {"dependency", "kill-on-invalid-dep"}
-    | {"clusters", "parsable", "quiet", "test-only", "wait"}  # these change what sbatch does and prints
-)
-"""sbatch options that follow from the experiment and the profile; ``sbatch_extra`` must not contradict them."""
 
 _word = matching(r"[A-Za-z0-9_][A-Za-z0-9_.,@+:-]*", "a name without spaces (letters, digits and _ . , @ + : -)")
 _constraint = matching(r"[A-Za-z0-9_\[(][A-Za-z0-9_.,:&|*()\[\]!=-]*", "features joined by & or |, without spaces")
@@ -56,7 +50,7 @@ _scratch = matching(
     "an absolute path on the node, or one that begins with a variable, such as /dev/shm or $TMPDIR",
 )
 
-_SECRET = re.compile(r"(?i)(^|_)(API_?KEY|TOKEN|PASSWORD|PASSWD|SECRET|CREDENTIALS?)$")
+NO_SECRETS = "keys and tokens do not belong in a file; export it where you submit, or log in"
 
 
 class Cluster(Model):
@@ -121,7 +115,7 @@ class Cluster(Model):
 
     # How jobs end.
     max_time: Duration | None = None
-    """The longest job, in quotes. A time limit above it is cut to it."""
+    """The longest job. A time limit above it is cut to it."""
     signal_delay_s: Annotated[Whole, Field(ge=5, le=3600)] = 120
     """How long before the time limit Slurm warns a job; enough to save a checkpoint."""
     requeue: Flag = True
@@ -150,11 +144,17 @@ class Cluster(Model):
         for name in environment:
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,127}", name):
                 raise ValueError(f"should name variables with letters, digits and '_', not {shown(name)}")
-            if _SECRET.search(name):
-                raise ValueError(
-                    f"should not hold {name}: keys and tokens do not belong in a file; export it where you submit, or log in"
-                )
+            if may_name_a_secret(name) or holds_a_secret(f"{name}={environment[name]}"):
+                raise ValueError(f"should not hold {name}: {NO_SECRETS}")
         return environment
+
+    @field_validator("setup", "srun_args")
+    @classmethod
+    def _no_secrets(cls, lines: tuple[str, ...]) -> tuple[str, ...]:
+        for number, line in enumerate(lines, 1):
+            if holds_a_secret(line):
+                raise ValueError(f"should not hold a key, token or password (in item {number}): {NO_SECRETS}")
+        return lines
 
     @field_validator("sbatch_extra")
     @classmethod
@@ -162,11 +162,22 @@ class Cluster(Model):
         for name, value in extra.items():
             if not re.fullmatch(r"[a-z][a-z0-9_-]{0,63}", name):
                 raise ValueError(f"should name sbatch options without dashes in front, such as reservation, not {shown(name)}")
-            if name.replace("_", "-") in RESERVED_OPTIONS:
-                raise ValueError(f"should not set {name}: it follows from the job and the other fields of the profile")
+            if (why := sbatch.refusal(name, value)) is not None:
+                raise ValueError(why)
+            if holds_a_secret(f"--{name}={value}"):
+                raise ValueError(f"should not hold a key, token or password (in {name}): {NO_SECRETS}")
             if value is False:
                 raise ValueError(f"should not set {name} to false: leave it out")
         return extra
+
+    @model_validator(mode="after")
+    def _extra_contradicts_no_field(self) -> Cluster:
+        given = [field for field in sbatch.RIVALS if getattr(self, field)]
+        if self.container is not None and self.container.runtime == "none":
+            given.remove("container")
+        if (why := sbatch.rivalry(self.sbatch_extra, given)) is not None:
+            raise ValueError(f"sbatch_extra: {why}")
+        return self
 
     @model_validator(mode="after")
     def _gpu_request_fits(self) -> Cluster:
@@ -289,4 +300,5 @@ def with_overrides(cluster: Cluster, **overrides: Any) -> Cluster:
         return Cluster.model_validate({**cluster.model_dump(), **given})
     except ValidationError as error:
         field, message = first_problem(error)
-        raise UsageError(f"--{field.replace('_', '-')}: {message}") from None
+        option = f"--{field.replace('_', '-')}: " if field else ""  # else it is a rule over several fields
+        raise UsageError(f"{option}{message}") from None

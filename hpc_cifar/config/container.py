@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from ..redaction import holds_a_secret
 from .fields import Model, matching, shown
 
 _UNSAFE = r"\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\\'\"`$"  # in a character class: what no shell or path needs
@@ -54,6 +55,8 @@ class Container(Model):
             if self.image is not None or self.binds or self.args:
                 raise ValueError("runtime none takes no image, binds or args: name apptainer, singularity or pyxis")
             return self
+        if any(holds_a_secret(words) for words in (self.image or "", *self.args)):
+            raise ValueError("image and args should not hold keys, tokens or passwords: export them where you submit")
         if self.image is None:
             raise ValueError(f"image is missing: runtime {self.runtime} needs one, such as image: /shared/hpc-cifar.sif")
         if self.runtime == "pyxis":

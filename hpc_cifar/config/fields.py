@@ -37,7 +37,9 @@ def _whole(value: Any) -> Any:
 
 
 def _duration(value: Any) -> Any:
-    """``"HH:MM:SS"`` or ``"D-HH:MM:SS"``; a number is refused, since unquoted 10:00:00 is 36000 in YAML 1.1."""
+    """``"HH:MM:SS"`` or ``"D-HH:MM:SS"``; a number is refused: YAML 1.1 makes 36000 of an unquoted 10:00:00, and what
+    was written is not known any more. Here it stays text (see ``source.py``), so quotes are not needed.
+    """
     if not isinstance(value, str):
         raise ValueError(f'should be quoted text such as "01:00:00" (hours:minutes:seconds), not {shown(value)}')
     match = re.fullmatch(r"(?:([0-9]{1,3})-)?([0-9]{1,3}):([0-5][0-9]):([0-5][0-9])", value.strip())

@@ -43,7 +43,8 @@ the defaults is all that a file has to say.
   unknown key says which one was probably meant.
 - `--set a.b=value` changes a field for one command, in `validate`, `submit`, `train`, `drill` and `bench step`. The value is
   YAML; an entry of a list has its number: `--set model.layers.0.conv.filters=64`.
-- `5e-4` is a number here, though YAML 1.1 reads it as text. Times are in quotes, since YAML reads `10:00:00` as 36000.
+- `5e-4` is a number here, though YAML 1.1 reads it as text. Times need no quotes here: `10:00:00` is text,
+  though YAML 1.1 reads it as 36000, which is refused.
 - `hpc-cifar schema -o experiment.schema.json` writes a JSON Schema. An editor that knows YAML completes and checks a file whose
   first line is `# yaml-language-server: $schema=experiment.schema.json`; the packaged job files have it.
 - `hpc-cifar jobs` lists the packaged job files; each is an example.

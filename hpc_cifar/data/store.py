@@ -23,15 +23,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-<<<<<<< HEAD
-from .. import __version__, files
+from .. import __version__, files, owner
 from ..errors import DataError, UsageError, first_line
 from . import beton, verified
-=======
-from .. import __version__, files, owner
-from ..errors import DataError, UsageError
-from . import beton
->>>>>>> w-folders
 from .sources import Dataset
 from .split import mean_std
 
@@ -108,8 +102,11 @@ class Store:
             raise DataError(f"{folder}: dataset {dataset!r} is not prepared; run: {prepare_command(root, dataset)}")
         try:
             manifest = _read_manifest(folder / MANIFEST)
-<<<<<<< HEAD
             train, test = (_open_split(folder, split, manifest) for split in SPLITS)
+        except PermissionError as error:
+            hidden = Path(str(error.filename or folder))
+            words = owner.cannot_be_read(hidden, error)
+            raise DataError(f"{folder}: {words}: chmod -R a+rX {shlex.quote(str(folder))}") from None
         except _DAMAGE as error:
             raise _damaged(folder, f"no {error}" if isinstance(error, KeyError) else first_line(error)) from None
         made = cls(folder, manifest, dataclasses.replace(train, beton=beton.find(folder, manifest["digest"])), test)
@@ -152,19 +149,6 @@ _DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowErr
 
 def _damaged(folder: Path, why: str) -> DataError:
     return DataError(f"{folder}: the store is damaged ({why}); run: {prepare_command(folder.parent, folder.name, force=True)}")
-=======
-            train, test = (_open_split(folder, split, manifest, verify) for split in SPLITS)
-        except PermissionError as error:
-            hidden = Path(str(error.filename or folder))
-            words = owner.cannot_be_read(hidden, error)
-            raise DataError(f"{folder}: {words}: chmod -R a+rX {shlex.quote(str(folder))}") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            why = f"no {error}" if isinstance(error, KeyError) else str(error)
-            raise DataError(
-                f"{folder}: the store is damaged ({why}); run: {prepare_command(root, dataset, force=True)}"
-            ) from None
-        return cls(folder, manifest, dataclasses.replace(train, beton=beton.find(folder, manifest["digest"])), test)
->>>>>>> w-folders
 
 
 def prepare_command(root: Path, dataset: str, *, force: bool = False) -> str:

@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from . import handover, process, slurm
 from .status import ENDED, chain_of, controller_of, elsewhere, is_live, status
 
 CANCEL_GRACE_S = 75.0  # a little more than the controller gives the ranks
+PIECE, MOST_SHOWN = 1 << 20, 16 << 20  # bytes of a log that are read at once, and shown of one unless all is asked for
 READ_S = 0.25  # between looks into a run directory
 LAST_LOOKS = 4  # at the logs of a run that has ended
 ASK_S, RARELY_S = 3.0, 10.0  # between questions to the scheduler; where nobody looks on, they become rare
@@ -36,19 +37,52 @@ def log_files(run: Run, rank: int = 0) -> list[Path]:
     return [path for name in names if (path := run.submitit / name).is_file() and not path.is_symlink()]
 
 
-def follow_logs(run: Run, rank: int) -> Iterator[tuple[Path, str]]:
-    """Pieces of the logs as they are written, until the run has ended; new files of later jobs too."""
+def log_begin(path: Path) -> int:
+    """From which byte on a log is shown: its last :data:`MOST_SHOWN`, from a line's beginning on where there are lines."""
+    begin = path.stat().st_size - MOST_SHOWN
+    if begin <= 0:
+        return 0
+    with path.open("rb") as stream:
+        stream.seek(begin)
+        return begin + stream.read(PIECE).find(b"\n") + 1
+
+
+def log_pieces(path: Path, begin: int = 0) -> Iterator[str]:
+    """The text of a log from a byte on, in pieces of whole lines; a line longer than :data:`PIECE` is cut."""
+    rest = b""
+    with path.open("rb") as stream:
+        stream.seek(begin)
+        while data := stream.read(PIECE):
+            whole = (rest + data).rfind(b"\n") + 1 or len(rest + data)
+            yield (rest + data)[:whole].decode(errors="replace")
+            rest = (rest + data)[whole:]
+    if rest:
+        yield rest.decode(errors="replace")
+
+
+def follow_logs(run: Run, rank: int, begin: Callable[[Path], int] = log_begin) -> Iterator[tuple[Path, str]]:
+    """Pieces of the logs as they are written, until the run has ended; new files of later jobs too.
+
+    Args:
+        begin: from which byte on a log that is there is shown.
+    """
     offsets: dict[Path, int] = {}
     asked, ended, news, last_looks = 0.0, False, False, LAST_LOOKS
     while True:
         for path in log_files(run, rank):
+            if path not in offsets:
+                offsets[path] = begin(path)
             with path.open("rb") as stream:
-                stream.seek(offsets.get(path, 0))
-                data = stream.read()
-            whole = len(data) if last_looks == 1 else data.rfind(b"\n") + 1  # a line that is still being written waits
-            if whole:
-                offsets[path] = offsets.get(path, 0) + whole
-                yield path, data[:whole].decode(errors="replace")
+                stream.seek(offsets[path])
+                while data := stream.read(PIECE):
+                    whole = data.rfind(b"\n") + 1  # a line that is still being written waits
+                    if not whole and (len(data) == PIECE or last_looks == 1):
+                        whole = len(data)
+                    if not whole:
+                        break
+                    offsets[path] += whole
+                    yield path, data[:whole].decode(errors="replace")
+                    stream.seek(offsets[path])
         if ended and not (last_looks := last_looks - 1):
             return
         if ended:  # its processes may have a last word
@@ -163,15 +197,14 @@ def _cancel_local(run: Run, job: dict[str, Any], grace_s: float) -> None:
         time.sleep(0.1)
         who = controller_of(run, job)
     if process.is_alive(who):
-        process.send(int(who["pid"]), signal.SIGTERM)
+        process.signal_exactly(who, signal.SIGTERM)
         deadline = time.monotonic() + grace_s
         while process.is_alive(who) and time.monotonic() < deadline:
             time.sleep(0.1)
     if job.get("executor") == "local":  # a session of our own, so that all of it may go
-        for pid in process.survivors(who):
-            process.send(pid, signal.SIGKILL)
-    elif process.is_alive(who):
-        process.send(int(who["pid"]), signal.SIGKILL)
+        process.kill_survivors(who)
+    else:
+        process.signal_exactly(who, signal.SIGKILL)
 
 
 # ---- resume --------------------------------------------------------------------------------------------------------

@@ -107,8 +107,7 @@ class Controller:
 
     def _forward(self, number: signal.Signals) -> None:
         for task in self.tasks:
-            if task.poll() is None:
-                process.send(task.pid, number)
+            task.send_signal(number)  # none to one that has ended: its number may be another's
 
     # ---- one segment -----------------------------------------------------------------------------------------------
 
@@ -190,9 +189,7 @@ class Controller:
 
     def kill(self) -> None:
         """End whatever the ranks left behind, data workers too."""
-        for pid in process.session_members(os.getsid(0)):
-            if pid != os.getpid():
-                process.send(pid, signal.SIGKILL)
+        process.kill_session(os.getsid(0), spared=os.getpid())
 
     # ---- before the job --------------------------------------------------------------------------------------------
 

@@ -315,7 +315,7 @@ class Drill:
             self._slurm("scancel", f"--signal={name}", self._job_id())
             return
         who = controller_of(self.victim, self.victim.jobs()[-1])
-        process.send(int(who["pid"]), signal.Signals[f"SIG{name}"])
+        process.signal_exactly(who, signal.Signals[f"SIG{name}"])
 
     def _slurm(self, *command: str) -> None:
         reply = slurm.ask(list(command), timeout_s=slurm.TIMEOUT_S)

@@ -124,10 +124,10 @@ def _death(errors: str, for_memory: bool) -> str:
 
 def one_line(text: str) -> str:
     """``text`` as one line that a terminal and a table can show: without control characters and keys."""
-    from .provenance import redact
+    from ..redaction import redact_beginning
 
-    plain = _BASHS.sub("", " ".join(text[: 8 * LONGEST].split()))
-    shown = redact("".join(char if char.isprintable() else _escaped(char) for char in plain))
+    plain, _ = redact_beginning(_BASHS.sub("", " ".join(text[: 64 * LONGEST].split())), 32 * LONGEST)
+    shown = "".join(char if char.isprintable() else _escaped(char) for char in plain)
     return shown if len(shown) <= LONGEST else shown[: LONGEST - 3] + "..."
 
 

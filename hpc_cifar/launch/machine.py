@@ -15,12 +15,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-<<<<<<< HEAD
-from .. import __version__
+from .. import __version__, owner
 from .. import caches as compiled
-=======
-from .. import __version__, files, owner
->>>>>>> w-folders
 from ..config.cluster import Cluster
 from ..errors import HpcCifarError, first_line
 from ..findings import Finding, ok, problem, warning

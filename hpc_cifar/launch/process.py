@@ -1,79 +1,56 @@
-"""Processes of this machine by identity: a pid and its start time, so that a recycled pid is never taken for ours."""
+"""Sessions of processes: what a controller started, and all that its ranks left behind. Single ones are ``processes``."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 import signal
-import socket
+from collections.abc import Mapping
 from pathlib import Path
 
-ENDED = "ZX"  # zombie, dead: such a process runs no more code
+from ..processes import ENDED, boot_id, start_time, stat
+from ..processes import identity as identity
+from ..processes import is_alive as is_alive
+from ..processes import send as send
+from ..processes import signal_exactly as signal_exactly
 
 
-def _stat(pid: int) -> list[str] | None:
-    """Fields of /proc/PID/stat from the third (state) on; the second, the command, may hold spaces and brackets."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-    except OSError:
-        return None
-    return text.rpartition(")")[2].split()
-
-
-def start_time(pid: int) -> int | None:
-    """Clock ticks after boot at which ``pid`` began, or None if there is no such process."""
-    fields = _stat(pid)
-    return int(fields[19]) if fields else None
-
-
-def boot_id() -> str:
-    """Differs after every boot, since pids and start times may repeat."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
-
-
-def identity(pid: int) -> dict[str, int | str]:
-    """What to record in order to find this process again."""
-    return {"pid": pid, "pid_started": start_time(pid) or 0, "boot": boot_id(), "host": socket.gethostname()}
-
-
-def is_alive(who: dict[str, object]) -> bool:
-    """Whether exactly the recorded process runs on this machine."""
-    pid = who.get("pid")
-    if not isinstance(pid, int) or who.get("boot") != boot_id():
-        return False
-    fields = _stat(pid)
-    return fields is not None and fields[0] not in ENDED and int(fields[19]) == who.get("pid_started")
+def in_session(pid: int, session: int) -> bool:
+    """Whether a process runs and is of that session."""
+    fields = stat(pid)
+    return fields is not None and fields[0] not in ENDED and int(fields[3]) == session
 
 
 def session_members(session: int) -> list[int]:
     """Processes of a session that still run."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            fields = _stat(int(entry.name))
-            if fields and fields[0] not in ENDED and int(fields[3]) == session:
-                found.append(int(entry.name))
-    return found
+    numbers = (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isascii() and entry.name.isdecimal())
+    return [pid for pid in numbers if in_session(pid, session)]
 
 
-def survivors(leader: dict[str, object]) -> list[int]:
+def survivors(leader: Mapping[str, object]) -> list[int]:
     """Running processes of the session that the recorded process leads, itself included.
 
     A number stays taken as long as its session has members; if another process has the leader's pid, all of ours are gone.
     """
     pid = leader.get("pid")
+    return session_members(pid) if isinstance(pid, int) and _is_its_session(leader) else []
+
+
+def _is_its_session(leader: Mapping[str, object]) -> bool:
+    pid = leader.get("pid")
     if not isinstance(pid, int) or leader.get("boot") != boot_id():
-        return []
+        return False
     began = start_time(pid)
-    if began is not None and began != leader.get("pid_started"):
-        return []
-    return session_members(pid)
+    return began is None or began == leader.get("pid_started")
 
 
-def send(pid: int, number: signal.Signals) -> None:
-    """Signal one process; that it has gone already is no error."""
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, number)
+def kill_survivors(leader: Mapping[str, object]) -> None:
+    """End what is left of the session that the recorded process leads."""
+    left = survivors(leader)
+    for pid in left:
+        send(pid, signal.SIGKILL, lambda pid: pid in survivors(leader))
+
+
+def kill_session(session: int, spared: int) -> None:
+    """End the processes of a session, but for one."""
+    for pid in session_members(session):
+        if pid != spared:
+            send(pid, signal.SIGKILL, lambda pid: in_session(pid, session))

@@ -5,50 +5,68 @@ from __future__ import annotations
 import getpass
 import os
 import platform
-import re
 import socket
 import subprocess
 import sys
+import threading
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ..redaction import redact_beginning, redact_words
 from ..runs import now
 from .snapshot import PACKAGE
 
-MAX_DIFF = 256 * 1024
+MAX_DIFF = 256 * 1024  # characters
+MOST_READ = 4 * MAX_DIFF  # bytes of what a command prints
+TIMEOUT_S = 15
 PACKAGES = (
     *("hpc-cifar", "torch", "torchvision", "numpy", "numba", "pydantic", "submitit", "typer", "pillow", "scikit-learn"),
     *("wandb", "ffcv", "nvidia-dali-cuda130", "triton"),
 )
 _SECRET_FILES = [
-    f":(exclude,icase,glob)**/{name}" for name in ("*.env", ".env*", "*.pem", "*.key", "*netrc*", "*secret*", "*credential*")
+    f":(exclude,icase,glob)**/{name}"
+    for name in (
+        "*.env",
+        ".env*",
+        "*.pem",
+        "*.key",
+        "*.p12",
+        "*.pfx",
+        "id_rsa*",
+        "id_ed25519*",
+        "*netrc*",
+        "*.pgpass",
+        "*.kdbx",
+        "*secret*",
+        "*credential*",
+        "*password*",
+        "*token*.txt",
+        "*.token",
+    )
 ]
-_SECRETS = [
-    (
-        re.compile(r"(?i)([\w-]*(?:api[_-]?key|token|secret|passw(?:or)?d|credential)[\w-]*[\"']?\s*[=:]\s*[\"']?)[^\s\"',;]+"),
-        r"\1***",
-    ),
-    (re.compile(r"\b(?:gh[pousr]_|github_pat_|hf_|sk-|wandb_v1_|AKIA)[A-Za-z0-9_-]{12,}"), "***"),
-    (re.compile(r"(://)[^/\s:@]+:[^/\s@]+@"), r"\1***@"),
-    (re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.S), "*** private key ***"),
-]
 
 
-def redact(text: str) -> str:
-    """``text`` with anything that looks like a key, token or password blanked."""
-    for pattern, replacement in _SECRETS:
-        text = pattern.sub(replacement, text)
-    return text
-
-
-def _run(command: list[str], cwd: Path | None = None) -> str | None:
+def _run(command: list[str], cwd: Path | None = None, most: int = MOST_READ) -> str | None:
+    """What a command printed, its first ``most`` bytes; None if it failed, or took too long for that."""
     env = {**os.environ, "GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
+    quiet: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     try:
-        done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, timeout=15, check=False, stdin=subprocess.DEVNULL)
-    except (OSError, subprocess.SubprocessError):
+        with subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, **quiet) as child:
+            timer = threading.Timer(TIMEOUT_S, child.kill)
+            timer.start()
+            try:
+                assert child.stdout is not None
+                said: bytes = child.stdout.read(most)
+                if len(said) == most:  # the rest is of no use
+                    child.kill()
+                    return said.decode(errors="replace")
+            finally:
+                child.wait()
+                timer.cancel()
+    except OSError:
         return None
-    return done.stdout.decode(errors="replace") if done.returncode == 0 else None
+    return said.decode(errors="replace") if child.returncode == 0 else None
 
 
 def git(folder: Path = PACKAGE) -> dict[str, Any] | None:
@@ -68,9 +86,7 @@ def git(folder: Path = PACKAGE) -> dict[str, Any] | None:
     )  # fmt: skip
     found: dict[str, Any] = {"commit": commit.strip(), "dirty": bool(status.strip())}
     if diff:
-        text = redact(diff)
-        found["diff"] = text[:MAX_DIFF]
-        found["diff_truncated"] = len(text) > MAX_DIFF
+        found["diff"], found["diff_truncated"] = redact_beginning(diff, MAX_DIFF)
     return found
 
 
@@ -102,7 +118,7 @@ def collect(command: list[str] | None = None) -> dict[str, Any]:
     """Everything known at submit, for ``provenance.json``."""
     return {
         "time": now(),
-        "command": [redact(word) for word in (sys.argv if command is None else command)],
+        "command": redact_words(sys.argv if command is None else command),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "host": socket.gethostname(),

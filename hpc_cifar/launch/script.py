@@ -15,6 +15,7 @@ from typing import Any
 
 import submitit
 
+from ..config import sbatch
 from ..config.cluster import Cluster
 from ..config.experiment import Experiment
 from ..errors import UsageError
@@ -150,6 +151,8 @@ def parameters(
     srun = ["--export=ALL", "--kill-on-bad-exit=1", "--open-mode=append", *inside, *cluster.srun_args]
     if placement.cpus_per_process:
         srun.insert(0, f"--cpus-per-task={placement.cpus_per_process}")
+    if memory_gib and (why := sbatch.rivalry(cluster.sbatch_extra, ["memory_gib_per_node"])) is not None:
+        raise UsageError(f"profile {cluster.name}: sbatch_extra: {why} (the job file has it)")
     extra: dict[str, Any] = {"requeue" if cluster.requeue else "no-requeue": True}
     extra |= {name.replace("_", "-"): value for name, value in cluster.sbatch_extra.items()}
     if after:

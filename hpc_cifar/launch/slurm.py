@@ -54,10 +54,18 @@ class JobState:
 
 @dataclass(frozen=True)
 class Answer:
-    """States of the jobs that Slurm knows. ``reachable`` tells "not there any more" from "nobody answered"."""
+    """States of the jobs that Slurm knows. ``reachable`` tells "not there any more" from "nobody answered".
+
+    ``hidden`` are jobs of other users that Slurm may have and not show to this one.
+    """
 
     jobs: dict[str, JobState]
     reachable: bool
+    hidden: frozenset[str] = frozenset()
+
+    def is_gone(self, job_id: str) -> bool:
+        """Whether Slurm has said that it has no such job."""
+        return self.reachable and job_id not in self.jobs and job_id not in self.hidden
 
 
 @dataclass(frozen=True)
@@ -152,11 +160,12 @@ def _plain(text: str) -> str:
     return "" if text.strip() in ("None", "(null)", "N/A") else text.strip()
 
 
-def query(job_ids: Iterable[str], ended: Collection[str] = ()) -> Answer:
+def query(job_ids: Iterable[str], ended: Collection[str] = (), others: Collection[str] = ()) -> Answer:
     """States of many jobs: one ``squeue``, and one ``sacct`` for those it does not know, where there is accounting.
 
     Args:
         ended: jobs whose end is known already; only ``squeue`` is asked whether they are back.
+        others: those of other users, for which ``squeue`` is asked once more.
     """
     wanted = {one for one in job_ids if is_job_id(one)}  # another one is known to nobody
     if not wanted:
@@ -164,9 +173,19 @@ def query(job_ids: Iterable[str], ended: Collection[str] = ()) -> Answer:
     found: dict[str, JobState] = {}
     # By user, not by id: squeue fails as a whole for a single id that it has forgotten.
     # --all: else jobs in hidden partitions are left out. In a federation it also lists those that another cluster took.
-    listing = ask(["squeue", "--all", "--noheader", f"--user={os.getuid()}", "--states=all", "--format=%i|%T|%r|%S|%N"])
+    queue = ["squeue", "--all", "--noheader", "--states=all", "--format=%i|%T|%r|%S|%N"]
+    listing = ask([*queue, f"--user={os.getuid()}"])
     reachable = listing.code == 0
-    for line in listing.out.splitlines() if reachable else ():
+    lines = listing.out.splitlines() if reachable else []
+    hidden: set[str] = set()
+    if reachable and (theirs := wanted & set(others)):
+        told = ask([*queue, f"--jobs={','.join(sorted(theirs))}"])
+        lines += told.out.splitlines() if told.code == 0 else []
+        # "Invalid job id" is said of one, and does not say of which of several
+        certain = told.code == 0 or (len(theirs) == 1 and ENDED_ALREADY[1] in told.err)
+        if not certain or "jobs" in configuration().get("PrivateData", "").split(","):
+            hidden = theirs
+    for line in lines:
         job_id, state, reason, start, nodes, *_ = [*line.split("|"), "", "", "", ""]
         if state and _word(state) != "REVOKED":
             seen = JobState(_word(state), _plain(reason), utc_of(start), _plain(nodes) or None)
@@ -192,7 +211,7 @@ def query(job_ids: Iterable[str], ended: Collection[str] = ()) -> Answer:
                 begun, hosts = utc_of(pairs.get("StartTime", "")), _plain(pairs.get("NodeList", ""))
                 seen = JobState(pairs["JobState"], _plain(pairs.get("Reason", "")), begun, hosts or None)
                 found = {one: seen for one in expand_ids(name) if one in wanted} | found
-    return Answer(found, reachable)
+    return Answer(found, reachable, frozenset(hidden - set(found)))
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import math
+import os
 import socket
 import time
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from ..runs import Run
 from . import first_words, handover, interruptions, local, process, slurm
 
 ENDED = frozenset(("finished", "failed", "cancelled", "stopped"))
+HIDDEN = "its job is another user's, which Slurm does not show here; this is what the run last wrote"
 VANISHED = "processes ended without a result"
 # Slurm forgets a waiting element of an array as soon as it is cancelled
 NEVER_STARTED = "the job left the queue before it started: cancelled there, or its node could not start it"
@@ -69,7 +71,8 @@ def statuses(runs: Sequence[Run]) -> list[Status]:
     asked = {run.id for run in others if _on_slurm(chains[run.id]) and not run.finished()}
     # one that says itself that it ended has only to be looked for in the queue, in case Slurm requeued it
     ended = {run.id for run in runs if run.id in asked and run.state().get("state") in ENDED}
-    answer = slurm.query(_ids(chains, asked), set(_ids(chains, ended)))
+    theirs = {run.id for run in runs if run.id in asked and not _is_ours(run)}
+    answer = slurm.query(_ids(chains, asked), set(_ids(chains, ended)), set(_ids(chains, theirs)))
 
     def seen(run: Run) -> Status:
         if run in open_ones:
@@ -133,6 +136,13 @@ def chain_of(run: Run) -> list[dict[str, Any]]:
     return jobs[first:] or [{}]
 
 
+def _is_ours(run: Run) -> bool:
+    try:
+        return run.path.stat().st_uid == os.getuid()
+    except OSError:
+        return True
+
+
 def _on_slurm(chain: list[dict[str, Any]]) -> bool:
     return chain[0].get("executor") == "slurm"
 
@@ -160,7 +170,7 @@ def _status(run: Run, job: dict[str, Any], answer: slurm.Answer) -> Status:
     word, reason = str(state.get("state") or "pending"), state.get("reason")
     if job.get("executor") == "slurm":
         said = word in ENDED
-        word, reason = _with_slurm(run, word, reason, state, known, answer.reachable)
+        word, reason = _with_slurm(run, word, reason, state, known, str(job["job_id"]), answer)
         if word == "failed" and not said:
             reason = _with_words(run, str(job["job_id"]), str(reason), state, known)
     elif alive is False and word not in ENDED:
@@ -185,7 +195,7 @@ def _alive(run: Run, job: dict[str, Any], answer: slurm.Answer) -> bool | None:
     """Whether the run has processes or a place in the queue; None if that cannot be seen from here."""
     if job.get("executor") == "slurm":
         known = answer.jobs.get(str(job["job_id"]))
-        return known.alive if known else (False if answer.reachable else None)
+        return known.alive if known else (False if answer.is_gone(str(job["job_id"])) else None)
     host = job.get("host") or run.state().get("host")
     if host is not None and host != socket.gethostname():
         return None
@@ -203,20 +213,29 @@ def is_live(run: Run) -> bool | None:
     if elsewhere(chain):
         return None
     if _on_slurm(chain):
-        answer = slurm.query(_ids({run.id: chain}, {run.id}))
+        ids = _ids({run.id: chain}, {run.id})
+        answer = slurm.query(ids, others=() if _is_ours(run) else ids)
         alive = [_alive(run, job, answer) for job in chain]
         return True if True in alive else None if None in alive else False
     return _alive(run, chain[0], slurm.Answer({}, True)) is True
 
 
 def _with_slurm(
-    run: Run, word: str, reason: Any, state: dict[str, Any], job: slurm.JobState | None, reachable: bool
+    run: Run,
+    word: str,
+    reason: Any,
+    state: dict[str, Any],
+    job: slurm.JobState | None,
+    job_id: str,
+    answer: slurm.Answer,
 ) -> tuple[str, str | None]:
     """Slurm is the authority on whether a job is there; the run directory on what it did."""
     if job is None:
         if word in ENDED:
             return word, reason
-        if not reachable:
+        if job_id in answer.hidden:
+            return word, HIDDEN
+        if not answer.reachable:
             return word, "Slurm does not answer; this is what the run last wrote"
         if run.cancel_marker.exists():
             return "cancelled", None

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import claim as claims
+from ..redaction import redact_words
 from ..runs import experiment_text, now
 from . import charts as drawn
 from . import groups as grouped
@@ -113,7 +114,7 @@ def _mistakes(one: Facts) -> list[dict[str, Any]]:
 
 def typed(one: Facts) -> str:
     """The command by which it was submitted, as far as the run knows it."""
-    words = [str(word) for word in one.provenance.get("command") or []]
+    words = redact_words([str(word) for word in one.provenance.get("command") or []])  # an earlier version knew fewer keys
     name = Path(words[0]).name if words else ""
     return shlex.join(["hpc-cifar" if name == "__main__.py" else name, *words[1:]]) if words else ""
 

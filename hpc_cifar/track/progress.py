@@ -6,6 +6,8 @@ import sys
 import time
 from typing import Any
 
+from .. import terminal
+
 
 class Progress:
     """Rank 0's console; silent on the others.
@@ -28,6 +30,7 @@ class Progress:
                 MofNCompleteColumn(),
                 TextColumn("loss {task.fields[loss]}  {task.fields[rate]} images/s"),
                 TimeRemainingColumn(),
+                console=terminal.console(),
             )
             self._task = self._bar.add_task("", total=total_steps, completed=done, epoch="1", loss="-", rate="-")
             self._bar.start()

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from .. import files
+from .. import files, processes
 from ..errors import TrackingError, first_line
+from ..redaction import redact_words
 from ..runs import Run
 from .rows import Tail
 
@@ -166,6 +167,8 @@ class Upload:
         provenance = files.read_json(self.run.path / "provenance.json") or {}
         git = {key: value for key, value in (provenance.get("git") or {}).items() if key in ("commit", "dirty")}
         known = {key: provenance[key] for key in ("packages", "python", "host", "command") if key in provenance}
+        if isinstance(words := known.get("command"), list):  # an earlier version knew fewer keys
+            known["command"] = redact_words([str(word) for word in words])
         return {
             "experiment": self.run.experiment().model_dump(mode="json"),
             "plan": self.run.plan(),
@@ -299,10 +302,14 @@ def _bounded(seconds: float) -> Iterator[None]:
 
 def _end_service() -> None:
     for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError, ProcessLookupError):
-            about, _, rest = path.read_text().rpartition(") ")
-            if int(rest.split()[1]) == os.getpid() and "(wandb-core" in about:
-                os.kill(int(path.parent.name), signal.SIGKILL)
+        with contextlib.suppress(OSError):
+            processes.send(int(path.parent.name), signal.SIGKILL, _is_service)
+
+
+def _is_service(pid: int) -> bool:
+    """Whether a process is the client's service, and was started by this one."""
+    about, _, rest = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(") ")
+    return int(rest.split()[1]) == os.getpid() and "(wandb-core" in about
 
 
 def _forget() -> None:

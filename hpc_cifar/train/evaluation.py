@@ -36,12 +36,8 @@ def evaluate(
         out: the folder, instead of that of the run.
 
     Raises:
-<<<<<<< HEAD
-        UsageError: there is no such split or image.
-        DataError: its files are not what was written.
-=======
         UsageError: there is no such split or image, or the folder cannot be written.
->>>>>>> w-folders
+        DataError: its files are not what was written.
     """
     arrays, indices = trained.images(split)
     store = trained.prepared.store

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .. import files
+from .. import files, processes
 from ..runs import now
 from .distributed import World, is_lost_peer
 
@@ -137,8 +137,7 @@ class Watchdog:
         return {
             "rank": self._world.rank,
             "segment": self._segment,
-            "host": os.uname().nodename,
-            "pid": os.getpid(),
+            **processes.identity(os.getpid()),
             "step": self._step,
             "phase": self._phase,
             "still_s": round(time.monotonic() - self._moved, 1),
@@ -212,21 +211,21 @@ class Watchdog:
 
     def _last_beat(self, rank: int) -> dict[str, Any]:
         found = files.read_json(self._beats / f"rank-{rank}.json")
-        return found if isinstance(found, dict) else {}
+        return found if isinstance(found, dict) and found.get("segment") == self._segment else {}
 
     def _examine(self, rank: int) -> str:
         """A rank that does not answer: what can be seen of it from here."""
         beat = self._last_beat(rank)
-        host, pid = beat.get("host", "an unknown node"), int(beat.get("pid", 0))
+        host, pid = beat.get("host", "an unknown node"), beat.get("pid", 0)
         seen = f"rank {rank} on {host} (process {pid}) has not answered since {beat.get('time', 'its start')}"
-        if host != os.uname().nodename or not _is_ours(pid):
+        if not processes.is_alive(beat):  # it has ended, or is on another node, and its number may be somebody else's
             return seen
         state = _proc_state(pid)
         text = f"{seen}\nstate: {state}\nwaits in the kernel in: {_read(pid, 'wchan')}\n{_read(pid, 'stack')}\n"
         (self._alarm_folder / f"rank-{rank}-process.txt").write_text(text, encoding="utf-8")
         with contextlib.suppress(OSError):
             # stopped by a signal: once it goes on, it writes its own stacks and leaves; else it will never leave by itself
-            os.kill(pid, signal.SIGCONT if state.startswith("T") else signal.SIGKILL)
+            processes.signal_exactly(beat, signal.SIGCONT if state.startswith("T") else signal.SIGKILL)
         return f"{seen} (state {state})"
 
 
@@ -246,21 +245,15 @@ def _lost(run: Path, segment: str, world: World) -> str:
     found = (files.read_json(run / "heartbeat" / f"rank-{rank}.json") for rank in range(world.size) if rank != world.rank)
     beats = [beat for beat in found if isinstance(beat, dict) and beat.get("segment") == segment and beat["phase"] != LEFT]
     elsewhere = [beat for beat in beats if beat["host"] != os.uname().nodename]  # their processes cannot be seen
-    gone = [beat for beat in beats if beat["phase"] == FAILED or (beat not in elsewhere and not _lives(beat["pid"]))]
+    gone = [beat for beat in beats if beat["phase"] == FAILED or (beat not in elsewhere and not _lives(beat))]
     words = [f"rank {beat['rank']} on {beat['host']} (process {beat['pid']})" for beat in gone or elsewhere]
     return ("" if gone else "one of ") + ", ".join(words) if words else ""
 
 
-def _lives(pid: int) -> bool:
-    return _is_ours(pid) and not _proc_state(pid).startswith(("Z", "X"))
-
-
-def _is_ours(pid: int) -> bool:
-    """Whether the process is of this user; process numbers are used again."""
-    try:
-        return pid > 1 and Path(f"/proc/{pid}").stat().st_uid == os.getuid()
-    except OSError:
-        return False
+def _lives(beat: dict[str, Any]) -> bool:
+    """Whether the process of a heartbeat runs; of one of an earlier version only its number is known."""
+    pid = beat["pid"]
+    return processes.is_alive(beat if "pid_started" in beat else processes.identity(pid))
 
 
 def _read(pid: int, name: str) -> str:

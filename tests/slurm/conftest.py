@@ -22,7 +22,16 @@ from slurm_site import CHAIN, EPOCH_STEPS, PROFILE, Begun, Site, SlurmCluster, r
 
 OnceMade = Callable[[str, Callable[[Path], object]], Path]
 # modules that take longest, in that order, so that workers which take a module each (--dist loadfile) end at the same time
-LONGEST = ("test_preemption", "test_limits", "test_cluster", "test_truth", "test_training", "test_tracking", "test_preflight")
+LONGEST = (
+    "test_stories",
+    "test_preemption",
+    "test_limits",
+    "test_cluster",
+    "test_truth",
+    "test_training",
+    "test_tracking",
+    "test_preflight",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -26,7 +26,7 @@ from life.world import Happening, Story
 
 from hpc_cifar import files
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200), pytest.mark.component("slurm")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800), pytest.mark.component("slurm")]
 
 NODES = ("n1", "n2", "n3")
 LINKS = CHAIN.replace("chain_links: 10", "chain_links: 2") + "preemptible: true\nsignal_delay_s: 30\n"

@@ -17,7 +17,7 @@ import pytest
 import ranks
 import torch
 
-from hpc_cifar import files
+from hpc_cifar import files, processes
 from hpc_cifar.runs import Run, all_runs
 from hpc_cifar.train.distributed import World
 from hpc_cifar.train.watchdog import ASLEEP_S, PATIENCE, POLL_S, SLOW_PHASE, Watchdog, lost_ranks
@@ -179,3 +179,30 @@ def test_a_hung_local_job_restarts_by_itself_and_ends_like_the_undisturbed(tmp_p
     undisturbed: Run = ranks.new_run(tmp_path, run.experiment())
     assert ranks.complete(undisturbed, digits_data, 2)["test_loss"] == result["test_loss"]
     assert ranks.losses(run) == ranks.losses(undisturbed)
+
+
+@pytest.mark.parametrize("case", ["another start", "another boot", "another segment", "the right one"])
+def test_a_process_is_signalled_only_if_it_is_the_rank_that_hangs(
+    tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Process numbers are used again, and a heartbeat stays in its file when its segment is over."""
+    monkeypatch.setattr("hpc_cifar.train.watchdog.ANSWER_S", 0.0)
+    wrong: dict[str, dict[str, Any]] = {"another start": {"pid_started": 1}, "another boot": {"boot": "x"}}
+    wrong |= {"another segment": {"segment": "old"}, "the right one": {}}
+    bystander = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+    try:
+        watchdog = Watchdog(tmp_path, "s", World(0, 2, 0, 2, torch.device("cpu"), None), 5.0, None, print)
+        (tmp_path / "heartbeat").mkdir()
+        watchdog._alarm_folder.mkdir(parents=True)
+        beat = {"rank": 1, "segment": "s", "phase": "train", "step": 3, "time": "then", **processes.identity(bystander.pid)}
+        files.write_json(tmp_path / "heartbeat" / "rank-1.json", beat | wrong[case])
+        reason = watchdog._report()
+        assert "rank 1 on" in reason and "has not answered since" in reason
+        if case == "the right one":
+            assert bystander.wait(30) == -signal.SIGKILL
+        else:
+            time.sleep(0.2)
+            assert bystander.poll() is None
+    finally:
+        bystander.kill()
+        bystander.wait()
