@@ -30,20 +30,20 @@ CURVE = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "l
 
 def measured(run: Run) -> Json:
     """The figures of a finished run's selected epoch, and its test."""
-    result = run.result() or {}
+    result = files.read_object(run.result_file)
     rows = [row for row in files.read_json_lines(run.metrics_file) if row["kind"] == "epoch"]
     chosen = selected(run.experiment(), rows)
     figures = {**chosen, **result}
     # of the epochs alone, without validation and checkpoints; one that was interrupted counts at the rate of its last stretch
-    training = [run.plan()["train_images"] / row["images_per_second"] for row in rows]
+    training = [planned_images(run) / row["images_per_second"] for row in rows]
     return {
         "train_seconds": round(sum(training), 3),
         "warm_train_seconds": round(len(training) * statistics.median(training), 3),  # nor compilation, which the first have
         **{name: figures.get(name) for name in FIGURES},
         **{name: result.get(name) for name in (*COST, "tta_accuracy", "tta_loss", "data", "selected", "precision")},
         "selected_epoch": chosen.get("epoch"),
-        "device": run.state().get("device"),
-        "processes": run.state().get("world_size"),
+        "device": run.state().device,
+        "processes": run.state().world_size,
     }
 
 
@@ -64,9 +64,15 @@ def origin(run: Run, starts: list[Json]) -> Json:
     return found
 
 
+def planned_images(run: Run) -> int:
+    """Training images, 0 where that is not known."""
+    plan = run.plan()
+    return plan.train_images if plan is not None else 0
+
+
 def validation_images(run: Run) -> int | None:
     """Images of the validation, where they are a share of the training images; None where they are the test's."""
-    share, trained = run.experiment().data.validation, run.plan().get("train_images")
+    share, trained = run.experiment().data.validation, planned_images(run)
     return round(trained * share / (1 - share)) if isinstance(share, float) and trained else None
 
 
@@ -139,7 +145,7 @@ class Results:
 
     def _row(self, experiment: Experiment, run: Run) -> Json:
         starts = [row for row in files.read_json_lines(_starts(run)) if row["run"] == run.id]
-        result = run.result() or {}
+        result = files.read_object(run.result_file)
         row = {"seed": experiment.seed, "run": run.id, "digest": digest(experiment), **origin(run, starts), **measured(run)}
         row |= {"validation_images": validation_images(run), "state": "finished", "ended": result.get("ended")}
         row["reason"] = result.get("reason")
@@ -164,7 +170,7 @@ def ended(run: Run) -> Json:
     state = run.state()
     return {
         "state": seen.state, "reason": seen.reason, "epochs": seen.epoch, "step": seen.step, "restarts": seen.restarts,
-        "seconds": state.get("seconds"), "precision": state.get("precision"), "data": state.get("data"), "time": now(),
+        "seconds": state.seconds, "precision": state.precision, "data": state.data, "time": now(),
         "hardware": bench.hardware(),
     }  # fmt: skip
 

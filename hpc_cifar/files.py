@@ -8,8 +8,11 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
+import stat
 import tempfile
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,8 +20,17 @@ from typing import Any, TextIO
 
 from . import planted
 from .errors import UsageError
+from .reading import Damaged as Damaged
+from .reading import json_lines as json_lines
+from .reading import load_json as load_json
+from .reading import parse_json as parse_json
+from .reading import read_bytes as read_bytes
+from .reading import read_json as read_json
+from .reading import read_json_lines as read_json_lines
+from .reading import read_object as read_object
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what a file system without locks answers
+LEFT_BEHIND_S = 5.0  # what stands for a lock and stays so long is a killed process's
 
 
 def fsync_folder(folder: Path) -> None:
@@ -156,6 +168,72 @@ def hold(path: Path) -> TextIO:
     return stream
 
 
+@contextlib.contextmanager
+def alone(path: Path, wait_s: float) -> Iterator[bool | None]:
+    """Keep other processes, on any host, out of such a block; it is for changes of a moment.
+
+    The kernel, or the file server, frees the lock however its process ends. On a file system without locks a second file
+    stands for it, which only one process can make; one that a killed process left is removed once it was seen to stay a while.
+
+    Args:
+        path: the lock file, which stays. It is never followed, should it be a link.
+        wait_s: how long to wait for another process.
+
+    Yields:
+        True: they are kept out. False: another process had it all the time. None: there can be no lock here.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags, 0o600)
+    except OSError:  # whatever is to be written there says why it cannot be
+        yield None
+        return
+    mark = path.with_name(f"{path.name}.held")
+    made = False
+    try:
+        deadline, seen = time.monotonic() + wait_s, (0, 0.0)
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held: bool | None = True
+            except BlockingIOError:
+                held = False
+            except OSError as error:
+                made, seen = _make_mark(mark, seen) if error.errno in NO_LOCKS else (False, seen)
+                held = made if error.errno in NO_LOCKS else None
+            if held is not False or time.monotonic() >= deadline:
+                break
+            time.sleep(0.005)
+        yield held
+    finally:
+        if made:
+            with contextlib.suppress(OSError):
+                mark.unlink()
+        os.close(descriptor)
+
+
+def _make_mark(mark: Path, seen: tuple[int, float]) -> tuple[bool, tuple[int, float]]:
+    """Whether the file was made; else which one is there, by inode, and since when it was seen (monotonic seconds)."""
+    try:
+        os.close(os.open(mark, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600))
+        return True, seen
+    except FileExistsError:
+        pass
+    except OSError:
+        return False, seen
+    with contextlib.suppress(OSError):
+        inode = os.lstat(mark).st_ino
+        if inode != seen[0]:
+            return False, (inode, time.monotonic())
+        if time.monotonic() - seen[1] > LEFT_BEHIND_S:
+            aside = mark.with_name(f"{mark.name}.{secrets.token_hex(4)}")
+            mark.rename(aside)  # only one of those who saw it stay takes it away
+            if os.lstat(aside).st_ino != inode:  # a new one: its process goes on
+                os.link(aside, mark)
+            aside.unlink()
+    return False, seen
+
+
 def write_text(path: Path, text: str, *, durable: bool = True, mode: int = 0o644) -> None:
     """Atomically write ``text`` as UTF-8."""
     with atomic_file(path, durable=durable, mode=mode) as stream:
@@ -167,37 +245,23 @@ def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n", durable=durable)
 
 
-def read_json(path: Path) -> Any | None:
-    """The parsed file, or None if it is missing or not JSON (for status files that may be half there)."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
 def append_json_line(path: Path, value: Any) -> None:
-    """Append one JSON object as one line and flush it to disk."""
-    with path.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(value, allow_nan=False) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
+    """Append one JSON object as one line and flush it to disk; what a killed writer left of a line is ended first.
 
-
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Every whole JSON object of the file; a torn or damaged line is left out, a missing file is empty."""
-    rows: list[dict[str, Any]] = []
-    try:
-        data = path.read_bytes()
-    except OSError:
-        return rows
-    for line in data.split(b"\n"):
-        try:
-            row = json.loads(line)
-        except ValueError:  # includes UnicodeDecodeError
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
+    Raises:
+        OSError: it cannot be written, or is no regular file.
+    """
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = os.open(path, flags, 0o644)
+    with named_in_errors(path), os.fdopen(descriptor, "rb+", buffering=0):
+        facts = os.fstat(descriptor)
+        if not stat.S_ISREG(facts.st_mode):
+            raise OSError(errno.EINVAL, "is not a regular file", str(path))
+        torn = facts.st_size > 0 and os.pread(descriptor, 1, facts.st_size - 1) != b"\n"
+        data = b"\n" * torn + json.dumps(value, allow_nan=False).encode() + b"\n"
+        while data:
+            data = data[os.write(descriptor, data) :]
+        os.fsync(descriptor)
 
 
 def sha256_of(path: Path) -> str:

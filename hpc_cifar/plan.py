@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 from .config.experiment import Experiment, Resources
 from .errors import UsageError
@@ -38,6 +38,8 @@ class Plan:
     gpu_hours: float  # the most one job (chain link) can use: GPUs x time limit
     core_hours: float
     notes: tuple[str, ...] = ()
+
+    INNER: ClassVar = {"placement": Placement}  # for whoever reads it back
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

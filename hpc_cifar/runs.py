@@ -6,7 +6,7 @@ runs/<run>/                     0700, since it holds pickles
   code/hpc_cifar/               the package as it was at submit
   submitit/                     pickles, the sbatch script, one log file a rank
   jobs.jsonl                    one row a submission: executor, job id, time; submitting.json: see launch/submission.py
-  state.json                    written by rank 0: state, epoch, step, ...
+  state.json                    written by rank 0, and by commands: state, epoch, step, ...; .state.lock: while it changes
   cancelled                     present once a user cancelled the run
   .lock  .holder.json           which process trains it; see train/lock.py
   checkpoints/  metrics.jsonl  result.json  wandb/
@@ -21,23 +21,29 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
-from . import files, owner
+from . import files, owner, records
 from .config.experiment import Experiment
 from .config.messages import closest, did_you_mean
-from .errors import RunError, UsageError
+from .config.source import parse
+from .errors import RunError, UsageError, first_line
+from .plan import Plan
+from .records import Failure, Job, Result, RunState
 
 OUTCOME = (
     *("checkpoints", "metrics.jsonl", "state.json", "result.json", "saved.json", "left-out.json", "failures.jsonl"),
     *("interruptions.jsonl", "endings", "losses", "hangs", "heartbeat", "evaluation", "wandb-id", "wandb-pictures.json"),
 )
 """What training leaves in a run directory."""
+STATE_LOCK = ".state.lock"
+UPDATE_WAIT_S = 10.0  # more than any process takes, unless it was stopped or its node has died
 
 
 @dataclass(frozen=True)
@@ -88,50 +94,122 @@ class Run:
         return self.path / "cancelled"
 
     def experiment(self) -> Experiment:
-        """The resolved experiment this run trains."""
+        """The resolved experiment this run trains.
+
+        Raises:
+            RunError: it is missing, damaged, or of another version; the message is one line.
+        """
         try:
-            return Experiment.model_validate(yaml.safe_load(self.experiment_file.read_text(encoding="utf-8")))
+            return Experiment.model_validate(_tree(self.experiment_file))
         except FileNotFoundError:
             raise RunError(f"{self.path}: not a run directory (no experiment.yaml)") from None
-        except (ValueError, yaml.YAMLError) as error:
-            raise RunError(f"{self.experiment_file}: cannot be read back: {error}") from None
+        except files.Damaged as error:
+            raise RunError(f"{self.experiment_file}: {error}") from None
+        except ValidationError as error:
+            raise RunError(f"{self.experiment_file}: cannot be read back: {first_problem(error)}") from None
+        except (ValueError, RecursionError) as error:
+            raise RunError(f"{self.experiment_file}: cannot be read back: {first_line(error)}") from None
 
-    def jobs(self) -> list[dict[str, Any]]:
-        """Submissions so far, oldest first: ``executor``, ``job_id``, ``submitted`` (ISO time), ...."""
-        rows = files.read_json_lines(self.path / "jobs.jsonl")
+    def jobs(self) -> list[Job]:
+        """Submissions so far, oldest first; a damaged row says so in its ``problem``."""
+        rows = records.rows(Job, self.path / "jobs.jsonl")
         # a job may have entered itself just when whoever submitted it did
-        known = {
-            (row.get("submission") or number, str(row.get("job_id"))): row for number, row in reversed(list(enumerate(rows)))
-        }
+        known = {(row.submission or number, row.job_id): row for number, row in reversed(list(enumerate(rows)))}
         return list(reversed(known.values()))
+
+    def last_job(self) -> Job:
+        """The latest submission; a job without an executor where there is none."""
+        jobs = self.jobs()
+        return jobs[-1] if jobs else Job()
+
+    def failures(self) -> list[Failure]:
+        """What ranks said as they failed, oldest first; without damaged rows."""
+        return [row for row in records.rows(Failure, self.path / "failures.jsonl") if not row.problem]
 
     def add_job(self, **row: Any) -> None:
         files.append_json_line(self.path / "jobs.jsonl", {"submitted": now(), **row})
 
-    def state(self) -> dict[str, Any]:
-        """What rank 0 last wrote, or ``{}``."""
-        return files.read_json(self.state_file) or {}
+    def state(self) -> RunState:
+        """What was last written; an empty record where nothing was."""
+        return records.read(RunState, self.state_file) or RunState()
 
-    def write_state(self, **values: Any) -> None:
-        files.write_json(self.state_file, {**values, "updated": now()}, durable=False)
+    def update_state(
+        self, *, when: Callable[[RunState], bool] | None = None, wait_s: float = UPDATE_WAIT_S, **values: Any
+    ) -> bool:
+        """Change fields of ``state.json`` and leave the others as they are, whatever other processes change meanwhile.
 
-    def plan(self) -> dict[str, Any]:
-        return files.read_json(self.path / "plan.json") or {}
+        Args:
+            when: asked with the present state, whether it is to be changed; no other process changes it in between.
+            wait_s: how long to wait for another process that changes it. A process that was stopped within its change must not
+                keep the run: after that time the state is changed all the same; with 0, left for the next time.
+            values: fields of :class:`RunState`; None removes one.
 
-    def result(self) -> dict[str, Any] | None:
-        return files.read_json(self.result_file)
+        Returns:
+            Whether it was changed.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        with files.alone(self.path / STATE_LOCK, wait_s) as held:
+            if held is False and not wait_s:
+                return False
+            old = records.sound(RunState, files.read_object(self.state_file))
+            if when is not None and not when(records.of(RunState, old)):
+                return False
+            new = {**old, **values, "updated": now()}
+            kept = {name: value for name, value in new.items() if value is not None}
+            files.write_json(self.state_file, kept, durable=False)
+        return True
+
+    def plan(self) -> Plan | None:
+        """How it was placed; None where that is missing or damaged. What an older version did not write is 0."""
+        try:
+            return records.load(Plan, self.path / "plan.json")
+        except (FileNotFoundError, files.Damaged):
+            return None
+
+    def result(self) -> Result | None:
+        """The outcome of the last segment that had one; a damaged one says so in its ``problem``."""
+        return records.read(Result, self.result_file)
 
     @property
     def campaign(self) -> str | None:
         """The group of runs it belongs to, by its job file or ``submit --campaign``; in W&B as well."""
         try:
-            fields = yaml.load(self.experiment_file.read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-            return fields["tracking"]["group"]  # type: ignore[no-any-return]
-        except (OSError, yaml.YAMLError, KeyError, TypeError):
+            found = _tree(self.experiment_file)
+        except (OSError, files.Damaged):
             return None
+        tracking = found.get("tracking") if isinstance(found, dict) else None
+        group = tracking.get("group") if isinstance(tracking, dict) else None
+        return group if isinstance(group, str) else None
 
     def finished(self) -> bool:
-        return (self.result() or {}).get("state") == "finished"
+        result = self.result()
+        return result is not None and result.state == "finished"
+
+
+def _tree(path: Path) -> Any:
+    """The plain value of a YAML file of bounded size, depth and number of values; no tag is resolved.
+
+    Raises:
+        FileNotFoundError: there is none.
+        Damaged: it is not such YAML.
+    """
+    try:
+        root, problems = parse(files.read_bytes(path).decode(), "")
+    except UnicodeDecodeError:
+        raise files.Damaged("is not UTF-8") from None
+    if problems or root is None:
+        raise files.Damaged(str(problems[0]).lstrip(": ") if problems else "is empty")
+    return root.value()
+
+
+def first_problem(error: ValidationError) -> str:
+    """One line of pydantic's many."""
+    first, *others = error.errors(include_url=False, include_context=False)
+    where = ".".join(map(str, first["loc"]))
+    more = f" (and {len(others)} more)" if others else ""
+    return f"{where}: {first_line(ValueError(first['msg']))}{more}"
 
 
 def now() -> str:
@@ -250,7 +328,7 @@ def find(token: str, root: Path, user: int | None = None) -> Run:
         return runs[-1]
     exact = [run for run in runs if run.id == token]
     by_prefix = [run for run in runs if token and run.id.startswith(token)]
-    by_job = [run for run in runs if any(str(row.get("job_id")) == token for row in run.jobs())]
+    by_job = [run for run in runs if any(job.job_id == token for job in run.jobs())]
     matches = exact or by_job or by_prefix
     if len(matches) == 1:
         return matches[0]
@@ -310,4 +388,4 @@ def find_all(tokens: Iterable[str], root: Path, user: int | None = None) -> list
 def _of_array(token: str, runs: list[Run]) -> list[Run]:
     if not token.isdecimal():
         return []
-    return [run for run in runs if any(str(row.get("job_id")).startswith(f"{token}_") for row in run.jobs())]
+    return [run for run in runs if any(job.job_id.startswith(f"{token}_") for job in run.jobs())]

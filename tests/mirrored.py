@@ -51,7 +51,7 @@ def train(run: Run, begin: int, end: int, *, ended: str = "") -> None:
             log.write("epoch", epoch=step // 10, step=step, val_loss=2 / step, val_accuracy=step / 100)
     log.close()
     state = {"state": ended or "running", "data": "digits", "restarts": 0, "gpu_hours": 0.5}
-    run.write_state(**state)
+    run.update_state(**state)
     if ended == "finished":
         files.write_json(run.result_file, {"state": ended, "test_accuracy": 0.75})
 

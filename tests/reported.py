@@ -49,6 +49,6 @@ def left_behind(
         state["state"] = "finished"
         done = {"test_accuracy": test, "test_loss": 0.3, "steps": epochs * STEPS, "epochs": epochs, "data": "digits"}
         files.write_json(run.result_file, {**state, **done})
-    run.write_state(**state, step=epochs * STEPS, world_size=2, device="cpu")
+    run.update_state(**state, step=epochs * STEPS, world_size=2, device="cpu")
     log.close()
     return run

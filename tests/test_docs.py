@@ -248,7 +248,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             (run.submitit / f"1234_{number}_{rank}_log.out").write_text("epoch 1\n")
         row = {"kind": "epoch", "epoch": 1, "step": 2, "time": 1.0, "train_loss": 1.0, "val_loss": 1.0, "val_accuracy": 0.5}
         files.append_json_line(run.metrics_file, row)
-        run.write_state(state="finished", epoch=1, epochs=1, step=2, seconds=3.0)
+        run.update_state(state="finished", epoch=1, epochs=1, step=2, seconds=3.0)
         files.write_json(run.result_file, {"state": "finished", "test_accuracy": 0.5, "epochs": 1, "seconds": 3.0, "steps": 2})
     return tmp_path
 

@@ -34,7 +34,7 @@ def test_torchrun_on_a_file_that_asks_for_eight_gpus(repository: Path, tmp_path:
     assert "8 GPUs" in out and "2 process(es) on the CPU" in out
     assert "W&B: no login here" in out and "hpc-cifar sync uploads later" in out
     (run,) = all_runs(tmp_path)
-    assert (run.result() or {})["state"] == "stopped"
+    assert files.read_object(run.result_file)["state"] == "stopped"
     assert not (run.path / "wandb").exists(), "nothing of W&B's client was needed"
     call(*command, "3", cwd=tmp_path, **site)  # the same command continues
     steps = [row["step"] for row in files.read_json_lines(run.metrics_file) if row.get("event") == "stopped"]
@@ -60,16 +60,16 @@ def test_quickstart_chain_without_archive_and_network(tmp_path: Path) -> None:
     out = call(*program, "submit", "quickstart-digits", "--cluster", "local", "--follow", cwd=tmp_path, **site)
     assert "finished" in out and "test accuracy" in out
     (run,) = all_runs(tmp_path / "runs")
-    result = run.result() or {}
+    result = files.read_object(run.result_file)
     assert result["state"] == "finished" and result["data"] == "digits" and result["test_accuracy"] > 0.9
-    assert run.state()["world_size"] == 2
+    assert run.state().world_size == 2
 
 
 def test_quickstart_passes_eighty_percent(tmp_path: Path, cifar_data: Path) -> None:
     site = {"HPC_CIFAR_DATA": str(cifar_data), "HPC_CIFAR_RUNS": str(tmp_path)}
     call(sys.executable, "-m", "hpc_cifar", "submit", "quickstart", "--cluster", "local", "--follow", cwd=tmp_path, **site)
     (run,) = all_runs(tmp_path)
-    assert (run.result() or {})["test_accuracy"] >= 0.80
+    assert files.read_object(run.result_file)["test_accuracy"] >= 0.80
 
 
 def test_the_transfer_benchmark_runs(repository: Path, tmp_path: Path, digits_data: Path) -> None:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from hpc_cifar import processes
+from hpc_cifar import processes, records
 from hpc_cifar.launch import process
+from hpc_cifar.records import Process
 
 
 @pytest.fixture(params=["held by a descriptor", "by number, as before Linux 5.3"])
@@ -47,9 +48,9 @@ def test_a_number_that_passes_on_after_the_look_is_left_alone(bystander: subproc
 
 def test_only_survivors_of_the_recorded_session_are_ended(bystander: subprocess.Popen[bytes]) -> None:
     who = processes.identity(bystander.pid)
-    process.kill_survivors({**who, "pid_started": 1})
+    process.kill_survivors(records.of(Process, {**who, "pid_started": 1}))
     assert bystander.poll() is None
-    process.kill_survivors(who)
+    process.kill_survivors(records.of(Process, who))
     assert bystander.wait(30) == -signal.SIGKILL
 
 
@@ -63,9 +64,9 @@ def test_the_last_processes_of_a_session_end_when_their_leader_has_gone() -> Non
     who = processes.identity(leader.pid)
     leader.kill()
     leader.wait()
-    assert process.survivors(who) == [child]
-    process.kill_survivors(who)
-    assert not Path(f"/proc/{child}").exists() or process.survivors(who) == []
+    assert process.survivors(records.of(Process, who)) == [child]
+    process.kill_survivors(records.of(Process, who))
+    assert not Path(f"/proc/{child}").exists() or process.survivors(records.of(Process, who)) == []
 
 
 def test_every_signal_goes_through_the_module_that_knows_identities() -> None:

@@ -186,11 +186,11 @@ def test_killed_at_random_it_repeats_nothing_that_was_done(place: Place) -> None
             lost, held = reached(run) - saved(run), being_saved(run)
             most = EVERY if held is None else EVERY + reached(run) - held
             assert lost <= most, f"seed {seed}: {run.id} has lost {lost} steps"
-            if alone and run.state().get("state") == "stopped" and before[run.id]:
+            if alone and run.state().state == "stopped" and before[run.id]:
                 assert lost == 0, f"seed {seed}: {run.id}"
             if run.id in done:
                 assert run.metrics_file.stat() == done[run.id], f"seed {seed}: {run.id} was begun again"
-            met[str(run.state().get("state"))] += 1
+            met[str(run.state().state)] += 1
     assert place.complete(*jobs) == 0, place.log()
     for run in runs:
         assert [row["step"] for row in rows(run, "step")] == list(range(1, total + 1)), f"seed {seed}"
@@ -223,7 +223,7 @@ def test_no_step_is_made_while_somebody_holds_the_lock(place: Place) -> None:
     process = place.start(job)
     with ended(process):
         assert until(lambda: reached(run) > 0, process), place.log()
-        assert os.getpriority(os.PRIO_PROCESS, run.state()["pid"]) == os.getpriority(os.PRIO_PROCESS, 0) + NICE
+        assert os.getpriority(os.PRIO_PROCESS, run.state().pid) == os.getpriority(os.PRIO_PROCESS, 0) + NICE
         code = "import sys; print('begun', flush=True); sys.stdin.read()"
         script = str(place.repository / "benchmarks" / "quiet.py")
         with subprocess.Popen(
@@ -233,7 +233,7 @@ def test_no_step_is_made_while_somebody_holds_the_lock(place: Place) -> None:
             assert other.stdout is not None and other.stdin is not None
             assert other.stdout.readline() == b"begun\n"
             at = reached(run)  # from the first moment of the other command on
-            assert (run.state()["state"], saved(run)) == ("stopped", at)
+            assert (run.state().state, saved(run)) == ("stopped", at)
             second = subprocess.run(
                 [*process.args, str(job)],
                 env=place.environment(),
@@ -249,7 +249,7 @@ def test_no_step_is_made_while_somebody_holds_the_lock(place: Place) -> None:
         assert "the machine is wanted" in place.log()
         process.terminate()
         assert process.wait(WAIT_S) == 128 + signal.SIGTERM
-        assert (run.state()["state"], saved(run)) == ("stopped", reached(run))
+        assert (run.state().state, saved(run)) == ("stopped", reached(run))
         assert "the same command goes on" in place.log()
         assert not place.json.exists(), "a run that was only stopped is no result"
 

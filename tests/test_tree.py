@@ -22,14 +22,14 @@ LAYERS = (
     ("launch", "report"),
     ("train", "evaluate"),
     ("data", "models", "track"),
-    ("plan", "runs"),
+    ("runs", "plan"),
     ("config",),
-    ("caches", "files", "findings", "hostile", "lifetime", "processes", "redaction", "stages", "terminal"),
-    ("planted",),
-    ("owner",),
+    ("caches", "files", "findings", "hostile", "lifetime", "processes", "records", "redaction", "stages", "terminal"),
+    ("planted", "typed"),
+    ("owner", "reading"),
     ("errors",),
 )
-ORDERED = {("train", "evaluate"), ("plan", "runs")}  # the one line in which an earlier part may use a later one
+ORDERED = {("train", "evaluate"), ("runs", "plan")}  # the one line in which an earlier part may use a later one
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 WITH_TORCH = {"data", "models", "train", "evaluate"}
 LAZY = {"wandb", "wandb_workspaces", "ffcv", "nvidia", "triton", "plotly", "optuna", "jinja2"}  # imported where they are used

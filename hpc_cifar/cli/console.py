@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ..launch.estimate import Length, Start
     from ..launch.status import Status
     from ..plan import Plan
+    from ..records import Result, RunState
     from ..runs import Run
 
 
@@ -103,22 +104,24 @@ def expectations(start: Start | None, length: Length | None, plan: Plan) -> list
 
 def result_table(run: Run, seen: Status) -> None:
     """How a run ended."""
-    result = run.result() or {}
-    if result.get("state") != seen.state:
-        result = {}  # it is of an earlier segment
+    from ..records import Result
+
+    result, state = run.result() or Result(), run.state()
+    if result.state != seen.state:
+        result = Result()  # it is of an earlier segment
     rows = [("state", seen.state)]
     if seen.reason:
         rows.append(("reason", seen.reason))
-    if result.get("test_accuracy") is not None:
-        rows += [("test accuracy", percent(result["test_accuracy"])), ("test loss", number(result.get("test_loss"), ".4f"))]
-        if result.get("tta_accuracy") is not None:
-            rows.append(("with test-time augmentation", percent(result["tta_accuracy"])))
-    elif result.get("val_accuracy") is not None or seen.val_accuracy is not None:
-        rows.append(("validation", percent(result.get("val_accuracy", seen.val_accuracy))))
+    if result.test_accuracy is not None:
+        rows += [("test accuracy", percent(result.test_accuracy)), ("test loss", number(result.test_loss, ".4f"))]
+        if result.tta_accuracy is not None:
+            rows.append(("with test-time augmentation", percent(result.tta_accuracy)))
+    elif result.val_accuracy is not None or seen.val_accuracy is not None:
+        rows.append(("validation", percent(seen.val_accuracy if result.val_accuracy is None else result.val_accuracy)))
     rows += [
-        ("epochs", f"{number(result.get('epochs', seen.epoch))} of {number(seen.epochs)}"),
-        ("time", duration(result.get("seconds", run.state().get("seconds")))),
-        ("data", str(result.get("data") or run.state().get("data") or "-")),
+        ("epochs", f"{number(seen.epoch if result.epochs is None else result.epochs)} of {number(seen.epochs)}"),
+        ("time", duration(state.seconds if result.seconds is None else result.seconds)),
+        ("data", result.data or state.data or "-"),
         ("restarts", str(seen.restarts)),
         ("GPU-hours", number(seen.gpu_hours, ".3f")),
         *_memory(result),
@@ -127,9 +130,9 @@ def result_table(run: Run, seen: Status) -> None:
     facts(f"result of {run.id}", rows)
 
 
-def _memory(result: dict[str, Any]) -> list[tuple[str, str]]:
+def _memory(result: Result) -> list[tuple[str, str]]:
     """The most that a process has used."""
-    parts = ((" of the host", result.get("host_memory_mib")), (" of the GPU", result.get("device_memory_mib")))
+    parts = ((" of the host", result.host_memory_mib), (" of the GPU", result.device_memory_mib))
     found = ", ".join(f"{value / 1024:.1f} GiB{where}" for where, value in parts if value)
     return [("memory", f"{found} (a process, at most)")] if found else []
 
@@ -158,19 +161,19 @@ class _Bar:
         self._task = self._bar.add_task("", total=None, what="waiting to start", how="")
         self._bar.start()
 
-    def update(self, seen: Status, state: dict[str, Any]) -> None:
-        if seen.step is None or not state.get("total_steps"):
+    def update(self, seen: Status, state: RunState) -> None:
+        if seen.step is None or not state.total_steps:
             self._bar.update(self._task, what=printable(seen.state + (f" ({seen.reason})" if seen.reason else "")))
             return
         epoch = min((seen.epoch or 0) + 1, seen.epochs or 1)
-        how = [f"step {seen.step:,}/{state['total_steps']:,}"]
-        if state.get("train_loss") is not None:
-            how.append(f"loss {state['train_loss']:.4f}")
+        how = [f"step {seen.step:,}/{state.total_steps:,}"]
+        if state.train_loss is not None:
+            how.append(f"loss {state.train_loss:.4f}")
         if seen.val_accuracy is not None:
             how.append(f"validation {percent(seen.val_accuracy)}")
-        how += [f"{number(state.get('images_per_second'))} images/s", f"left {duration(seen.eta_s)}"]
+        how += [f"{number(state.images_per_second)} images/s", f"left {duration(seen.eta_s)}"]
         what = f"epoch {epoch}/{number(seen.epochs)}" + (f" [{seen.state}]" if seen.state != "running" else "")
-        self._bar.update(self._task, total=state["total_steps"], completed=seen.step, what=what, how="  ".join(how))
+        self._bar.update(self._task, total=state.total_steps, completed=seen.step, what=what, how="  ".join(how))
 
     def say(self, text: str) -> None:
         self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -187,6 +190,7 @@ def follow(run: Run) -> Status:
     from .. import files
     from ..launch.control import ASK_S, until_news
     from ..launch.status import status
+    from ..track.rows import epochs_of
 
     bar = _Bar() if sys.stdout.isatty() else None
     told: set[Any] = set()
@@ -203,8 +207,8 @@ def follow(run: Run) -> Status:
                 _say(_state_line(seen))
             if now_size != size:
                 size = now_size
-                for row in files.read_json_lines(run.metrics_file):
-                    if row.get("kind") == "epoch" and row.get("epoch") not in told:
+                for row in epochs_of(files.read_json_lines(run.metrics_file)):
+                    if row["epoch"] not in told:
                         told.add(row["epoch"])
                         (bar.say if bar else _say)(epoch_line(row, seen.epochs))
             if bar:
@@ -214,7 +218,7 @@ def follow(run: Run) -> Status:
             last = seen.state
             if seen.ended:
                 break
-            until_news([run], ASK_S if (run.jobs() or [{}])[-1].get("executor") == "slurm" else 0.5)
+            until_news([run], ASK_S if run.last_job().executor == "slurm" else 0.5)
     except KeyboardInterrupt:
         if bar:
             bar.close()

@@ -40,14 +40,14 @@ def status(
     A run is pending, running, requeued, finished, failed, cancelled, or stopped (with a checkpoint to go on from).
     """
     from .. import files
-    from ..launch.status import statuses
+    from ..launch.status import statuses, there
     from . import chosen, status_table
 
     root, first, screen = files.runs_root(), True, watch and sys.stdout.isatty()
     while True:
         wanted = chosen.to_read([run], root, owner) if run is not None else chosen.everything(root, owner)
         hidden = 0 if as_json or run is not None else max(0, len(wanted) - RECENT)
-        seen = statuses(wanted[hidden:])
+        seen = there(statuses(wanted[hidden:]))
         if as_json:
             typer.echo(json.dumps([row.as_dict() for row in seen], indent=None if watch else 2))
         elif run is not None and len(seen) == 1 and sys.stdout.isatty() and not watch:
@@ -81,7 +81,7 @@ def list_runs(
     hpc-cifar list --campaign table2
     """
     from .. import files
-    from ..launch.status import statuses
+    from ..launch.status import statuses, there
     from . import status_table
     from .chosen import everything
 
@@ -89,9 +89,9 @@ def list_runs(
     chosen = everything(root, owner, campaign)
     seen = statuses(chosen)
     if as_json:
-        typer.echo(json.dumps([row.as_dict() for row in seen], indent=2))
-    elif seen:
-        typer.echo("\n".join(status_table.lines_of(seen)))
+        typer.echo(json.dumps([row.as_dict() for row in there(seen)], indent=2))
+    elif there(seen):
+        typer.echo("\n".join(status_table.lines_of(there(seen))))
         if campaign is not None:
             from .report import grouped
 
@@ -144,7 +144,7 @@ def logs(
         return
     paths = control.log_files(found, rank)
     if not paths:
-        if found.jobs() and found.jobs()[-1].get("executor") == "train":
+        if found.last_job().executor == "train":
             raise RunError(f"{found.id} was started by train or torchrun, which write to the terminal they were started in")
         raise RunError(f"{found.id}: rank {rank} has no log yet (they will lie in {found.submitit})")
     for path in paths:

@@ -280,9 +280,11 @@ def _print_result(found: Run, remark: str | None) -> None:
     if remark:
         typer.echo(f"{found.id}: {remark}")
     seen = status(found)
-    result = found.result() or {}
-    if seen.state == "failed" and result.get("state"):  # this very process still lives: the result is the last word
+    result = found.result()
+    if (
+        seen.state == "failed" and result is not None and result.state
+    ):  # this very process still lives: the result is the last word
         import dataclasses
 
-        seen = dataclasses.replace(seen, state=str(result["state"]), reason=result.get("reason"))
+        seen = dataclasses.replace(seen, state=result.state, reason=result.reason)
     console.result_table(found, seen)

@@ -14,17 +14,16 @@ if TYPE_CHECKING:
 
 def is_link(run: Run, job_id: str) -> bool:
     """Whether this job follows another one of the run."""
-    return any(str(row.get("job_id")) == job_id and row.get("follows") for row in run.jobs())
+    return any(job.job_id == job_id and job.follows for job in run.jobs())
 
 
 def next_link(run: Run, job_id: str) -> str | None:
     """The job that waits behind this one."""
-    return next((str(row["job_id"]) for row in run.jobs() if str(row.get("follows")) == job_id), None)
+    return next((job.job_id for job in run.jobs() if job.follows == job_id), None)
 
 
 def profile(run: Run) -> dict[str, Any]:
     """The profile that the run was submitted with, or ``{}``."""
     from .. import files
 
-    found = files.read_json(run.path / "cluster.json")
-    return found if isinstance(found, dict) else {}
+    return files.read_object(run.path / "cluster.json")

@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import files, owner, planted
+from pydantic import ValidationError
+
+from .. import files, owner, planted, reading
 from ..config.cluster import Cluster
 from ..errors import LaunchError, RunError
-from ..runs import Run, begin_again, now
+from ..records import Job
+from ..runs import Run, begin_again, first_problem, now
 from ..train import begun, saved
-from . import handover, process, slurm
+from . import handover, process, slurm, submission
 from .status import ENDED, chain_of, controller_of, elsewhere, is_live, status
 
 CANCEL_GRACE_S = 75.0  # a little more than the controller gives the ranks
@@ -33,8 +36,8 @@ ASK_S, RARELY_S = 3.0, 10.0  # between questions to the scheduler; where nobody 
 
 def log_files(run: Run, rank: int = 0) -> list[Path]:
     """Log files of one rank, oldest job first, standard output before standard error. A requeue appends to its job's files."""
-    names = (f"{job.get('job_id')}_{rank}_log.{kind}" for job in run.jobs() for kind in ("out", "err"))
-    return [path for name in names if (path := run.submitit / name).is_file() and not path.is_symlink()]
+    names = (f"{job.job_id}_{rank}_log.{kind}" for job in run.jobs() for kind in ("out", "err"))
+    return [path for name in names if reading.is_regular(path := run.submitit / name)]
 
 
 def log_begin(path: Path) -> int:
@@ -108,7 +111,7 @@ def until_news(runs: Sequence[Run], seconds: float) -> bool:
     while (left := deadline - time.monotonic()) > 0:
         time.sleep(min(left, pause))
         changed = [run for run in runs if _stamp(run) != before[run]]
-        if any(run.state().get("state") in ENDED for run in changed):
+        if any(run.state().state in ENDED for run in changed):
             return True
         before |= {run: _stamp(run) for run in changed}
     return False
@@ -145,21 +148,22 @@ def cancel(run: Run, grace_s: float = CANCEL_GRACE_S, code_of: str | None = None
         return _cancel_unsettled(run, left)
     if before.ended and is_live(run) is False:
         return f"{run.id} is not running: it is {before.state}"
-    jobs = run.jobs()
-    job = jobs[-1] if jobs else {}
-    if job.get("executor") != "slurm":
-        host = job.get("host") or run.state().get("host")
+    job = run.last_job()
+    if damaged := _damaged_jobs(run):
+        raise LaunchError(f"{run.id}: {damaged}: nobody can say which job to cancel")
+    if job.executor != "slurm":
+        host = job.host or run.state().host
         if host is not None and host != socket.gethostname():
             raise LaunchError(f"{run.id} runs on {host}: cancel it there")
     elif cluster := elsewhere(chain_of(run)):
         raise LaunchError(f"{run.id} is on cluster {cluster}: cancel it there")
     files.write_text(run.cancel_marker, now() + "\n")  # first: whatever stops now must not requeue
-    if job.get("executor") == "slurm":
-        slurm.cancel([str(row["job_id"]) for row in chain_of(run)])  # older jobs have ended, and their numbers may be others'
+    if job.executor == "slurm":
+        slurm.cancel([one.job_id for one in chain_of(run)])  # older jobs have ended, and their numbers may be others'
         if before.state in ("pending", "requeued", "cancelled"):  # no process is there to say so
             _mark_cancelled(run)
-            return f"{run.id}: cancelled while it was waiting (job {job['job_id']})"
-        return f"{run.id}: cancelling job {job['job_id']}; it saves a checkpoint first"
+            return f"{run.id}: cancelled while it was waiting (job {job.job_id})"
+        return f"{run.id}: cancelling job {job.job_id}; it saves a checkpoint first"
     _cancel_local(run, job, grace_s)
     if not run.finished():
         _mark_cancelled(run)
@@ -182,18 +186,23 @@ def _cancel_unsettled(run: Run, left: handover.Unsettled) -> str:
 
 
 def _who(left: handover.Unsettled) -> str:
-    who = left.opened.process or {}
-    return f"process {who.get('pid')} on {who.get('host')}"
+    who = left.opened.process
+    return f"process {who.pid} on {who.host}" if who else "another command"
+
+
+def _damaged_jobs(run: Run) -> str:
+    """Why its jobs are not all known; "" if they are."""
+    return next((job.problem for job in run.jobs() if job.problem), "") or submission.problem(run)
 
 
 def _mark_cancelled(run: Run) -> None:
-    run.write_state(**{**run.state(), "state": "cancelled"})
+    run.update_state(state="cancelled")
 
 
-def _cancel_local(run: Run, job: dict[str, Any], grace_s: float) -> None:
+def _cancel_local(run: Run, job: Job, grace_s: float) -> None:
     who = controller_of(run, job)
     deadline = time.monotonic() + 5
-    while not who and job.get("executor") == "local" and time.monotonic() < deadline:  # it is just starting
+    while not who and job.executor == "local" and time.monotonic() < deadline:  # it is just starting
         time.sleep(0.1)
         who = controller_of(run, job)
     if process.is_alive(who):
@@ -201,7 +210,7 @@ def _cancel_local(run: Run, job: dict[str, Any], grace_s: float) -> None:
         deadline = time.monotonic() + grace_s
         while process.is_alive(who) and time.monotonic() < deadline:
             time.sleep(0.1)
-    if job.get("executor") == "local":  # a session of our own, so that all of it may go
+    if job.executor == "local":  # a session of our own, so that all of it may go
         process.kill_survivors(who)
     else:
         process.signal_exactly(who, signal.SIGKILL)
@@ -261,12 +270,14 @@ def resume(
         CheckpointError: its checkpoints are gone.
         LaunchError: the scheduler refused.
     """
-    from . import estimate, submission, submit
+    from . import estimate, submit
 
     owner.check_own(run.path, code_of)
     owner.check_root(run.path.parent)
     if run.finished():
         return Resumed(run, None)
+    if damaged := _damaged_jobs(run):
+        raise RunError(f"{run.id}: {damaged}: nobody can say whether it has a job already; remove what is damaged, then resume")
     with _alone(run):
         was_open = submission.read(run)
         left = handover.adopt([run], anew=True).get(run)
@@ -274,7 +285,7 @@ def resume(
         if was_open and not was_open.is_link and left is None and is_live(run):
             run.cancel_marker.unlink(missing_ok=True)
             if seen.ended:
-                run.write_state(**{**run.state(), "state": "pending"})
+                run.update_state(state="pending")
             return Resumed(run, seen.job_id, found=True)
         if left is not None and not left.opened.is_link:
             if left.opened.in_progress:
@@ -322,10 +333,19 @@ def last_cluster(run: Run) -> Cluster:
     """The profile the run was last submitted with; this machine for a run begun by ``train``."""
     from ..config.cluster import LOCAL
 
-    saved = files.read_json(run.path / "cluster.json")
-    if isinstance(saved, dict) and saved.get("executor") == "local":  # an earlier version took these, and ignored them
-        saved = {name: value for name, value in saved.items() if name not in ("python", "modules", "setup")}
-    return Cluster.model_validate(saved) if isinstance(saved, dict) else LOCAL
+    path = run.path / "cluster.json"
+    try:
+        saved = files.load_json(path)
+        if isinstance(saved, dict) and saved.get("executor") == "local":  # an earlier version took these, and ignored them
+            saved = {name: value for name, value in saved.items() if name not in ("python", "modules", "setup")}
+        return Cluster.model_validate(saved)
+    except FileNotFoundError:
+        return LOCAL
+    except files.Damaged as error:
+        words = str(error)
+    except ValidationError as error:
+        words = f"cannot be read back: {first_problem(error)}"
+    raise RunError(f"{path}: {words}; name the profile with --cluster")
 
 
 def here() -> dict[str, Any]:

@@ -18,7 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from .. import files, owner
+from .. import files, owner, records
+from ..records import Failure, RunState
 from . import deaths, first_words, process
 from .job import LOCAL_REQUEUE as REQUEUE
 from .job import port_for
@@ -54,7 +55,7 @@ def free_port(job_id: str, restart: int) -> int:
 
 
 def _is_alive(process_file: Path) -> bool:
-    return process.is_alive(files.read_json(process_file) or {})
+    return process.is_alive(process.recorded(process_file))
 
 
 def _runs_still(path: Path) -> bool:
@@ -174,7 +175,7 @@ class Controller:
             assert code is not None
             if code < 0:
                 return self._killed(rank, signal.Signals(-code))
-            began = self._state().get("step") is not None
+            began = self._state().step is not None
             logs = [self.folder / f"{self.job_id}_{rank}_log.{kind}" for kind in ("err", "out")]
             words = first_words.of_logs(logs, self.log_begins, certain=began)
             return f"rank {rank} ended with exit code {code}" + (f": {words.text} (log: {words.log.name})" if words else "")
@@ -217,7 +218,7 @@ class Controller:
         if self.wait_for_its_turn():
             return 0
         while True:
-            before = self._state().get("step")
+            before = self._state().step
             self.tasks = []
             self.start(restart)
             codes, reason = self.watch()
@@ -230,43 +231,43 @@ class Controller:
             if self.terminated_at is not None:
                 self._record("stopped", "terminated; it goes on with: hpc-cifar resume " + self.run.name)
                 return 0
-            idle = idle + 1 if self._state().get("step") == before else 0
+            idle = idle + 1 if self._state().step == before else 0
             if idle >= MAX_IDLE_SEGMENTS:
                 self._record("failed", f"{idle} restarts without a single step: the time limit is too short")
                 return 1
             restart += 1
         if reason:
-            reports = files.read_json_lines(self.run / "failures.jsonl")
-            rows = [row for row in reports if row.get("segment") == f"{self.job_id}.{restart}"]
-            if not any(row.get("busy") for row in rows):  # else another job trains this run, and its records are that one's
+            from ..runs import Run
+
+            rows = [row for row in Run(self.run).failures() if row.segment == f"{self.job_id}.{restart}"]
+            if not any(row.busy for row in rows):  # else another job trains this run, and its records are that one's
                 self._record("failed", self._cause(reason, rows))
             return 1
         return 0
 
     @staticmethod
-    def _cause(reason: str, rows: list[dict[str, Any]]) -> str:
+    def _cause(reason: str, rows: list[Failure]) -> str:
         """What the ranks themselves reported says more than an exit code, but not more than a kill."""
         if " was killed " in reason or "time limit" in reason:
             return reason
         if not rows:
             return reason
-        first = next((row for row in rows if row.get("final")), rows[0])  # of a hang, what came of it
-        return str(first["reason"]) if first.get("rank") == 0 else f"rank {first.get('rank')}: {first['reason']}"
+        return next((row for row in rows if row.final), rows[0]).words  # of a hang, what came of it
 
     def cancelled(self) -> bool:
         return (self.run / "cancelled").exists()
 
-    def _state(self) -> dict[str, Any]:
-        return files.read_json(self.run / "state.json") or {}
+    def _state(self) -> RunState:
+        return records.read(RunState, self.run / "state.json") or RunState()
 
     def _record(self, state: str, reason: str | None) -> None:
         from ..runs import Run
 
-        run, old = Run(self.run), self._state()
-        if old.get("state") == "finished" or (old.get("state") == state == "cancelled"):
-            return
-        extra = {} if reason is None else {"reason": reason}
-        run.write_state(**{**old, "state": state, **extra})
+        def changes(old: RunState) -> bool:
+            return old.state != "finished" and not old.state == state == "cancelled"
+
+        extra: dict[str, Any] = {} if reason is None else {"reason": reason}
+        Run(self.run).update_state(when=changes, state=state, **extra)
 
 
 def main(arguments: list[str]) -> int:

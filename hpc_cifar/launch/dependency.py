@@ -38,7 +38,7 @@ def resolve(tokens: Sequence[str], root: Path, executor: str) -> list[Run]:
             raise UsageError(
                 f"--after {run.id}: it has no job yet ({seen.reason or seen.state}); see hpc-cifar status {run.id}"
             )
-        where = run.jobs()[-1].get("executor")
+        where = run.last_job().executor
         if (where == "slurm") != (executor == "slurm"):
             place = "on Slurm" if where == "slurm" else "on this machine without Slurm"
             raise UsageError(
@@ -59,7 +59,7 @@ def check_finished(after: Sequence[str]) -> None:
     """
     for run in map(Run, map(Path, after)):
         if not run.finished():
-            state = run.state().get("state") or "gone"
+            state = run.state().state or "gone"
             raise RunError(
                 f"{run.id}, after which this run was to start, has not finished: it is {state}; resume that one, then this one"
             )

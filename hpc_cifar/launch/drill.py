@@ -192,7 +192,7 @@ class Drill:
                     control.cancel(run)
             with contextlib.suppress(HpcCifarError):
                 if self.cluster.executor == "slurm":
-                    slurm.cancel([str(job["job_id"]) for job in chain_of(run) if "job_id" in job])
+                    slurm.cancel([job.job_id for job in chain_of(run) if job.job_id])
 
     def remove(self) -> bool:
         """Remove the runs; whether all of it is gone. Processes of a run that has just finished still write, for moments."""
@@ -253,7 +253,7 @@ class Drill:
 
     def _do(self, name: str) -> None:
         """The fault itself, and that it has happened."""
-        ranks = list(range(int(self.victim.state().get("world_size") or 1)))
+        ranks = list(range(self.victim.state().world_size or 1))
         match name:
             case "preempt":
                 self._signal()
@@ -314,8 +314,7 @@ class Drill:
         if self.cluster.executor == "slurm":
             self._slurm("scancel", f"--signal={name}", self._job_id())
             return
-        who = controller_of(self.victim, self.victim.jobs()[-1])
-        process.signal_exactly(who, signal.Signals[f"SIG{name}"])
+        process.signal_exactly(controller_of(self.victim, self.victim.last_job()), signal.Signals[f"SIG{name}"])
 
     def _slurm(self, *command: str) -> None:
         reply = slurm.ask(list(command), timeout_s=slurm.TIMEOUT_S)

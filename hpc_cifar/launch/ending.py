@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from ..records import Ending, Interruption
 from . import policy
 from .policy import FAULTS, INTERRUPTIONS, Act, Action, Event, Knowledge, Word
 
@@ -27,7 +28,7 @@ class Records(Protocol):
     def saved_step(self) -> int:
         """Step of the newest checkpoint; 0 without any."""
 
-    def interruptions(self) -> Sequence[Mapping[str, Any]]:
+    def interruptions(self) -> Sequence[Interruption]:
         """Rows ``event``, ``step`` (of the newest checkpoint), ``segment``, ... since a person last submitted the run."""
 
     def note(self, row: Mapping[str, Any]) -> None:
@@ -39,7 +40,7 @@ class Records(Protocol):
     def settled(self, segment: str, row: Mapping[str, Any]) -> None:
         """Say what was done about the segment that was claimed."""
 
-    def outcome(self, segment: str) -> Mapping[str, Any] | None:
+    def outcome(self, segment: str) -> Ending | None:
         """What was done; None as long as nothing was."""
 
     def set_state(self, state: str, reason: str) -> None:
@@ -133,9 +134,9 @@ def _known(records: Records, scheduler: Scheduler, restarts_allowed: int) -> Kno
     )
 
 
-def faults(rows: Sequence[Mapping[str, Any]], step: int) -> Counter[Event]:
+def faults(rows: Sequence[Interruption], step: int) -> Counter[Event]:
     """Faults of each kind that happened since the checkpoint at ``step`` was the newest."""
-    return Counter(Event(row["event"]) for row in rows if row.get("step") == step and row.get("event") in _FAULT_WORDS)
+    return Counter(Event(row.event) for row in rows if row.step == step and row.event in _FAULT_WORDS)
 
 
 _FAULT_WORDS = frozenset(event.value for event in FAULTS)

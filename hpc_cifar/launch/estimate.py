@@ -6,13 +6,13 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from .. import owner
 from ..config.cluster import Cluster
 from ..config.experiment import Experiment
 from ..errors import LaunchError, NoCluster, RunError
 from ..plan import Plan, seconds_of
+from ..records import Result, RunState
 from ..runs import Run
 from . import slurm
 from .script import NO_CLUSTER, clean_environment, slurm_words
@@ -127,24 +127,24 @@ def _measured(experiment: Experiment, plan: Plan, root: Path) -> tuple[str, floa
     for folder in sorted(named, key=lambda path: path.name[-20:], reverse=True)[:RUNS_LOOKED_AT]:
         run = Run(folder)
         state, before = run.state(), run.plan()
-        rate = _rate(state, run.result() or {}, before)
-        place: dict[str, Any] = before.get("placement") or {}
-        now = plan.placement
-        same_place = (now.nodes, now.processes_per_node, now.gpus_per_node) == tuple(
-            place.get(key) for key in ("nodes", "processes_per_node", "gpus_per_node")
-        )
-        if rate and same_place and before.get("batch_size") == plan.batch_size and _same_work(run, experiment):
+        if before is None:
+            continue
+        rate, now, then = _rate(state, run.result(), before), plan.placement, before.placement
+        same_place = (now.nodes, now.processes_per_node, now.gpus_per_node) == (
+            then.nodes, then.processes_per_node, then.gpus_per_node
+        )  # fmt: skip
+        if rate and same_place and before.batch_size == plan.batch_size and _same_work(run, experiment):
             return run.id, rate
     return None
 
 
-def _rate(state: dict[str, Any], result: dict[str, Any], plan: dict[str, Any]) -> float | None:
+def _rate(state: RunState, result: Result | None, plan: Plan) -> float | None:
     """Images/s over a whole finished run, validation and start included; else that of the last steps."""
-    epochs, seconds, images = result.get("epochs"), result.get("seconds"), plan.get("train_images")
-    if result.get("state") == "finished" and epochs and seconds and images:
-        return float(epochs * images / seconds)
-    rate = state.get("images_per_second")
-    return float(rate) if rate else None
+    if result is not None and result.state == "finished" and result.epochs and result.seconds and plan.train_images:
+        rate: float | None = result.epochs * plan.train_images / result.seconds
+    else:
+        rate = state.images_per_second
+    return rate if rate and 0 < rate < float("inf") else None
 
 
 def _same_work(run: Run, experiment: Experiment) -> bool:

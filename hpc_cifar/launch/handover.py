@@ -351,9 +351,8 @@ def _is_ours(run: Run, opened: Open) -> bool:
 def _take(run: Run, opened: Open, job_id: str) -> None:
     with contextlib.suppress(FileNotFoundError):
         submission.place(run.submitit, opened.mark, job_id)
-    if not opened.is_link and run.state().get("state") == "failed":  # since nobody answered; the job itself has not begun
-        kept = {key: value for key, value in run.state().items() if key != "reason"}
-        run.write_state(**{**kept, "state": "pending"})
+    if not opened.is_link:  # it failed since nobody answered; the job itself has not begun
+        run.update_state(when=lambda old: old.state == "failed", state="pending", reason=None)
     submission.settle(run, opened.mark, job_id, opened.row, opened.replaces)
 
 

@@ -16,7 +16,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .. import files, runs
+from .. import files, records, runs
+from ..records import Ending, Interruption
 from . import chain
 
 if TYPE_CHECKING:
@@ -33,19 +34,19 @@ def saved_step(run: Run) -> int:
     return 0
 
 
-def rows(run: Run) -> list[dict[str, Any]]:
-    """Since a person last submitted the run, oldest first."""
-    return [row for row in files.read_json_lines(run.path / FILE) if isinstance(row, dict)]
+def rows(run: Run) -> list[Interruption]:
+    """Since a person last submitted the run, oldest first; without damaged ones."""
+    return [row for row in records.rows(Interruption, run.path / FILE) if not row.problem]
 
 
 def without_progress(run: Run) -> str | None:
     """What to say of a run that several interruptions in a row have found at the same checkpoint; None if there is nothing."""
     found = rows(run)
-    step = found[-1].get("step") if found else None
-    same = [row for row in found if row.get("step") == step]
+    step = found[-1].step if found else None
+    same = [row for row in found if row.step == step]
     if len(same) < 2 or saved_step(run) != step:
         return None
-    kinds = Counter(str(row.get("event")) for row in same)
+    kinds = Counter(row.event for row in same)
     told = ", ".join(f"{kind}: {count} times" if count > 1 else kind for kind, count in kinds.items())
     return f"no checkpoint since step {step} ({told}): give it more time, or checkpoint more often (checkpoint.every_steps)"
 
@@ -54,7 +55,11 @@ def begin_anew(run: Run) -> None:
     """A person submits the run: what interrupted it before counts no more."""
     path = run.path / FILE
     with contextlib.suppress(FileNotFoundError):
-        text = path.read_bytes()
+        try:
+            text = files.read_bytes(path)
+        except files.Damaged:  # as a whole, so that nobody counts it
+            path.rename(run.path / f"damaged-{FILE}")
+            return
         with (run.path / PAST).open("ab") as stream:
             stream.write(text)
         path.unlink()
@@ -79,7 +84,7 @@ class RunRecords:
     def saved_step(self) -> int:
         return saved_step(self._run)
 
-    def interruptions(self) -> Sequence[Mapping[str, Any]]:
+    def interruptions(self) -> Sequence[Interruption]:
         return rows(self._run)
 
     def note(self, row: Mapping[str, Any]) -> None:
@@ -98,13 +103,12 @@ class RunRecords:
     def settled(self, segment: str, row: Mapping[str, Any]) -> None:
         files.write_json(self._run.path / ENDINGS / f"{segment}.json", {"time": runs.now(), **row, "done": True}, durable=False)
 
-    def outcome(self, segment: str) -> Mapping[str, Any] | None:
-        found = files.read_json(self._run.path / ENDINGS / f"{segment}.json")
-        return found if isinstance(found, dict) and found.get("done") else None
+    def outcome(self, segment: str) -> Ending | None:
+        found = records.read(Ending, self._run.path / ENDINGS / f"{segment}.json")
+        return found if found is not None and found.done else None
 
     def set_state(self, state: str, reason: str) -> None:
-        old = {key: value for key, value in self._run.state().items() if key != "reason"}
-        self._run.write_state(**{**old, "state": state, **({"reason": reason} if reason else {})})
+        self._run.update_state(state=state, reason=reason or None)
 
     def next_link(self) -> str | None:
         return chain.next_link(self._run, self._job_id)

@@ -162,7 +162,8 @@ class TrainJob:
             print(f"job {own.job_id} of {run.id} is one too many and ends: {why}", flush=True)
             raise SystemExit(1)  # srun ends the other ranks
         if word := leaves_at_once(run, own.job_id, env.global_rank):
-            return run.result() or {"state": word} if word in ("finished", "stopped") else {"state": word}
+            result = run.result() if word in ("finished", "stopped") else None
+            return {"state": word} if result is None else result.as_dict()
         from .dependency import check_finished
 
         check_finished(self.after)
@@ -292,14 +293,8 @@ def first_failure(run: Run, segment: str, *, hangs: bool = True) -> str:
     Args:
         hangs: whether a hang, after which the run goes on, counts.
     """
-    from .. import files
-
-    reports = files.read_json_lines(run.path / "failures.jsonl")
-    ours = [row for row in reports if row.get("segment") == segment and (hangs or not row.get("hang"))]
-    if not ours:
-        return ""
-    row = ours[0]
-    return str(row.get("reason")) if not row.get("rank") else f"rank {row['rank']}: {row.get('reason')}"
+    ours = [row for row in run.failures() if row.segment == segment and (hangs or not row.hang)]
+    return ours[0].words if ours else ""
 
 
 def node_name() -> str:
@@ -311,15 +306,15 @@ def stopped_early(run: Run, env: Any, *, preempted: bool) -> dict[str, Any]:
     """The result of a rank that a signal ended before its training listened."""
     if not preempted and first_failure(run, segment()):
         raise SystemExit(1) from None  # srun ends the ranks that are left
-    if run.finished():  # it came as training ended
-        return run.result() or {}
+    if (result := run.result()) is not None and result.state == "finished":  # it came as training ended
+        return result.as_dict()
     if run.cancel_marker.exists():
-        result = {"state": "cancelled"}
+        said = {"state": "cancelled"}
     else:
-        result = {"state": "requeued"} if preempted else {"state": "stopped", "reason": "terminated"}
+        said = {"state": "requeued"} if preempted else {"state": "stopped", "reason": "terminated"}
     if env.global_rank == 0:
-        run.write_state(**{**run.state(), **result})
-    return result
+        run.update_state(state=said["state"], reason=said.get("reason"))
+    return said
 
 
 def interruption_of(result: dict[str, Any], slurm: bool) -> Event | None:
@@ -334,24 +329,22 @@ def interruption_of(result: dict[str, Any], slurm: bool) -> Event | None:
 
 def leaves_at_once(run: Run, job_id: str, rank: int) -> str:
     """The state with which this job ends before it trains; "" if it trains."""
-    from .. import files
     from . import chain, policy
 
-    state = run.state()
-    reports = files.read_json_lines(run.path / "failures.jsonl")
-    last = [row for row in reports if row.get("segment") == reports[-1].get("segment")]
+    state, reports = run.state(), run.failures()
+    last = [row for row in reports if row.segment == reports[-1].segment]
     found = policy.Begin(
-        state=str(state.get("state") or ""),
-        reason=str(state.get("reason") or ""),
+        state=state.state,
+        reason=state.reason or "",
         finished=run.finished(),
         cancel_mark=run.cancel_marker.exists(),
         is_link=chain.is_link(run, job_id),
         restarts=restart_count(),
-        failed_for_good=any(row.get("final") for row in last),
+        failed_for_good=any(row.final for row in last),
     )
     word = policy.leaves_at_once(found)
     if word == "cancelled" and found.state == "stopped" and rank == 0:
-        run.write_state(**{**state, "state": "cancelled", "reason": "cancelled with scancel"})
+        run.update_state(state="cancelled", reason="cancelled with scancel")
     return word
 
 
@@ -375,8 +368,8 @@ def record_failure(run: Run, error: BaseException, *, rank: int, segment: str) -
         if busy:
             return
         if run.cancel_marker.exists():  # a rank that is ended with the job loses its peers
-            run.write_state(**{**run.state(), "state": "cancelled"})
+            run.update_state(state="cancelled")
             return
-        run.write_state(**{**run.state(), "state": "failed", "reason": first_failure(run, segment)})
+        run.update_state(state="failed", reason=first_failure(run, segment))
     except OSError as problem:  # a full disk must not hide the error itself
         print(f"hpc-cifar: the failure could not be recorded in {run.path}: {problem}", flush=True)

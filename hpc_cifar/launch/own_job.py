@@ -151,7 +151,7 @@ class OwnJob:
         records = RunRecords(self.run, self.job_id)
         while (found := records.outcome(segment())) is None and time.monotonic() < deadline:
             time.sleep(0.2)
-        return found is None or found.get("state") in QUIET or found.get("action") == Act.LEAVE_TO_SLURM.value
+        return found is None or found.state in QUIET or found.action == Act.LEAVE_TO_SLURM.value
 
     def stopped(self, event: Event, result: dict[str, Any]) -> dict[str, Any]:
         """After the ranks have stopped and saved: leave the process, or give the result of a run that goes no further."""

@@ -43,7 +43,7 @@ class Node:
         if not self.staged.note:
             return
         state = self.run.state()
-        row = {"kind": "event", "epoch": state.get("epoch") or 0, "step": state.get("step") or 0, "time": round(time.time(), 3)}
+        row = {"kind": "event", "epoch": state.epoch or 0, "step": state.step or 0, "time": round(time.time(), 3)}
         facts = {"local": self.staged.local, "mib": round(self.staged.mib, 1), "seconds": round(self.staged.seconds, 3)}
         files.append_json_line(self.run.metrics_file, {**row, "event": "staged", **facts})
 
@@ -83,7 +83,8 @@ def _check(own: OwnJob, found: Staged, dataset: str, timeout_s: float) -> None:
 
     run, env = own.run, own.env
     began = time.monotonic()
-    gpu = bool(run.plan().get("placement", {}).get("gpus_per_node"))
+    plan = run.plan()
+    gpu = plan is not None and plan.placement.gpus_per_node > 0
     place = {"gpu": gpu, "local_rank": env.local_rank, "local_size": int(os.environ["LOCAL_WORLD_SIZE"])}
     met = meeting.Meeting(job.node_name(), env.hostnames, timeout_s)
     # staging has verified its copy

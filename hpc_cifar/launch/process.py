@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
-from collections.abc import Mapping
 from pathlib import Path
 
+from .. import processes, records
+from ..files import Damaged
 from ..processes import ENDED, boot_id, start_time, stat
 from ..processes import identity as identity
-from ..processes import is_alive as is_alive
 from ..processes import send as send
-from ..processes import signal_exactly as signal_exactly
+from ..records import Process
+
+
+def recorded(path: Path) -> Process:
+    """The identity that a file holds; of no process where it is missing or damaged."""
+    try:
+        return records.load(Process, path)
+    except (FileNotFoundError, Damaged):
+        return Process()
+
+
+def is_alive(who: Process) -> bool:
+    """Whether exactly the recorded process runs on this machine."""
+    return processes.is_alive(dataclasses.asdict(who))
+
+
+def signal_exactly(who: Process, number: signal.Signals) -> bool:
+    """Signal the recorded process and no other, whoever has its pid by now; whether it was there."""
+    return processes.signal_exactly(dataclasses.asdict(who), number)
 
 
 def in_session(pid: int, session: int) -> bool:
@@ -25,24 +44,22 @@ def session_members(session: int) -> list[int]:
     return [pid for pid in numbers if in_session(pid, session)]
 
 
-def survivors(leader: Mapping[str, object]) -> list[int]:
+def survivors(leader: Process) -> list[int]:
     """Running processes of the session that the recorded process leads, itself included.
 
     A number stays taken as long as its session has members; if another process has the leader's pid, all of ours are gone.
     """
-    pid = leader.get("pid")
-    return session_members(pid) if isinstance(pid, int) and _is_its_session(leader) else []
+    return session_members(leader.pid) if leader.pid is not None and _is_its_session(leader) else []
 
 
-def _is_its_session(leader: Mapping[str, object]) -> bool:
-    pid = leader.get("pid")
-    if not isinstance(pid, int) or leader.get("boot") != boot_id():
+def _is_its_session(leader: Process) -> bool:
+    if leader.pid is None or leader.boot != boot_id():
         return False
-    began = start_time(pid)
-    return began is None or began == leader.get("pid_started")
+    began = start_time(leader.pid)
+    return began is None or began == leader.pid_started
 
 
-def kill_survivors(leader: Mapping[str, object]) -> None:
+def kill_survivors(leader: Process) -> None:
     """End what is left of the session that the recorded process leads."""
     left = survivors(leader)
     for pid in left:

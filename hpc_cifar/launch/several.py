@@ -46,16 +46,16 @@ def cancel_all(runs: Sequence[Run], code_of: str | None = None) -> Iterator[str]
     for run in together:
         files.write_text(run.cancel_marker, now() + "\n", durable=False)  # first: whatever stops now must not requeue
     if together:
-        slurm.cancel([str(row["job_id"]) for run in together for row in chain_of(run)])
+        slurm.cancel([job.job_id for run in together for job in chain_of(run)])
     for run in runs:
         if run not in together:
             yield cancel(run, code_of=code_of)
         elif together[run].state in ("pending", "requeued"):  # no process is there to say so
-            run.write_state(**{**run.state(), "state": "cancelled"})
+            run.update_state(state="cancelled")
             yield f"{run.id}: cancelled while it was waiting (job {together[run].job_id})"
         else:
             yield f"{run.id}: cancelling job {together[run].job_id}; it saves a checkpoint first"
 
 
 def _on_slurm(run: Run) -> bool:
-    return (run.jobs() or [{}])[-1].get("executor") == "slurm" and not elsewhere(chain_of(run))
+    return run.last_job().executor == "slurm" and not elsewhere(chain_of(run))

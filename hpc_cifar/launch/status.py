@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .. import files
+from .. import files, reading, records
+from ..plan import Plan
+from ..records import Job, Process, Result, RunState, Waiting
 from ..runs import Run
-from . import first_words, handover, interruptions, local, process, slurm
+from . import first_words, handover, interruptions, local, process, slurm, submission
 
 ENDED = frozenset(("finished", "failed", "cancelled", "stopped"))
 HIDDEN = "its job is another user's, which Slurm does not show here; this is what the run last wrote"
@@ -22,6 +24,7 @@ VANISHED = "processes ended without a result"
 # Slurm forgets a waiting element of an array as soon as it is cancelled
 NEVER_STARTED = "the job left the queue before it started: cancelled there, or its node could not start it"
 CUT_OFF = "its submission was cut off, and Slurm has no job of it: continue with hpc-cifar resume"
+GONE = "its run directory is gone"
 SKEW_S = 300.0  # between the clocks of a site
 START_GRACE_S = 15.0  # between the record of a local job and its first process
 
@@ -68,9 +71,9 @@ def statuses(runs: Sequence[Run]) -> list[Status]:
     # a finished run needs no question, whatever Slurm makes of its job
     away = {run.id: name for run in runs if (name := elsewhere(chains[run.id]))}
     others = [run for run in runs if run not in open_ones and run.id not in away]
-    asked = {run.id for run in others if _on_slurm(chains[run.id]) and not run.finished()}
+    asked = {run.id for run in others if chains[run.id][0].executor == "slurm" and not run.finished()}
     # one that says itself that it ended has only to be looked for in the queue, in case Slurm requeued it
-    ended = {run.id for run in runs if run.id in asked and run.state().get("state") in ENDED}
+    ended = {run.id for run in runs if run.id in asked and run.state().state in ENDED}
     theirs = {run.id for run in runs if run.id in asked and not _is_ours(run)}
     answer = slurm.query(_ids(chains, asked), set(_ids(chains, ended)), set(_ids(chains, theirs)))
 
@@ -81,13 +84,31 @@ def statuses(runs: Sequence[Run]) -> list[Status]:
             return _away(run, chains[run.id], away[run.id])
         return _status(run, _current(chains[run.id], answer), answer)
 
-    return [seen(run) for run in runs]
+    return [_told(run, seen(run), chains[run.id]) for run in runs]
+
+
+def there(seen: Sequence[Status]) -> list[Status]:
+    """Without runs that were removed while they were looked at."""
+    return [row for row in seen if row.reason != GONE]
+
+
+def _told(run: Run, seen: Status, chain: list[Job]) -> Status:
+    """With a word on what cannot be read in the run directory."""
+    problem = next((job.problem for job in chain if job.problem), "") or submission.problem(run)
+    if not reading.is_regular(run.experiment_file):
+        if not os.path.lexists(run.experiment_file):
+            return dataclasses.replace(seen, state="failed", reason=GONE)
+        problem = f"{run.experiment_file.name}: is not a regular file"
+    if not problem:
+        return seen
+    state = "failed" if seen.state in ("pending", "requeued") else seen.state
+    return dataclasses.replace(seen, state=state, reason=f"damaged: {problem}")
 
 
 def _unsettled(run: Run, left: handover.Unsettled) -> Status:
     """A run of whose last submission no job is known."""
     state = run.state()
-    word, reason = str(state.get("state") or "pending"), state.get("reason")
+    word, reason = state.state or "pending", state.reason
     if left.opened.in_progress:
         word, reason = "pending", "it is being submitted"
     elif run.cancel_marker.exists() and word not in ENDED:
@@ -96,17 +117,17 @@ def _unsettled(run: Run, left: handover.Unsettled) -> Status:
         reason = reason or "Slurm does not answer; whether it has a job of this run is not known"
     elif word not in ENDED:
         word, reason = "failed", CUT_OFF
-    return _row(run, {}, state, {}, word, reason)
+    return _row(run, Job(), state, Result(), word, reason)
 
 
-def elsewhere(chain: list[dict[str, Any]]) -> str | None:
+def elsewhere(chain: list[Job]) -> str | None:
     """The cluster of these jobs, if it is another one than this machine's, whose numbers mean other jobs."""
-    name = chain[0].get("slurm_cluster")
+    name = chain[0].slurm_cluster
     here = slurm.configuration().get("ClusterName") if name else None
-    return str(name) if here and name != here else None
+    return name if here and name != here else None
 
 
-def _away(run: Run, chain: list[dict[str, Any]], cluster: str) -> Status:
+def _away(run: Run, chain: list[Job], cluster: str) -> Status:
     seen = _status(run, chain[0], slurm.Answer({}, False))
     reason = f"on cluster {cluster}, which cannot be asked from here; this is what the run last wrote"
     return seen if seen.ended else dataclasses.replace(seen, reason=reason)
@@ -116,24 +137,23 @@ def status(run: Run) -> Status:
     return statuses([run])[0]
 
 
-def controller_of(run: Run, job: dict[str, Any]) -> dict[str, Any]:
-    """The recorded identity of a local job's controller, or of a bare ``train``, or ``{}``."""
-    if job.get("executor") == "train":
-        return job
-    found = files.read_json(local.process_file(run.submitit, str(job.get("job_id"))))
-    return found if isinstance(found, dict) else {}
+def controller_of(run: Run, job: Job) -> Process:
+    """The recorded identity of a local job's controller, or of a bare ``train``; of no process where there is none."""
+    if job.executor == "train":
+        return job.process
+    return process.recorded(local.process_file(run.submitit, job.job_id))
 
 
-def chain_of(run: Run) -> list[dict[str, Any]]:
+def chain_of(run: Run) -> list[Job]:
     """The last submission: its job, and the follow-up jobs that wait behind it.
 
     It has several jobs where Slurm did not answer, was asked again, and has done both.
     """
     jobs = run.jobs()
-    first = max((index for index, job in enumerate(jobs) if not job.get("follows")), default=0)
-    mark = jobs[first].get("submission") if jobs else None
-    first = next((index for index, job in enumerate(jobs) if mark and job.get("submission") == mark), first)
-    return jobs[first:] or [{}]
+    first = max((index for index, job in enumerate(jobs) if not job.follows), default=0)
+    mark = jobs[first].submission if jobs else None
+    first = next((index for index, job in enumerate(jobs) if mark and job.submission == mark), first)
+    return jobs[first:] or [Job()]
 
 
 def _is_ours(run: Run) -> bool:
@@ -143,68 +163,65 @@ def _is_ours(run: Run) -> bool:
         return True
 
 
-def _on_slurm(chain: list[dict[str, Any]]) -> bool:
-    return chain[0].get("executor") == "slurm"
+def _ids(chains: dict[str, list[Job]], which: set[str]) -> list[str]:
+    return [job.job_id for run_id in which for job in chains[run_id]]
 
 
-def _ids(chains: dict[str, list[dict[str, Any]]], which: set[str]) -> list[str]:
-    return [str(job["job_id"]) for run_id in which for job in chains[run_id]]
-
-
-def _current(chain: list[dict[str, Any]], answer: slurm.Answer) -> dict[str, Any]:
+def _current(chain: list[Job], answer: slurm.Answer) -> Job:
     """The job of a chain that speaks for the run: the one that runs, else the next to run, else the last that Slurm knows."""
     if len(chain) == 1:
         return chain[0]
-    known = [(job, answer.jobs[str(job["job_id"])]) for job in chain if str(job.get("job_id")) in answer.jobs]
+    known = [(job, answer.jobs[job.job_id]) for job in chain if job.job_id in answer.jobs]
     active = [job for job, seen in known if seen.active]
     waiting = [job for job, seen in known if seen.waiting]
     return (active or waiting or [job for job, _ in known[-1:]] or chain)[0]
 
 
-def _status(run: Run, job: dict[str, Any], answer: slurm.Answer) -> Status:
+def _status(run: Run, job: Job, answer: slurm.Answer) -> Status:
     alive = _alive(run, job, answer)  # before the files are read: a process that ends in between has written its last word
-    result, state = run.result() or {}, run.state()
-    if result.get("state") == "finished":
+    result, state = run.result() or Result(), run.state()
+    if result.state == "finished":
         return _row(run, job, state, result, "finished", None)
-    known = answer.jobs.get(str(job["job_id"])) if job.get("executor") == "slurm" else None
-    word, reason = str(state.get("state") or "pending"), state.get("reason")
-    if job.get("executor") == "slurm":
+    known = answer.jobs.get(job.job_id) if job.executor == "slurm" else None
+    word, reason = state.state or ("running" if state.problem and alive else "pending"), state.reason
+    if job.executor == "slurm":
         said = word in ENDED
-        word, reason = _with_slurm(run, word, reason, state, known, str(job["job_id"]), answer)
+        word, reason = _with_slurm(run, word, reason, state, known, job.job_id, answer)
         if word == "failed" and not said:
-            reason = _with_words(run, str(job["job_id"]), str(reason), state, known)
+            reason = _with_words(run, job.job_id, str(reason), state, known)
     elif alive is False and word not in ENDED:
         cancelled = run.cancel_marker.exists()
         word, reason = ("cancelled", reason) if cancelled else ("failed", _vanished(run, job))
-    elif word == "failed" and job.get("executor") == "local" and process.is_alive(controller_of(run, job)):
+    elif word == "failed" and job.executor == "local" and process.is_alive(controller_of(run, job)):
         word, reason = "running", None  # a rank has said so; its job ends the others now, who may still write
     elif alive is None and word in ("running", "requeued"):
-        reason = f"on {job.get('host') or state.get('host') or 'another host'}, last heard of {state.get('updated', 'never')}"
+        reason = f"on {job.host or state.host or 'another host'}, last heard of {state.updated or 'never'}"
     if word in ("running", "requeued", "pending") and (alive if known is None else known.active):
         reason = reason or waits(run, job)
     return _row(run, job, state, result, word, reason, known)
 
 
-def waits(run: Run, job: dict[str, Any]) -> str | None:
+def waits(run: Run, job: Job) -> str | None:
     """What a restarted job waits for before it trains, in its own words; see ``train/lock.py``."""
-    said = files.read_json(run.path / "waits.json")
-    return str(said.get("reason")) if isinstance(said, dict) and said.get("job") == str(job.get("job_id")) else None
+    said = records.read(Waiting, run.path / "waits.json")
+    return said.reason if said is not None and said.job and said.job == job.job_id else None
 
 
-def _alive(run: Run, job: dict[str, Any], answer: slurm.Answer) -> bool | None:
+def _alive(run: Run, job: Job, answer: slurm.Answer) -> bool | None:
     """Whether the run has processes or a place in the queue; None if that cannot be seen from here."""
-    if job.get("executor") == "slurm":
-        known = answer.jobs.get(str(job["job_id"]))
-        return known.alive if known else (False if answer.is_gone(str(job["job_id"])) else None)
-    host = job.get("host") or run.state().get("host")
+    if job.executor == "slurm":
+        known = answer.jobs.get(job.job_id)
+        return known.alive if known else (False if answer.is_gone(job.job_id) else None)
+    state = run.state()
+    host = job.host or state.host
     if host is not None and host != socket.gethostname():
         return None
     who = controller_of(run, job)
     if who:
-        return process.is_alive(who) or bool(job.get("executor") == "local" and process.survivors(who))
-    if not job and run.state().get("state") in ENDED:
+        return process.is_alive(who) or bool(job.executor == "local" and process.survivors(who))
+    if not job.executor and state.state in ENDED:
         return False  # a submission that was refused
-    return min(_age_s(job.get("submitted")), _age_s(run.state().get("updated")), _file_age_s(run)) < START_GRACE_S
+    return min(_age_s(job.submitted), _age_s(state.updated), _file_age_s(run)) < START_GRACE_S
 
 
 def is_live(run: Run) -> bool | None:
@@ -212,7 +229,7 @@ def is_live(run: Run) -> bool | None:
     chain = chain_of(run)
     if elsewhere(chain):
         return None
-    if _on_slurm(chain):
+    if chain[0].executor == "slurm":
         ids = _ids({run.id: chain}, {run.id})
         answer = slurm.query(ids, others=() if _is_ours(run) else ids)
         alive = [_alive(run, job, answer) for job in chain]
@@ -223,8 +240,8 @@ def is_live(run: Run) -> bool | None:
 def _with_slurm(
     run: Run,
     word: str,
-    reason: Any,
-    state: dict[str, Any],
+    reason: str | None,
+    state: RunState,
     job: slurm.JobState | None,
     job_id: str,
     answer: slurm.Answer,
@@ -245,14 +262,14 @@ def _with_slurm(
             return "cancelled", reason
         # a job that failed, or stopped, and waits again was requeued by Slurm
         waits = "; ".join(filter(None, (job.reason, interruptions.without_progress(run))))
-        return ("requeued" if state.get("step") is not None else "pending"), waits or None
+        return ("requeued" if state.step is not None else "pending"), waits or None
     if job.active:
         # also when the last word was "failed": Slurm may have requeued the job since, and this one has not ended yet
         return "running", "being cancelled" if run.cancel_marker.exists() else interruptions.without_progress(run)
     if word in ENDED:
         return word, reason
     if job.state == "CANCELLED" and job.reason == "DependencyNeverSatisfied":
-        names = ", ".join(chain_of(run)[0].get("after", [])) or "a run"
+        names = ", ".join(chain_of(run)[0].after) or "a run"
         return "cancelled", f"{names}, after which it was to start, did not finish"
     if job.state == "CANCELLED" or run.cancel_marker.exists():
         return "cancelled", None if run.cancel_marker.exists() else "cancelled with scancel"
@@ -261,9 +278,9 @@ def _with_slurm(
     return "failed", words.get(job.state, f"Slurm: {job.state}{detail}")
 
 
-def _with_words(run: Run, job_id: str, reason: str, state: dict[str, Any], job: slurm.JobState | None) -> str:
+def _with_words(run: Run, job_id: str, reason: str, state: RunState, job: slurm.JobState | None) -> str:
     """Why a job failed whose ranks have not said so: what its first logs say, beside Slurm's word on it."""
-    began = state.get("step") is not None
+    began = state.step is not None
     own_end = job is None or job.state in ("FAILED", "OUT_OF_MEMORY", "COMPLETED")  # else a node or the time ended it
     for_memory = job is not None and job.state == "OUT_OF_MEMORY"
     words = first_words.of_job(run.submitit, job_id, for_memory=for_memory, certain=began or not own_end)
@@ -278,26 +295,25 @@ def _with_words(run: Run, job_id: str, reason: str, state: dict[str, Any], job: 
     return f"{about} (log: {words.log.relative_to(run.path)})" if words.log.exists() else about
 
 
-def _vanished(run: Run, job: dict[str, Any]) -> str:
+def _vanished(run: Run, job: Job) -> str:
     """A job of this machine that ended without a word in the run directory; its controller may have left some."""
-    words = first_words.of_logs([run.submitit / f"{job.get('job_id')}_controller.log"], certain=True)
+    words = first_words.of_logs([run.submitit / f"{job.job_id}_controller.log"], certain=True)
     return f"{VANISHED}: {words.text}" if words else VANISHED
 
 
 def _age_s(stamp: Any) -> float:
     """How far it is from now: a time to come is one of before the clock was set back, or of a machine with another clock."""
     try:
-        then = datetime.datetime.fromisoformat(str(stamp))
-    except ValueError:
+        return abs(time.time() - datetime.datetime.fromisoformat(str(stamp)).timestamp())
+    except (ValueError, OverflowError, OSError):  # no time at all, or of a year that the system does not know
         return float("inf")
-    return abs(time.time() - then.timestamp())
 
 
 def _since_s(stamp: str | None) -> float:
     """Seconds since then by the clock of this machine; nan without a time."""
     try:
         return time.time() - datetime.datetime.fromisoformat(str(stamp)).timestamp()
-    except ValueError:
+    except (ValueError, OverflowError, OSError):
         return math.nan
 
 
@@ -309,37 +325,38 @@ def _file_age_s(run: Run) -> float:
 
 
 def _row(
-    run: Run,
-    job: dict[str, Any],
-    state: dict[str, Any],
-    result: dict[str, Any],
-    word: str,
-    reason: Any,
-    known: slurm.JobState | None = None,
+    run: Run, job: Job, state: RunState, result: Result, word: str, reason: str | None, known: slurm.JobState | None = None
 ) -> Status:
-    eta = None
-    plan = run.plan()
-    speed, step, total = state.get("images_per_second"), state.get("step"), state.get("total_steps")
-    if word == "running" and speed and step is not None and total:
-        left = _images_left(plan, step, total)
-        eta = None if left is None else round(left / speed, 1)
+    try:
+        plan, problem = records.load(Plan, run.path / "plan.json"), ""
+    except FileNotFoundError:
+        plan, problem = NO_PLAN, ""
+    except files.Damaged as error:
+        plan, problem = NO_PLAN, f"plan.json: {error}"
+    eta, speed, step = None, state.images_per_second, state.step
+    if word == "running" and speed and speed > 0 and step is not None and state.total_steps:
+        left = _images_left(plan, step, state.total_steps)
+        eta = None if left is None else round(min(left / speed, records.MOST), 1)
     # a result of an earlier segment lies there too, so it counts only once the run has finished
-    latest = {**state, **result} if word == "finished" else state
-    used, planned = latest.get("gpu_hours"), plan.get("gpu_hours") or None
+    last = result if word == "finished" else Result()
+    used, planned = state.gpu_hours if last.gpu_hours is None else last.gpu_hours, plan.gpu_hours or None
     waiting = known is not None and known.waiting and word in ("pending", "requeued")
+    if problem := state.problem or result.problem or problem:
+        reason = f"damaged: {problem}"
+        word = "failed" if word in ("pending", "requeued") and known is None else word
     return Status(
         run=run.id,
         state=word,
-        job_id=str(job["job_id"]) if job.get("job_id") is not None else None,
-        epoch=state.get("epoch"),
-        epochs=state.get("epochs") or _planned_epochs(plan),
+        job_id=job.job_id or None,
+        epoch=state.epoch,
+        epochs=state.epochs or _planned_epochs(plan),
         step=step,
-        val_accuracy=state.get("val_accuracy"),
-        test_accuracy=latest.get("test_accuracy"),
-        restarts=int(latest.get("restarts") or 0),
+        val_accuracy=state.val_accuracy,
+        test_accuracy=last.test_accuracy,
+        restarts=max(0, (state.restarts if last.restarts is None else last.restarts) or 0),
         gpu_hours=used,
         eta_s=eta,
-        reason=str(reason) if reason else None,
+        reason=reason or None,
         estimated_start=known.start if known is not None and waiting else None,
         nodes=known.nodes if known is not None and known.active and word == "running" else None,
         images_per_second=speed if word == "running" and speed else None,
@@ -348,9 +365,12 @@ def _row(
     )
 
 
-def _images_left(plan: dict[str, Any], step: int, total: int) -> int | None:
+NO_PLAN = records.of(Plan, {})
+
+
+def _images_left(plan: Plan, step: int, total: int) -> int | None:
     """Images of the steps after ``step``; the last batch of every epoch may be smaller than the others."""
-    batch, images, steps = (int(plan.get(name) or 0) for name in ("batch_size", "train_images", "steps_per_epoch"))
+    batch, images, steps = plan.batch_size, plan.train_images, plan.steps_per_epoch
     if not batch or not images or not steps:
         return max(total - step, 0) * batch if batch else None
 
@@ -360,21 +380,18 @@ def _images_left(plan: dict[str, Any], step: int, total: int) -> int | None:
     return max(until(total) - until(step), 0)
 
 
-def _hours_left(plan: dict[str, Any], used: float | None, known: slurm.JobState | None) -> float:
+def _hours_left(plan: Plan, used: float | None, known: slurm.JobState | None) -> float:
     """What the present job, or the next one where none runs, may still use: every job has the whole time limit for itself."""
-    planned = float(plan["gpu_hours"])
     if known is None:
-        return max(0.0, round(planned - (used or 0.0), 6))
+        return max(0.0, round(plan.gpu_hours - (used or 0.0), 6))
     if not known.active:
-        return planned
-    age_s, limit_s = _since_s(known.start), float(plan.get("time_s") or math.inf)
+        return plan.gpu_hours
+    age_s, limit_s = _since_s(known.start), float(plan.time_s or math.inf)
     if not -SKEW_S <= age_s <= limit_s + SKEW_S:  # the clock was set: what the run has measured itself is left
-        return max(0.0, round(planned - (used or 0.0), 6))
-    place = plan.get("placement") or {}
-    gpus = int(place.get("nodes") or 0) * int(place.get("gpus_per_node") or 0)
-    return max(0.0, round(planned - gpus * max(0.0, age_s) / 3600, 6))
+        return max(0.0, round(plan.gpu_hours - (used or 0.0), 6))
+    gpus = plan.placement.nodes * plan.placement.gpus_per_node
+    return max(0.0, round(plan.gpu_hours - gpus * max(0.0, age_s) / 3600, 6))
 
 
-def _planned_epochs(plan: dict[str, Any]) -> int | None:
-    steps, total = plan.get("steps_per_epoch"), plan.get("total_steps")
-    return total // steps if steps and total else None
+def _planned_epochs(plan: Plan) -> int | None:
+    return plan.total_steps // plan.steps_per_epoch if plan.steps_per_epoch and plan.total_steps else None

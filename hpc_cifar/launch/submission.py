@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import files
+from .. import files, records
+from ..records import Job, Process, Submission
 from ..runs import Run
 from . import process
 
@@ -40,7 +41,7 @@ class Open:
     element: int | None
     row: dict[str, Any]
     replaces: tuple[str, ...]
-    process: dict[str, Any] | None
+    process: Process | None
     age_s: float
     looked_s: float
 
@@ -54,7 +55,7 @@ class Open:
         """Whether somebody is submitting it right now, as far as can be seen from here."""
         if not self.process:
             return False
-        if self.process.get("host") != socket.gethostname():
+        if self.process.host != socket.gethostname():
             return self.age_s < LATE_S
         return process.is_alive(self.process)
 
@@ -88,21 +89,27 @@ def replaced(run: Run, mark: str | None = None) -> list[str]:
 def read(run: Run) -> Open | None:
     """The run's open submission, if there is one."""
     path = run.path / FILE
-    found = files.read_json(path)
-    if not isinstance(found, dict) or "mark" not in found:
+    found = records.read(Submission, path)
+    if found is None or not found.mark:
         return None
-    if any(job.get("submission") == found["mark"] for job in run.jobs()):  # cut off between the two
+    if any(job.submission == found.mark for job in run.jobs()):  # cut off between the two
         close(run)
         return None
     try:
         looked = path.stat().st_mtime
     except OSError:  # it has been settled since
         return None
-    began = float(found["began"])
-    return Open(
-        found["mark"], found["element"], found["row"], tuple(found["replaces"]), found["process"],
-        abs(time.time() - began), looked - began,  # a clock that was set back makes it no younger
-    )  # fmt: skip
+    age_s, looked_s = abs(time.time() - found.began), looked - found.began  # a clock that was set back makes it no younger
+    return Open(found.mark, found.element, found.row, found.replaces, found.process, age_s, looked_s)
+
+
+def problem(run: Run) -> str:
+    """Why nobody can say whether the run has an open submission; "" where it can be said."""
+    found = records.read(Submission, run.path / FILE)
+    if found is None:
+        return ""
+    row = records.row_of(Job, found.row, f"{FILE}: row").problem
+    return found.problem or row or ("" if found.mark else f"{FILE}: names no submission")
 
 
 def settle(run: Run, mark: str | None, job_id: str, row: dict[str, Any], replaces: Sequence[str] = ()) -> None:
@@ -111,7 +118,7 @@ def settle(run: Run, mark: str | None, job_id: str, row: dict[str, Any], replace
     Raises:
         OSError: the list of jobs cannot be written.
     """
-    if not any(mark and job.get("submission") == mark and str(job.get("job_id")) == job_id for job in run.jobs()):
+    if not any(mark and job.submission == mark and job.job_id == job_id for job in run.jobs()):
         more = {"submission": mark, "replaces": list(replaces)}
         run.add_job(**row, job_id=job_id, **{name: value for name, value in more.items() if value})
     close(run)
@@ -126,8 +133,7 @@ def close(run: Run) -> None:
 def give_up(run: Run) -> None:
     """Whoever submits goes on to something else, and does not know whether there is a job."""
     path = run.path / FILE
-    found = files.read_json(path)
-    if isinstance(found, dict):
+    if found := files.read_object(path):
         files.write_json(path, {**found, "process": None}, durable=False)
 
 
@@ -143,13 +149,12 @@ def enter(run: Run, mark: str, job_id: str) -> str | None:
     A submission may have been tried twice, or been replaced by another one, before this job of it was heard of.
     """
     opened, jobs = read(run), run.jobs()
-    ours = [str(job.get("job_id")) for job in jobs if job.get("submission") == mark]
+    ours = [job.job_id for job in jobs if job.submission == mark]
     if job_id in ours:
         return None
     if ours:
         return f"job {ours[0]} of the same submission is known"
-    rows = [*jobs, {"replaces": opened.replaces if opened else ()}]
-    if any(mark in row.get("replaces", ()) for row in rows):
+    if mark in (opened.replaces if opened else ()) or any(mark in job.replaces for job in jobs):
         return "it was submitted again, when nobody knew of this job"
     if opened is not None and opened.mark == mark:
         with contextlib.suppress(OSError):  # a full disk will be met with a better message

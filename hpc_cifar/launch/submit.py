@@ -298,10 +298,10 @@ def recorded(waiting: Sequence[Run]) -> Iterator[None]:
             yield
     except BaseException as error:
         reason = handover.told(error)
-        words = {"state": "failed", "reason": reason.splitlines()[0] if reason else "not submitted"}
+        words = reason.splitlines()[0] if reason else "not submitted"
         for run in waiting:
             with contextlib.suppress(OSError):
-                run.write_state(**{**run.state(), **words})
+                run.update_state(state="failed", reason=words)
         if isinstance(error, OSError):
             raise LaunchError(f"{waiting[0].path if waiting else ''}: cannot be written: {error}") from None
         raise
@@ -314,8 +314,7 @@ def make_ready(run: Run, cluster: Cluster, code: Path | None = None) -> None:
     owner.make(run.submitit, owner.PRIVATE)
     shutil.copyfile(script.GUARD, run.submitit / script.GUARD.name)
     interruptions.begin_anew(run)
-    waiting = {key: value for key, value in run.state().items() if key != "reason"}
-    run.write_state(**{**waiting, "state": "pending"})
+    run.update_state(state="pending", reason=None)
 
 
 def job_ids(after: Sequence[Run]) -> list[str]:
@@ -324,7 +323,7 @@ def job_ids(after: Sequence[Run]) -> list[str]:
     Raises:
         LaunchError: a run's record holds something else.
     """
-    return slurm.checked_ids(str(run.jobs()[-1]["job_id"]) for run in after)
+    return slurm.checked_ids(run.last_job().job_id for run in after)
 
 
 def start_local(

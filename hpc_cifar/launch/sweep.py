@@ -24,10 +24,11 @@ from ..config.expand import Element, Point
 from ..config.load import load_experiment
 from ..config.sweep import Sweep, as_sets
 from ..errors import HpcCifarError, RunError, first_line
-from ..plan import Placement, Plan, make_plan
+from ..plan import Plan, make_plan
+from ..records import SweepPlace
 from ..runs import Run, experiment_text
 from . import study, submit
-from .trial import Trial
+from .trial import Trial, place, sweep_of
 
 FOLDER = ".sweeps"
 BASE = "sweep-base.yaml"
@@ -83,7 +84,7 @@ def take(run: Run, rank: int, data_root: Path) -> Trial | None:
         RunError: no values can be had.
     """
     deadline = time.monotonic() + WAIT_S
-    while (about := files.read_json(run.sweep_file)) is None or about["trial"] is None:
+    while (about := place(run)) is None or about.trial is None:
         if rank == 0 and about is not None:
             try:
                 with files.hold(run.path / ".sweep.lock"):
@@ -94,21 +95,24 @@ def take(run: Run, rank: int, data_root: Path) -> Trial | None:
             except HpcCifarError:
                 raise
             except Exception as error:
-                raise RunError(f"{run.id}: the sweep's file {run.path / about['journal']}: {first_line(error)}") from None
+                raise RunError(f"{run.id}: the sweep's file {run.path / about.journal}: {first_line(error)}") from None
         if time.monotonic() > deadline:
             raise RunError(f"{run.id}: rank 0 has not said within {WAIT_S:.0f} s which values of the sweep this run tries")
         time.sleep(0.2)
     if rank > 0:
         return None
-    if about["sweep"].get("prune"):
+    if about.sweep.get("prune"):
         study.optuna()  # takes seconds, which the end of an epoch does not wait for
     return Trial(run, about)
 
 
-def _ask(run: Run, about: dict[str, Any], data_root: Path) -> dict[str, Any]:
+def _ask(run: Run, about: SweepPlace, data_root: Path) -> SweepPlace:
     """Values that the experiment takes; what the run trains is written anew with them."""
-    point = Point(Sweep.model_validate(about["sweep"]), about["number"], None)
-    opened = study.open_study((run.path / about["journal"]).resolve(), about["study"], point)
+    point = Point(sweep_of(run, about), about.number, None)
+    opened = study.open_study((run.path / about.journal).resolve(), about.study, point)
+    before = run.plan()
+    if before is None:
+        raise RunError(f"{run.path / 'plan.json'}: is missing or damaged; the sweep's values are planned as it says")
     problem = ""
     for _ in range(TRIES):
         trial = opened.ask(study.distributions(point.sweep))
@@ -117,7 +121,7 @@ def _ask(run: Run, about: dict[str, Any], data_root: Path) -> dict[str, Any]:
         try:
             experiment = load_experiment(run.path / BASE, as_sets(values))
             stored = submit.checked_train_images(experiment, data_root)
-            plan = _planned_again(run.plan(), make_plan(experiment, Placement(**run.plan()["placement"]), stored))
+            plan = _planned_again(before, make_plan(experiment, before.placement, stored))
         except HpcCifarError as error:
             problem = first_line(error)
             print(f"sweep: {said} is refused: {problem}", flush=True)
@@ -127,14 +131,13 @@ def _ask(run: Run, about: dict[str, Any], data_root: Path) -> dict[str, Any]:
         files.write_text(run.experiment_file, experiment_text(experiment))
         os.utime(run.experiment_file, ns=(made.st_atime_ns, made.st_mtime_ns))  # by which runs are in the order of their making
         files.write_json(run.path / "plan.json", plan.as_dict())
-        about = {**about, "trial": trial.number, "values": values}
-        files.write_json(run.sweep_file, about)  # the last: the other ranks wait for it
+        about = dataclasses.replace(about, trial=trial.number, values=values)
+        files.write_json(run.sweep_file, about.as_dict())  # the last: the other ranks wait for it
         print(f"sweep: {said}", flush=True)
         return about
     raise RunError(f"{run.id}: the experiment refused {TRIES} points of the sweep, the last one since {problem}")
 
 
-def _planned_again(old: dict[str, Any], new: Plan) -> Plan:
+def _planned_again(old: Plan, new: Plan) -> Plan:
     """The new plan in the time and budget of the old one: the job has been queued with them."""
-    kept = {name: old[name] for name in ("time_s", "gpu_hours", "core_hours")}
-    return dataclasses.replace(new, **kept, notes=tuple(old["notes"]))
+    return dataclasses.replace(new, time_s=old.time_s, gpu_hours=old.gpu_hours, core_hours=old.core_hours, notes=old.notes)

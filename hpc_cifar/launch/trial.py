@@ -6,17 +6,21 @@ so long and no longer, and what it says is printed once.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .. import files
+from pydantic import ValidationError
+
+from .. import files, records
 from ..config.expand import Point
 from ..config.sweep import Sweep
-from ..errors import RunBusy, first_line
-from ..runs import Run
-from ..track.rows import selected
+from ..errors import RunBusy, RunError, first_line
+from ..records import SweepPlace
+from ..runs import Run, first_problem
+from ..track.rows import epochs_of, selected
 from . import study
 
 ANSWER_S = 5.0  # an epoch waits so long; a later answer counts at the next one's end
@@ -31,10 +35,10 @@ class Trial:
         about: what ``sweep.json`` holds.
     """
 
-    def __init__(self, run: Run, about: dict[str, Any]) -> None:
-        self._run, self._number, self._name = run, about["trial"], about["study"]
-        self._journal: Path = (run.path / str(about["journal"])).resolve()
-        self._point = Point(Sweep.model_validate(about["sweep"]), about["number"], about["values"])
+    def __init__(self, run: Run, about: SweepPlace) -> None:
+        self._run, self._number, self._name = run, about.trial, about.study
+        self._journal: Path = (run.path / about.journal).resolve()
+        self._point = Point(sweep_of(run, about), about.number, about.values)
         self._experiment = run.experiment()
         self._asking: threading.Thread | None = None
         self._given_up = self._said = False
@@ -69,7 +73,7 @@ class Trial:
     def _tell(self, state: str) -> None:
         library = study.optuna()
         states = library.trial.TrialState
-        rows = [row for row in files.read_json_lines(self._run.metrics_file) if row.get("kind") == "epoch"]
+        rows = epochs_of(files.read_json_lines(self._run.metrics_file))
         value = selected(self._experiment, rows).get(self._point.sweep.metric)
         opened, trial = self._open()
         known = opened.get_trials(deepcopy=False)
@@ -105,6 +109,32 @@ class Trial:
 
 def ended(run: Run, rank: int, result: dict[str, Any], error: Exception | None = None) -> None:
     """Tell the study of a run that has ended, if it is of a sweep. Another job that trains it tells for itself."""
-    about = files.read_json(run.sweep_file) if rank == 0 else None
-    if about is not None and about.get("trial") is not None and not isinstance(error, RunBusy):
-        Trial(run, about).ended(result)
+    if rank != 0 or isinstance(error, RunBusy):
+        return
+    with contextlib.suppress(RunError):  # a damaged one has been told as the run began
+        if (about := place(run)) is not None and about.trial is not None:
+            Trial(run, about).ended(result)
+
+
+def place(run: Run) -> SweepPlace | None:
+    """The run's place in a sweep; None where nobody has written it.
+
+    Raises:
+        RunError: it is damaged.
+    """
+    found = records.read(SweepPlace, run.sweep_file)
+    if found is not None and found.problem:
+        raise RunError(f"{run.path}: {found.problem}")
+    return found
+
+
+def sweep_of(run: Run, about: SweepPlace) -> Sweep:
+    """What was asked for.
+
+    Raises:
+        RunError: it is damaged, or of another version.
+    """
+    try:
+        return Sweep.model_validate(about.sweep)
+    except ValidationError as error:
+        raise RunError(f"{run.sweep_file}: cannot be read back: {first_problem(error)}") from None

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import files
+from .. import files, records
 from ..config.claim import Claim
 from ..config.experiment import Experiment
+from ..errors import RunError
+from ..records import Evaluation, Provenance, Result, SweepPlace
 from ..runs import Run
 from ..track.rows import rows_of, selected
 from ..train import begun
@@ -104,14 +106,20 @@ def gather(run: Run, state: str = "", reason: str = "") -> Facts:
     Raises:
         RunError: it is not a run directory.
     """
-    experiment, said, result = run.experiment(), run.state(), run.result() or {}
-    if result.get("state") != said.get("state", result.get("state")):  # of before it went on
-        result = {}
-    rows, damaged = rows_of(run.metrics_file)
+    experiment, said, last = run.experiment(), run.state(), run.result() or Result()
+    place = records.read(SweepPlace, run.sweep_file) or SweepPlace()
+    about = records.read(Provenance, run.path / "provenance.json") or Provenance()
+    if problem := said.problem or last.problem or place.problem or about.problem:
+        raise RunError(f"{run.path}: {problem}")
+    try:
+        rows, damaged = rows_of(run.metrics_file)
+    except files.Damaged as error:
+        raise RunError(f"{run.metrics_file}: {error}") from None
     epochs, best_step, warnings = history.epochs_of(run, experiment, rows, damaged)
     if changed := begun.changes(begun.manifest(run), experiment):
         warnings.append(f"experiment.yaml was changed since its last checkpoint was made: {begun.words(changed)}")
-    both = said | result
+    result = last.as_dict() if last.state == (said.state or last.state) else {}  # else it is of before the run went on
+    both = {name: getattr(said, name) for name in ("state", "reason", "data", *COST) if hasattr(said, name)} | result
     evaluation, folder = _evaluation(run)
     return Facts(
         run=run,
@@ -122,12 +130,12 @@ def gather(run: Run, state: str = "", reason: str = "") -> Facts:
         cost={name: both[name] for name in COST if _is_cost(both.get(name))},
         epochs=epochs,
         segments=segments_of(rows, state or both.get("state") or ""),
-        steps=int(both.get("steps") or said.get("step") or 0),
+        steps=both.get("steps") or said.step or 0,
         data=both.get("data") or experiment.data.dataset,
-        device=str(said.get("device") or ""),
-        world_size=int(said.get("world_size") or 0),
-        metric=((files.read_json(run.sweep_file) or {}).get("sweep") or {}).get("metric") or "val_accuracy",
-        provenance=files.read_json(run.path / "provenance.json") or {},
+        device=said.device or "",
+        world_size=said.world_size or 0,
+        metric=place.metric,
+        provenance=files.read_object(run.path / "provenance.json"),
         evaluation=evaluation,
         evaluation_folder=folder,
         warnings=tuple(warnings),
@@ -156,10 +164,32 @@ def _evaluation(run: Run) -> tuple[dict[str, Any], Path | None]:
     """What was said of the test images, or of the validation images; a file that is damaged or of another version is none."""
     for split in ("test", "validation"):
         folder = run.path / "evaluation" / split
-        found = files.read_json(folder / "evaluation.json")
-        if isinstance(found, dict) and found.keys() >= EVALUATED:
+        found = files.read_object(folder / "evaluation.json")
+        if found.keys() >= EVALUATED and is_evaluation(found):
             return found, folder
     return {}, None
+
+
+def is_evaluation(found: dict[str, Any]) -> bool:
+    """Whether all that a report shows of it has the right shape."""
+    scores, matrix, wrong = found["per_class"], found["confusion"], found.get("misclassified", [])
+    if not records.is_sound(Evaluation, found) or not isinstance(scores, dict) or not isinstance(wrong, list):
+        return False
+    figures = [
+        one.get(name) for one in scores.values() if isinstance(one, dict) for name in ("precision", "recall", "f1", "images")
+    ]
+    if len(figures) != 4 * len(scores) or not all(type(value) in (int, float) for value in figures):
+        return False
+    if not isinstance(matrix, list) or len(matrix) != len(scores):
+        return False
+    if not all(isinstance(row, list) and len(row) == len(matrix) and all(type(n) is int for n in row) for row in matrix):
+        return False
+    return all(isinstance(row, dict) and _is_mistake(row) for row in wrong)
+
+
+def _is_mistake(row: dict[str, Any]) -> bool:
+    names = isinstance(row.get("class"), str) and isinstance(row.get("predicted"), str)
+    return names and type(row.get("image")) is int and type(row.get("confidence")) in (int, float)
 
 
 def segments_of(rows: Sequence[dict[str, Any]], state: str = "") -> list[Segment]:
@@ -185,7 +215,8 @@ def segments_of(rows: Sequence[dict[str, Any]], state: str = "") -> list[Segment
 
 def _segment(first: dict[str, Any], last: dict[str, Any], ending: str) -> Segment:
     begun = float(first.get("time") or 0)
-    return Segment(begun, max(begun, float(last.get("time") or 0)), int(first["step"]), int(last.get("step") or 0), ending)
+    steps = (first.get("step") or 0, last.get("step") or 0)
+    return Segment(begun, max(begun, float(last.get("time") or 0)), *steps, ending)
 
 
 def ranking(one: Facts) -> float | None:

@@ -173,7 +173,8 @@ def images_of(one: Facts, figure: str) -> int | None:
     if split == "test" or (split == "val" and data.validation == "test"):
         evaluated = one.evaluation.get("images") if one.evaluation.get("split") == "test" else None
         return evaluated or TESTS.get(data.dataset)
-    trained = one.run.plan().get("train_images")
+    plan = one.run.plan()
+    trained = (plan.train_images or None) if plan is not None else None
     if split == "train" or not trained:
         return trained
     share = 1 / data.folds if data.folds else data.validation

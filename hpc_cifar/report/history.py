@@ -57,7 +57,7 @@ def _disagreement(run: Run, experiment: Experiment, epochs: Sequence[dict[str, A
     if not isinstance(step, int) or not isinstance(epoch, int):
         return ""
     until = [row for row in epochs if row["step"] <= step]
-    if [row["epoch"] for row in until] != list(range(1, epoch + 1)):
+    if len(until) != epoch or [row["epoch"] for row in until] != list(range(1, epoch + 1)):
         return f"metrics.jsonl does not have the epochs 1 to {epoch} that the checkpoint of step {step} has"
     best = manifest.get("best_step")
     if experiment.checkpoint.select == "best" and isinstance(best, int):

@@ -53,7 +53,7 @@ class Companion:
         closed, opened = time.monotonic(), False
         # a short run is to arrive, but nothing waits for W&B where the machine is wanted back
         start = float(os.environ.get(VARIABLE, START_S))
-        answer, finish = (0.0, REQUEUE_S) if self._run.state().get("state") == "requeued" else (start, FINISH_TIMEOUT_S)
+        answer, finish = (0.0, REQUEUE_S) if self._run.state().state == "requeued" else (start, FINISH_TIMEOUT_S)
         while (code := process.poll()) is None:
             opened = opened or OPENED.encode() in (process.stdout.read() or b"")
             if time.monotonic() > (closed + finish if opened else max(closed + PATIENCE_S, self._begun + answer)):

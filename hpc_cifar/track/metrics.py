@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import files
+from ..errors import RunError
 from .rows import rows_of
 
 
@@ -29,10 +30,16 @@ class MetricsLog:
 
     Attributes:
         notes: what was damaged, for people.
+
+    Raises:
+        RunError: something else is in its place.
     """
 
     def __init__(self, path: Path, resume_step: int = 0, history: Sequence[Mapping[str, Any]] = ()) -> None:
-        rows, damaged = rows_of(path)
+        try:
+            rows, damaged = rows_of(path)
+        except files.Damaged as error:
+            raise RunError(f"{path}: {error}") from None
         begun = max((index for index, row in enumerate(rows) if row.get("event") == "started"), default=0)
         # by the segment before, as far as was logged; those before it were counted when it began
         self.reached = max((int(row.get("step", 0)) for row in rows[begun:]), default=0)

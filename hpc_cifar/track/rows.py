@@ -6,17 +6,20 @@ has taken the rows up to some number goes on with those above it, whatever happe
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .. import files
 from ..config.experiment import Experiment
 from ..config.optimization import Monitor, lower_is_better
+from ..reading import is_regular
+from ..records import MetricRow, is_sound
 
 CURVES = ("step", "epoch")  # kinds of rows that have a number; events have none
+NEEDED = ("epoch", "step")  # of a row of a curve
 A_STEP = 1000  # numbers of one step: its row, pictures, from the middle on the row of an epoch that ends there, pictures
 
 
@@ -61,37 +64,28 @@ def selected(experiment: Experiment, epochs: Sequence[dict[str, Any]]) -> dict[s
 
 
 def rows_of(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Rows of ``metrics.jsonl``, and the number of lines that are none; a last line that is being written counts as neither."""
-    try:
-        *lines, _ = path.read_bytes().split(b"\n")
-    except OSError:
-        return [], 0
-    rows, damaged = [], 0
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if isinstance(row, dict) and _is_row(row):
-            rows.append(row)
-        else:
-            damaged += 1
-    return rows, damaged
+    """The rows of the file in their order, and how many lines hold something else; see :class:`MetricRow` for what they have.
+
+    A last line that is being written counts as neither.
+
+    Raises:
+        Damaged: the file cannot be read at all.
+    """
+    found, damaged = files.json_lines(path)
+    rows = [row for row in found if is_row(row)]
+    return rows, damaged + len(found) - len(rows)
 
 
-def _is_row(row: dict[str, Any]) -> bool:
-    if not isinstance(row.get("kind"), str) or not all(_is_count(row.get(name)) for name in ("epoch", "step")):
+def is_row(row: Any) -> bool:
+    """Whether it is a row: it has a kind, an epoch and a step, and every figure is a number."""
+    if not isinstance(row, dict) or row.get("kind") is None or not is_sound(MetricRow, row):
         return False
-    figures = [value for name, value in row.items() if name.endswith(("_loss", "_accuracy", "_per_second", "time"))]
-    return all(value is None or (_is_number(value) and math.isfinite(value)) for value in figures)
+    return all(row.get(name) is not None and row[name] >= 0 for name in ("epoch", "step"))
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def epochs_of(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of epochs, without damaged ones."""
+    return [row for row in rows if row.get("kind") == "epoch" and row.get("epoch") is not None and is_sound(MetricRow, row)]
 
 
 class Tail:
@@ -110,6 +104,8 @@ class Tail:
 
     def new(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Rows and their numbers; all of them again where the file was replaced."""
+        if not is_regular(self._path):
+            return
         try:
             stream = self._path.open("rb")
         except OSError:
@@ -124,11 +120,13 @@ class Tail:
         *lines, self._rest = (self._rest + data).split(b"\n")
         for line in lines:
             try:
-                row = json.loads(line)
-                number = number_of(row) if row["kind"] in CURVES else None
-            except (ValueError, KeyError, TypeError):
+                row = files.parse_json(line)
+            except files.Damaged:
+                row = None
+            if not is_row(row) or (row["kind"] in CURVES and not all(row.get(name) is not None for name in NEEDED)):
                 self.damaged += 1
                 continue
+            number = number_of(row) if row["kind"] in CURVES else None
             if number is not None:
                 self.last = max(self.last, number)
                 yield number, row

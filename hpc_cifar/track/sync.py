@@ -61,9 +61,9 @@ def _upload(
     run: Run, ended: Callable[[float], bool], say: Callable[[str], None], opened: Callable[[], None], beside: bool
 ) -> int:
     state = run.state()
-    trains_here = state.get("state") == "running" and state.get("host") == os.uname().nodename
+    trains_here = state.state == "running" and state.host == os.uname().nodename
     artifact_s = wandb_run.FINISH_TIMEOUT_S if beside else PATIENT_S
-    upload = wandb_run.Upload(run, state.get("pid") if trains_here else None, artifact_s)
+    upload = wandb_run.Upload(run, state.pid if trains_here else None, artifact_s)
     opened()
     say(f"W&B: {upload.address}")
     while not ended(EVERY_S):

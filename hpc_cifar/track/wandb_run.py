@@ -23,6 +23,7 @@ from urllib.parse import urlparse
 
 from .. import files, processes
 from ..errors import TrackingError, first_line
+from ..records import Provenance, Result, is_sound
 from ..redaction import redact_words
 from ..runs import Run
 from .rows import Tail
@@ -164,16 +165,17 @@ class Upload:
         return self._tail.damaged
 
     def _config(self) -> dict[str, Any]:
-        provenance = files.read_json(self.run.path / "provenance.json") or {}
+        provenance = files.read_object(self.run.path / "provenance.json")
+        provenance = provenance if is_sound(Provenance, provenance) else {}
         git = {key: value for key, value in (provenance.get("git") or {}).items() if key in ("commit", "dirty")}
-        known = {key: provenance[key] for key in ("packages", "python", "host", "command") if key in provenance}
+        known: dict[str, Any] = {key: provenance[key] for key in ("packages", "python", "host", "command") if key in provenance}
         if isinstance(words := known.get("command"), list):  # an earlier version knew fewer keys
             known["command"] = redact_words([str(word) for word in words])
         return {
             "experiment": self.run.experiment().model_dump(mode="json"),
-            "plan": self.run.plan(),
+            "plan": files.read_object(self.run.path / "plan.json"),
             "run": self.run.id,
-            "data": self.run.state().get("data"),
+            "data": self.run.state().data,
             "git": git,
             **known,
         }
@@ -190,7 +192,7 @@ class Upload:
                 self._wandb.log({"global_step": row["step"], "epoch": row["epoch"], **values}, step=at, commit=True)
                 self.taken = at + 1
                 count += 1
-            self._push_pictures(files.read_json(self._ledger) or [])
+            self._push_pictures(_ledger(self._ledger))
         except Exception as error:
             raise TrackingError(f"W&B took no more rows: {first_line(error)}") from None
         self.pushed += count
@@ -228,21 +230,23 @@ class Upload:
             TrackingError: W&B may not have everything.
         """
         state = self.run.state()
-        ended = (self.run.result() or {}) if state.get("state") != "requeued" else {}
-        values = {key: value for key, value in (state | ended).items() if key in SUMMARY and value is not None}
+        ended = (self.run.result() if state.state != "requeued" else None) or Result()
+        values = {
+            key: value for one in (state, ended) for key in SUMMARY if (value := getattr(one, key, None)) not in (None, "")
+        }
         events = [row for row in files.read_json_lines(self.run.metrics_file) if row.get("kind") == "event"]
         values["preemptions"] = sum(row.get("event") == "requeued" and row.get("reason") == "preempted" for row in events)
         try:
-            if state.get("state") == "requeued":  # first, since the machine may be gone before the rest has arrived
+            if state.state == "requeued":  # first, since the machine may be gone before the rest has arrived
                 self._wandb.mark_preempting()
             self.push()
             told = self._wandb.summary.get("state")  # type: ignore[no-untyped-call]  # by an upload before
             self._wandb.summary.update(values | self._evaluations())
-            if self._alerts and told != state.get("state") and state.get("state") in ("finished", "failed"):
-                self._wandb.alert(f"{self.run.id}: {state['state']}"[:63], str(state.get("reason") or "see its report"))
-            if self._artifact and state.get("state") == "finished":
+            if self._alerts and told != state.state and state.state in ("finished", "failed"):
+                self._wandb.alert(f"{self.run.id}: {state.state}"[:63], state.reason or "see its report")
+            if self._artifact and state.state == "finished":
                 self._push_checkpoint()
-            good = state.get("state") in ("finished", "stopped", "cancelled", "" if left else "running")
+            good = state.state in ("finished", "stopped", "cancelled", "" if left else "running")
             with _bounded(self._finish_s + LATE_S):
                 self._wandb.finish(exit_code=0 if good else 1)
         except Exception as error:
@@ -256,7 +260,7 @@ class Upload:
         experiment = self.run.experiment()
         selected = "best" if experiment.checkpoint.select == "best" else "latest"
         folder = (self.run.checkpoints / selected).resolve()
-        about = {"run": self.run.id, **(files.read_json(folder / "manifest.json") or {})}
+        about = {"run": self.run.id, **files.read_object(folder / "manifest.json")}
         artifact = wandb.Artifact(f"{experiment.name}-model", type="model", metadata=about)
         artifact.add_dir(str(folder))
         self._wandb.log_artifact(artifact, aliases=[selected, self.run.id]).wait(timeout=math.ceil(self._finish_s))
@@ -264,13 +268,21 @@ class Upload:
     def _evaluations(self) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for path in (self.run.path / "evaluation").glob("*/evaluation.json"):
-            result = files.read_json(path) or {}
-            numbers = {name: result[name] for name in ("accuracy", "loss", "top5_accuracy", "ece") if name in result}
-            numbers |= result.get("macro", {})
-            if "tta" in result:
-                numbers["tta_accuracy"] = result["tta"]["accuracy"]
+            result = files.read_object(path)
+            numbers = {name: result.get(name) for name in ("accuracy", "loss", "top5_accuracy", "ece")}
+            macro, tta = result.get("macro"), result.get("tta")
+            numbers |= macro if isinstance(macro, dict) else {}
+            numbers |= {"tta_accuracy": tta.get("accuracy")} if isinstance(tta, dict) else {}
+            numbers = {name: value for name, value in numbers.items() if isinstance(value, int | float)}
             found |= {f"evaluation/{path.parent.name}_{name}": value for name, value in numbers.items()}
         return found
+
+
+def _ledger(path: Path) -> list[dict[str, Any]]:
+    """Which pictures were handed over at which numbers; without what is damaged, which is handed over again."""
+    found = files.read_json(path)
+    rows = found if isinstance(found, list) else []
+    return [row for row in rows if isinstance(row, dict) and type(row.get("at")) is int and isinstance(row.get("digest"), str)]
 
 
 @contextlib.contextmanager

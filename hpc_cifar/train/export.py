@@ -11,6 +11,7 @@ from ..data import pipeline as data
 from ..errors import RunError
 from ..models import exported
 from ..models.exported import Exported
+from ..records import Result
 from .trained import Trained
 
 CHECKED = 256  # images whose logits are compared
@@ -26,10 +27,10 @@ def export(trained: Trained, path: Path) -> Exported:
     prepared, experiment = trained.prepared, trained.experiment
     store = prepared.store
     height, width, channels = store.test.images.shape[1:]
-    result = trained.run.result() or {}
+    result = trained.run.result() or Result()
     facts = {
         "run": trained.run.id, "data": store.label, "checkpoint": trained.which, "epoch": trained.epoch, "step": trained.step,
-        "test_accuracy": result.get("test_accuracy"), "test_loss": result.get("test_loss"),
+        "test_accuracy": result.test_accuracy, "test_loss": result.test_loss,
     }  # fmt: skip
     about = Exported(
         experiment.model,

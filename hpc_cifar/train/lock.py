@@ -19,13 +19,13 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from .. import files, planted
+from .. import files, planted, reading, records
 from ..errors import LockHeld, RunBusy, RunError
+from ..records import Holder
 from ..runs import Run
 from .distributed import World
 from .stop import REASONS, StopFlag
@@ -67,35 +67,34 @@ def _beats(run: Run, job: str) -> bool:
     return False
 
 
-def is_earlier(run: Run, job: str, holder: Mapping[str, Any]) -> bool:
+def is_earlier(run: Run, job: str, holder: Holder) -> bool:
     """Whether the holder is an earlier segment of the job ``<job id>.<restart>``, or a job of the run that came before it."""
     here, _, restart = job.rpartition(".")
-    there, _, before = str(holder.get("job", "")).rpartition(".")
+    there, _, before = holder.job.rpartition(".")
     if here and here == there:
         return before.isdigit() and restart.isdigit() and int(before) < int(restart)
-    jobs = [str(row.get("job_id")) for row in run.jobs()]
-    return here in jobs and any(name in jobs[: jobs.index(here)] for name in (there, holder.get("segment")))
+    jobs = [row.job_id for row in run.jobs()]
+    return here in jobs and any(name in jobs[: jobs.index(here)] for name in (there, holder.segment))
 
 
 @dataclass(frozen=True)
 class Beat:
     """What the holder says of itself, and the state of its heartbeat; equal ones mean that it was silent in between."""
 
-    who: dict[str, Any] = field(default_factory=dict)
+    who: Holder = field(default_factory=Holder)
     time_ns: int = 0
 
     @staticmethod
     def read(folder: Path, name: str = HOLDER) -> Beat:
         try:
-            with (folder / name).open("rb") as stream:  # to open a file has NFS ask the server for its time
-                time_ns = os.fstat(stream.fileno()).st_mtime_ns
-        except OSError:
+            with reading.opened(folder / name, reading.MAX_JSON) as descriptor:  # has NFS ask the server for its time
+                time_ns = os.fstat(descriptor).st_mtime_ns
+        except (FileNotFoundError, reading.Damaged):
             return Beat()
-        found = files.read_json(folder / name)
-        return Beat(found if isinstance(found, dict) else {}, time_ns)
+        return Beat(records.read(Holder, folder / name) or Holder(), time_ns)
 
     def __str__(self) -> str:
-        return f"process {self.who.get('pid')} on {self.who.get('host')}"
+        return f"process {self.who.pid} on {self.who.host}"
 
 
 class RunLock:
@@ -228,7 +227,7 @@ class RunLock:
 
     def _begin_wait(self, beat: Beat) -> None:
         self._waits = True
-        words = f"waits for the lock of its earlier segment on {beat.who.get('host')} (process {beat.who.get('pid')})"
+        words = f"waits for the lock of its earlier segment on {beat.who.host} (process {beat.who.pid})"
         if self._console:
             print(f"{words}, which the file server frees some time after a crash", flush=True)
         with contextlib.suppress(OSError):

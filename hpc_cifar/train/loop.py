@@ -108,7 +108,7 @@ def _stopped(run: Run, world: World, reason: str, *, ours: bool) -> dict[str, An
     """
     result = {"run": run.id, "state": word_for(reason, world.share(run.cancel_marker.exists())), "reason": reason}
     if world.main and ours:
-        run.write_state(**{**run.state(), "state": result["state"], "reason": reason})
+        run.update_state(state=result["state"], reason=reason)
     return result
 
 
@@ -116,8 +116,9 @@ def _train(run: Run, world: World, attempt: Callable[[], dict[str, Any]]) -> dic
     """With the run locked: nothing to do, or a segment of training; a failure is written to ``state.json``."""
     if world.share(run.cancel_marker.exists()):
         return {"state": "cancelled", "run": run.id}
-    if world.share(run.finished()):
-        return run.result() or {}
+    result = run.result()
+    if world.share(result is not None and result.state == "finished"):
+        return {} if result is None else result.as_dict()
     try:
         while True:
             try:
@@ -128,7 +129,7 @@ def _train(run: Run, world: World, attempt: Callable[[], dict[str, Any]]) -> dic
                     raise
     except HpcCifarError as error:
         if world.main:
-            run.write_state(**{**run.state(), "state": "failed", "reason": str(error)})
+            run.update_state(state="failed", reason=str(error))
         raise
 
 

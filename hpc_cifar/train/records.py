@@ -14,7 +14,8 @@ from .. import files
 from ..config.experiment import Experiment
 from ..errors import LostRank, NonFiniteLoss, first_line
 from ..plan import Plan
-from ..runs import Run, now
+from ..records import RunState
+from ..runs import UPDATE_WAIT_S, Run, now
 from ..track.companion import Companion
 from ..track.metrics import MetricsLog
 from ..track.progress import Progress
@@ -51,18 +52,18 @@ class Records:
         self._session, self._label, self._last_step = session, data_label, last_step
         self._before = run.state()
         self._clock = time.monotonic()  # that of the machine may be set while a run trains
-        self._began = self._before.get("started") or now()
+        self._began = self._before.started or now()
         self._state_written = 0.0
         self.rate = 0.0  # images/s of the last windows
         self._recent: list[tuple[int, float]] = []  # images and seconds of each
         self.progress = Progress(console and world.main, last_step, session.position.step)
-        self._precision = self._before.get("precision")
-        self._lost_steps = int(self._before.get("lost_steps", 0))  # trained, and to be trained again
+        self._precision = self._before.precision
+        self._lost_steps = self._before.lost_steps  # trained, and to be trained again
         self._metrics: MetricsLog | None = None
         self._wandb: Companion | None = None
         if world.main:
             self._metrics = MetricsLog(run.metrics_file, session.position.step, session.history)
-            reached = max(self._metrics.reached, int(self._before.get("step") or 0))
+            reached = max(self._metrics.reached, self._before.step or 0)
             self._lost_steps += max(0, reached - session.position.step)
             self.state("running")  # what W&B is told of the run
             self._wandb = Companion(run, experiment.tracking, self.progress.say)
@@ -150,10 +151,10 @@ class Records:
         """Write ``state.json`` on rank 0."""
         self._write_state(self._state(state, **values))
 
-    def _write_state(self, record: dict[str, Any]) -> None:
+    def _write_state(self, record: dict[str, Any], wait_s: float = UPDATE_WAIT_S) -> None:
         self._state_written = time.monotonic()
         if self._world.main:
-            self._run.write_state(**record)
+            self._run.update_state(**record, wait_s=wait_s)
 
     def _state(self, state: str, **values: Any) -> dict[str, Any]:
         """What ``state.json`` holds: also the time and GPU-hours of all segments so far."""
@@ -163,6 +164,7 @@ class Records:
         validated = (row["val_accuracy"] for row in reversed(self._session.history) if "val_accuracy" in row)
         return {
             "state": state,
+            "reason": None,
             "epoch": position.epoch,
             "epochs": self._experiment.epochs,
             "step": position.step,
@@ -170,9 +172,9 @@ class Records:
             "val_accuracy": next(validated, None),
             "images_per_second": round(self.rate, 1),
             "lost_steps": self._lost_steps,
-            "restarts": int(before.get("restarts", -1)) + 1,
-            "gpu_hours": round(max(0.0, float(before.get("gpu_hours", 0.0))) + gpus * seconds / 3600, 6),
-            "seconds": round(max(0.0, float(before.get("seconds", 0.0))) + seconds, 3),
+            "restarts": _times(before) + 1,
+            "gpu_hours": round(max(0.0, before.gpu_hours or 0.0) + gpus * seconds / 3600, 6),
+            "seconds": round(max(0.0, before.seconds or 0.0) + seconds, 3),
             "started": self._began,
             "world_size": world.size,
             "device": world.device.type,
@@ -204,7 +206,7 @@ class Records:
         lost = isinstance(error, LostRank) or (isinstance(error, RuntimeError) and is_lost_peer(error))
         if isinstance(error, NonFiniteLoss) and recovery.goes_back(self._run, error.step):
             self.event("went back", reason=first_line(error))
-            self.state("running", restarts=int(self._before.get("restarts", -1)))  # it is no restart
+            self.state("running", restarts=_times(self._before))  # it is no restart
             self.progress.say(f"note: {error}; going back to the last checkpoint, to leave this batch out")
         elif self._metrics is not None and isinstance(error, Exception) and not lost:
             self.event("failed", reason=first_line(error))
@@ -218,6 +220,11 @@ class Records:
         if self._wandb is not None:
             self._wandb.finish()
         self.progress.close()
+
+
+def _times(before: RunState) -> int:
+    """Restarts so far; -1 of a run that has not begun."""
+    return -1 if before.restarts is None else before.restarts
 
 
 def _sheet(images: torch.Tensor) -> Any:

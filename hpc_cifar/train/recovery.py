@@ -9,13 +9,13 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from .. import files
+from .. import files, records
 from ..config.experiment import Experiment
 from ..errors import OutOfMemory, RunError, first_line
+from ..records import LeftOut
 from ..runs import Run
 from . import checkpoint, saved
 from .distributed import World
@@ -26,13 +26,13 @@ ALLOCATION = "DefaultCPUAllocator: can't allocate memory"  # of torch's error on
 
 def left_out(run: Run) -> frozenset[int]:
     """Numbers of the updates that are not made."""
-    return frozenset(_known(run)["steps"])
+    return frozenset(_known(run).steps)
 
 
 def goes_back(run: Run, step: int) -> bool:
     """Whether a loss at update ``step`` that is not finite sends the run back to its last checkpoint, or ends it."""
     known = _known(run)
-    return known["times"] < run.experiment().training.skip_non_finite and step not in known["steps"]
+    return known.times < run.experiment().training.skip_non_finite and step not in known.steps
 
 
 def leave_out(run: Run, world: World, step: int) -> bool:
@@ -48,8 +48,8 @@ def leave_out(run: Run, world: World, step: int) -> bool:
             may = goes_back(run, step)
             if may:
                 known = _known(run)
-                steps = sorted({*known["steps"], *(number for number in (step - 1, step) if number > 0)})
-                files.write_json(run.path / FILE, {"steps": steps, "times": known["times"] + 1})
+                steps = sorted({*known.steps, *(number for number in (step - 1, step) if number > 0)})
+                files.write_json(run.path / FILE, {"steps": steps, "times": known.times + 1})
                 before = checkpoint.stored(run.checkpoints)
                 checkpoint.set_aside(run.checkpoints, step - 1)  # they hold an update that is left out
                 left = checkpoint.stored(run.checkpoints)
@@ -97,9 +97,8 @@ def _memory(world: World) -> str:
     return f"{used / 1024:,.0f} MiB of the host in use"
 
 
-def _known(run: Run) -> dict[str, Any]:
-    path = run.path / FILE
-    found = files.read_json(path)
-    if found is None and path.exists():
-        raise RunError(f"{path}: cannot be read; it says which updates this run leaves out")
-    return found if isinstance(found, dict) else {"steps": [], "times": 0}
+def _known(run: Run) -> LeftOut:
+    found = records.read(LeftOut, run.path / FILE)
+    if found is not None and found.problem:
+        raise RunError(f"{run.path}: {found.problem}; it says which updates this run leaves out, and cannot be read")
+    return found or LeftOut()

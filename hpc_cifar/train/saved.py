@@ -12,8 +12,9 @@ import contextlib
 import datetime
 from typing import Any
 
-from .. import files
+from .. import files, records
 from ..errors import CheckpointError
+from ..records import Result, Saved
 from ..runs import Run, now
 
 FILE = "saved.json"
@@ -29,9 +30,9 @@ def note(run: Run, step: int) -> None:
 
 def newest(run: Run) -> tuple[int, str]:
     """Step of the newest checkpoint that was written, and when (ISO 8601); (0, "") where none was, or nobody knows."""
-    said = files.read_json(run.path / FILE)
-    if isinstance(said, dict) and isinstance(said.get("step"), int):
-        return said["step"], str(said.get("time", ""))
+    said = records.read(Saved, run.path / FILE)
+    if said is not None and said.step is not None:
+        return said.step, said.time
     return (0, "") if (run.path / "left-out.json").exists() else _by_events(run)
 
 
@@ -40,8 +41,8 @@ def _by_events(run: Run) -> tuple[int, str]:
     events = [row for row in files.read_json_lines(run.metrics_file) if row.get("kind") == "event"]
     begun = max((index for index, row in enumerate(events) if row.get("event") == "started"), default=None)
     if begun is None:
-        result = run.result() or {}
-        return _step(result.get("steps")), str(result.get("ended", ""))
+        result = run.result() or Result()
+        return result.steps or 0, result.ended or ""
     known = [events[begun], *(row for row in events[begun:] if row.get("event") in AFTER_A_SAVE)]
     return _step(known[-1].get("step")), _time(known[-1].get("time"))
 

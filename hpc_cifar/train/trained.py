@@ -106,7 +106,7 @@ def load(run: Run, data_root: Path, which: str = "") -> Trained:
             for parameter, average in zip(live, state["ema"]["shadow"], strict=True):
                 parameter.copy_(average)
     network.eval()
-    precision = choose_precision(experiment, world.device, run.state().get("precision"))
+    precision = choose_precision(experiment, world.device, run.state().precision)
     step = state["position"]["step"]
     epoch = state["position"]["epoch"]
     return Trained(

@@ -58,7 +58,7 @@ class Trainer:
         stages.done("data")
         self.plan: Plan = actual_plan(self.experiment, self.prepared, world)
         self.last_step = min(self.plan.total_steps, max_steps or self.plan.total_steps)
-        begun = run.state().get("precision")
+        begun = run.state().precision
         self.precision = world.share(choose_precision(self.experiment, world.device, begun))  # nodes may differ
         self.channels_last = choose_channels_last(self.experiment)
         self.flag, self.agreement = flag, StopAgreement(flag, world)

@@ -71,7 +71,7 @@ def test_fresh_starts_over_on_every_rank(site: Site) -> None:
 
 def test_the_plan_says_what_was_adapted(site: Site) -> None:
     ranks(site, site.job(), "--set", "resources.gpus_per_node=8", "--set", "resources.processes_per_node=8")
-    notes = only_run(site).plan()["notes"]  # the training loop prints what it does differently
+    notes = only_run(site).plan().notes  # the training loop prints what it does differently
     assert notes == ["the file asks for 1 node x 8 GPUs; here: 1 node x 2 CPU processes"]
 
 
@@ -103,7 +103,7 @@ def test_what_makes_no_other_updates_may_change_and_the_rest_by_force(site: Site
     assert "keep_last" not in refused.stderr and only_run(site).experiment().optimizer.lr == 0.1
     site.cli("train", site.job(), *other, "--set", "data.batch_size=72", "--force")
     assert only_run(site).experiment().optimizer.lr == 0.5 and only_run(site).finished()
-    assert only_run(site).plan()["batch_size"] == 72
+    assert only_run(site).plan().batch_size == 72
 
 
 def test_another_name_and_a_name_that_is_taken(site: Site) -> None:

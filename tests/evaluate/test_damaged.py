@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "train"))
 
 import ranks
 
+from hpc_cifar import files
 from hpc_cifar.cli.main import main
 from hpc_cifar.config.packaged import find_job
 from hpc_cifar.runs import Run
@@ -74,8 +75,8 @@ def test_test_files_that_are_damaged_during_the_training_give_no_figure(data: Pa
     for world in (1, 2):
         run, codes = trained(data, tmp_path / "runs", world, DAMAGED_SINCE_ITS_START="1")
         assert codes == [2] * world, ranks.logs(run)
-        assert run.result() is None or "test_accuracy" not in (run.result() or {})
-        assert "test-labels.npy is not what was written" in run.state()["reason"]
+        assert run.result() is None or "test_accuracy" not in files.read_object(run.result_file)
+        assert "test-labels.npy is not what was written" in run.state().reason
 
 
 def test_a_damaged_store_stops_all_ranks(data: Path, tmp_path: Path) -> None:
@@ -83,4 +84,4 @@ def test_a_damaged_store_stops_all_ranks(data: Path, tmp_path: Path) -> None:
     damage(data, "train")
     run, codes = trained(data, tmp_path / "runs", 2)
     assert codes == [2, 2], ranks.logs(run)
-    assert "train-labels.npy is not what was written" in run.state()["reason"]
+    assert "train-labels.npy is not what was written" in run.state().reason

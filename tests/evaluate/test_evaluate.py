@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "train"))
 
 import ranks
 
+from hpc_cifar import files
 from hpc_cifar.cli.main import main
 from hpc_cifar.data.store import Store
 from hpc_cifar.errors import DataError
@@ -53,7 +54,7 @@ def test_the_figures_are_those_of_the_run(
 ) -> None:
     command(finished, digits_data, "evaluate", "--tta", "--feature-maps", "--image", "7")
     said = capsys.readouterr().out
-    found, result = evaluation(finished), finished.result() or {}
+    found, result = evaluation(finished), files.read_object(finished.result_file)
     assert found["accuracy"] == pytest.approx(result["test_accuracy"], abs=1e-9)
     assert found["loss"] == pytest.approx(result["test_loss"], rel=1e-5)
     assert found["tta"]["accuracy"] == pytest.approx(result["tta_accuracy"], abs=1e-9)
@@ -111,7 +112,7 @@ def test_an_export_stands_alone(finished: Run, digits_data: Path, tmp_path: Path
     with torch.no_grad():
         logits = network(about.prepare(torch.from_numpy(store.test.images.copy())))
     right = float((logits.argmax(1).numpy() == store.test.labels).mean())
-    result = finished.result() or {}
+    result = files.read_object(finished.result_file)
     assert right == pytest.approx(result["test_accuracy"], abs=1e-9), "with the average of the weights, as tested"
     assert about.classes == store.classes and about.image == (3, 32, 32)
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
@@ -145,7 +146,7 @@ def test_a_backbone_s_run_is_evaluated_and_exported(tmp_path: Path, digits_data:
     run = ranks.new_run(tmp_path, type(ranks.experiment()).model_validate(values))
     ranks.complete(run, digits_data, 1)
     command(run, digits_data, "evaluate", "--feature-maps")
-    result = run.result() or {}
+    result = files.read_object(run.result_file)
     assert evaluation(run)["accuracy"] == pytest.approx(result["test_accuracy"], abs=1e-9)
     names = [path.name for path in (run.path / "evaluation" / "test").glob("maps-*.png")]
     assert len(names) > 8 and any("layer1_0_conv1" in name for name in names)

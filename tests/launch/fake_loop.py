@@ -67,7 +67,7 @@ def _train(run: Run, max_steps: int | None, console: bool, rank: int, asked: lis
     step = int(saved.read_text()) if saved.exists() else 0
     steps_per_epoch, before = 10, run.state()
     total = experiment.epochs * steps_per_epoch
-    restarts = int(before.get("restarts", -1)) + 1
+    restarts = (-1 if before.restarts is None else before.restarts) + 1
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
     facts = {name: os.environ.get(name) for name in (*names, "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "PYTHONSAFEPATH")}
     facts |= {"version": VERSION, "file": __file__, "sid": os.getsid(0), "pid": os.getpid(), "step": step}
@@ -78,7 +78,7 @@ def _train(run: Run, max_steps: int | None, console: bool, rank: int, asked: lis
 
     def state(word: str, **more: Any) -> None:
         if rank == 0:
-            run.write_state(
+            run.update_state(
                 state=word, epoch=step // steps_per_epoch, epochs=experiment.epochs, step=step, total_steps=total,
                 train_loss=1.0, val_accuracy=0.5, images_per_second=1000.0, restarts=restarts, gpu_hours=0.0, seconds=1.0,
                 world_size=int(os.environ.get("WORLD_SIZE", 1)), device="cpu", data="fake data", **more,

@@ -21,6 +21,7 @@ from hpc_cifar import files, runs
 from hpc_cifar.config.experiment import Experiment
 from hpc_cifar.launch import process, script
 from hpc_cifar.launch.local import process_file
+from hpc_cifar.records import Process
 from hpc_cifar.runs import Run
 
 HERE = Path(__file__).parent
@@ -99,9 +100,8 @@ class Site:
         found: dict[str, Any] = rows[0]
         return found
 
-    def controller(self, run: Run) -> dict[str, Any]:
-        job_id = run.jobs()[-1]["job_id"]
-        found: dict[str, Any] = eventually(lambda: files.read_json(process_file(run.submitit, job_id)))
+    def controller(self, run: Run) -> Process:
+        found: Process = eventually(lambda: process.recorded(process_file(run.submitit, run.last_job().job_id)))
         return found
 
     def seen(self, run: Run, rank: int = 0) -> list[dict[str, Any]]:
@@ -109,11 +109,11 @@ class Site:
         return files.read_json_lines(run.path / f"seen-{rank}.jsonl")
 
     def running(self, run: Run) -> None:
-        eventually(lambda: (run.state().get("step") or 0) >= 1, what="first step")
+        eventually(lambda: (run.state().step or 0) >= 1, what="first step")
 
     def close(self) -> None:
         for path in self.runs.glob("*/submitit/*_process.json"):
-            for pid in process.survivors(files.read_json(path) or {}):
+            for pid in process.survivors(process.recorded(path)):
                 process.send(pid, signal.SIGKILL)
 
 
@@ -155,5 +155,5 @@ def run_with(root: Path, job_id: str = "7", state: dict[str, Any] | None = None)
     run = runs.create(root, runs.new_run_id("deep", root), EXPERIMENT, {"batch_size": 64}, {})
     run.add_job(executor="slurm", job_id=job_id)
     if state is not None:
-        run.write_state(**state)
+        run.update_state(**state)
     return run

@@ -116,7 +116,7 @@ def only(site: Site) -> Run:
 
 
 def ids(run: Run) -> list[str]:
-    return [row["job_id"] for row in run.jobs()]
+    return [row.job_id for row in run.jobs()]
 
 
 def is_open(run: Run) -> bool:

@@ -129,10 +129,10 @@ def test_nothing_was_taken_and_resume_submits_again(site: Site, queue: Queue) ->
     assert "resumed as job 80" in site.cli("resume", run.id).stdout
     assert queue.jobs == ["80"] and ids(run) == ["80"]
     [row] = run.jobs()
-    assert row["replaces"] == [first] and row["submission"] != first
+    assert row.replaces == (first,) and row.submission != first
     assert submission.enter(run, first, "77") == "it was submitted again, when nobody knew of this job"
-    assert submission.enter(run, row["submission"], "79") == "job 80 of the same submission is known"
-    assert submission.enter(run, row["submission"], "80") is None
+    assert submission.enter(run, row.submission, "79") == "job 80 of the same submission is known"
+    assert submission.enter(run, row.submission, "80") is None
 
 
 def test_cancel_ends_a_job_that_nobody_knew_of(site: Site, queue: Queue) -> None:
@@ -193,7 +193,7 @@ def test_a_link_that_was_taken_without_a_word_is_adopted(site: Site, queue: Queu
     queue.behaves("works", "takes", "works")
     submit(queue, "--cluster", chained(queue))
     run = only(site)
-    assert [(row["job_id"], row.get("follows")) for row in run.jobs()] == [("77", None), ("78", "77"), ("79", "78")]
+    assert [(row.job_id, row.follows) for row in run.jobs()] == [("77", None), ("78", "77"), ("79", "78")]
     assert (queue.calls, queue.jobs) == (3, ["77", "78", "79"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -36,7 +37,7 @@ def test_two_ranks_run_the_snapshot_in_a_session_of_their_own(site: Site) -> Non
         assert rank["PYTHONSAFEPATH"] == "1"
         assert rank["stdin"] == "/dev/null"
         assert rank["fds"] == ["0", "1", "2", "3"]  # 3 is the listing itself
-        assert rank["sid"] == site.controller(run)["pid"] != os.getsid(0)
+        assert rank["sid"] == site.controller(run).pid != os.getsid(0)
     assert "torn down" not in site.cli("logs", run.id).stdout, "ranks leave when the result is written"
     assert not list(run.path.glob(".code*"))
     assert run.path.stat().st_mode & 0o777 == 0o700
@@ -51,7 +52,7 @@ def test_status_json_is_the_contract(site: Site) -> None:
     running = site.status(run)
     assert list(running) == fields
     assert running["state"] == "running"
-    assert running["job_id"] == run.jobs()[0]["job_id"]
+    assert running["job_id"] == run.jobs()[0].job_id
     assert running["eta_s"] > 0
     assert running["images_per_second"] == 1000.0
     assert running["test_accuracy"] is None
@@ -63,7 +64,7 @@ def test_status_json_is_the_contract(site: Site) -> None:
 
 def test_a_job_id_and_a_unique_prefix_name_the_run(site: Site) -> None:
     first, second = site.submit(), site.submit()
-    assert site.cli("wait", str(first.jobs()[0]["job_id"])).stdout.startswith(first.id)
+    assert site.cli("wait", first.jobs()[0].job_id).stdout.startswith(first.id)
     assert site.cli("wait", second.id[:-1]).stdout.startswith(second.id)
     assert site.cli("wait").stdout.startswith(second.id)
     ambiguous = site.cli("wait", "tiny", code=2)
@@ -178,7 +179,7 @@ def test_a_local_run_has_failed_when_its_job_has_ended(site: Site) -> None:
     """A rank says so first; the others may write that they train until the controller has ended them."""
     run = site.submit("raise=1", "step_s=0.1", epochs=100)
     site.cli("wait", run.id, code=1)
-    job, here = process_file(run.submitit, str(run.jobs()[-1]["job_id"])), process.identity(os.getpid())
+    job, here = process_file(run.submitit, run.jobs()[-1].job_id), process.identity(os.getpid())
     ended = files.read_json(job)
     files.write_json(job, here)
     assert (status(run).state, status(run).reason) == ("running", None)
@@ -204,7 +205,7 @@ def test_cancel_saves_and_never_requeues_and_resume_continues(site: Site) -> Non
     assert site.cli("wait", run.id, code=1).stdout == f"{run.id}: cancelled (terminated)\n"
     assert len(site.seen(run)) == 1
     assert "not running: it is cancelled" in site.cli("cancel", run.id).stdout
-    step = run.state()["step"]
+    step = run.state().step
     assert "resumed as job" in site.cli("resume", run.id).stdout
     assert site.cli("wait", run.id).stdout == f"{run.id}: finished\n"
     assert site.seen(run)[1]["step"] == step
@@ -252,10 +253,10 @@ def test_preemptions_are_not_counted(site: Site) -> None:
     site.running(run)
     who = site.controller(run)
     for count in range(1, 9):  # submitit's own controller gives up after six
-        process.send(who["pid"], signal.SIGUSR2)
+        process.send(who.pid, signal.SIGUSR2)
         eventually(lambda count=count: len(site.seen(run)) > count)
         step = site.seen(run)[-1]["step"]
-        eventually(lambda step=step: run.state()["step"] > step)
+        eventually(lambda step=step: run.state().step > step)
     assert site.status(run)["restarts"] == 8
     assert control.cancel(run) == f"{run.id}: cancelled"
     assert len(site.seen(run)) == 9
@@ -268,7 +269,7 @@ def test_a_requeue_never_runs_edited_code(site: Site) -> None:
     loop.write_text(loop.read_text().replace('VERSION = "first"', 'VERSION = "edited"'))
     (site.work / "hpc_cifar").mkdir()  # nor what lies in the working folder
     (site.work / "hpc_cifar" / "__init__.py").write_text("raise SystemExit('wrong package')\n")
-    process.send(site.controller(run)["pid"], signal.SIGUSR2)
+    process.send(site.controller(run).pid, signal.SIGUSR2)
     eventually(lambda: len(site.seen(run)) > 1)
     (site.runs / "go").touch()
     assert site.cli("wait", run.id).stdout == f"{run.id}: finished\n"
@@ -282,7 +283,7 @@ def test_a_killed_controller_takes_its_ranks_along_and_the_run_resumes(site: Sit
     run = site.submit("step_s=0.1", epochs=10)
     site.running(run)
     who = site.controller(run)
-    process.send(who["pid"], signal.SIGKILL)
+    process.send(who.pid, signal.SIGKILL)
     eventually(lambda: not process.survivors(who))
     seen = site.status(run)
     assert (seen["state"], seen["reason"]) == ("failed", "processes ended without a result")
@@ -299,11 +300,11 @@ def test_a_recycled_pid_is_never_signalled(site: Site) -> None:
         process.send(pid, signal.SIGKILL)
     eventually(lambda: not process.survivors(who))
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True) as innocent:
-        record = {**who, "pid": innocent.pid}  # as if the number had come round again
-        files.write_json(process_file(run.submitit, str(run.jobs()[-1]["job_id"])), record)
+        record = {**dataclasses.asdict(who), "pid": innocent.pid}  # as if the number had come round again
+        files.write_json(process_file(run.submitit, run.jobs()[-1].job_id), record)
         assert site.status(run)["state"] == "failed"
         assert control.cancel(run, grace_s=1.0) == f"{run.id} is not running: it is failed"
-        run.write_state(**{**run.state(), "state": "running"})
+        run.update_state(state="running")
         control._cancel_local(run, run.jobs()[-1], 1.0)
         assert innocent.poll() is None
         innocent.kill()
@@ -312,7 +313,7 @@ def test_a_recycled_pid_is_never_signalled(site: Site) -> None:
 def test_a_term_without_a_cancel_leaves_a_run_that_resumes(site: Site) -> None:
     run = site.submit("held", epochs=3)
     eventually(lambda: site.seen(run) and site.seen(run, 1))
-    process.send(site.controller(run)["pid"], signal.SIGTERM)
+    process.send(site.controller(run).pid, signal.SIGTERM)
     eventually(lambda: site.status(run)["state"] == "stopped")
     (site.runs / "go").touch()
     site.cli("resume", run.id)
@@ -360,7 +361,7 @@ def test_what_a_restart_waits_for_is_its_reason(site: Site) -> None:
     run = site.submit("held", epochs=3)
     eventually(lambda: site.seen(run) and site.seen(run, 1))
     words = "waits for the lock of its earlier segment on n1 (process 7)"
-    for job, reason in (("another", None), (run.jobs()[-1]["job_id"], words)):
+    for job, reason in (("another", None), (run.jobs()[-1].job_id, words)):
         files.write_json(run.path / "waits.json", {"job": job, "reason": words})
         assert (site.status(run)["state"], site.status(run)["reason"]) == ("running", reason)
     (site.runs / "go").touch()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import os
 import pickle
@@ -13,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from hpc_cifar import lifetime
+from hpc_cifar import lifetime, records
 from hpc_cifar.config.experiment import Resources
 from hpc_cifar.launch import job, local, process, provenance, snapshot
+from hpc_cifar.records import Process
 from hpc_cifar.runs import Run
 
 
@@ -72,12 +74,12 @@ def test_ports_differ_between_restarts_and_agree_between_ranks() -> None:
 
 
 def test_identity_tells_a_process_from_its_successor() -> None:
-    me = process.identity(os.getpid())
+    me = records.of(Process, process.identity(os.getpid()))
     assert process.is_alive(me)
-    assert not process.is_alive({**me, "pid_started": 1})
-    assert not process.is_alive({**me, "boot": "another"})
+    assert not process.is_alive(dataclasses.replace(me, pid_started=1))
+    assert not process.is_alive(dataclasses.replace(me, boot="another"))
     with subprocess.Popen(["sleep", "60"]) as child:
-        who = process.identity(child.pid)
+        who = records.of(Process, process.identity(child.pid))
         child.kill()
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
         assert not process.is_alive(who)  # a zombie runs no more
@@ -115,7 +117,7 @@ def test_a_rank_leaves_with_its_exit_code_and_all_that_was_printed(tmp_path: Pat
     """Only where the process is for the job alone, after all exit handlers, and never instead of a failure."""
     script = """
 import atexit, ctypes, sys
-from hpc_cifar import lifetime
+from hpc_cifar import lifetime, records
 atexit.register(print, "handler")
 ctypes.CDLL(None).printf(b"library\\n")
 class Slow:

@@ -95,7 +95,7 @@ def test_a_local_run_waits_for_another_and_needs_it_to_finish(site: Site) -> Non
     [third] = submit(site, site.job(epochs=1, processes=1), "--after", second.id, "--after", doomed.id)
     (site.runs / "go").touch()
     assert site.cli("wait", second.id).stdout == f"{second.id}: finished\n"
-    assert second.jobs()[0]["after"] == [first.id]
+    assert second.jobs()[0].after == (first.id,)
     began = (second.path / "seen-0.jsonl").stat().st_mtime
     assert first.finished() and first.result_file.stat().st_mtime <= began
     site.cli("cancel", doomed.id)

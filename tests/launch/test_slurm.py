@@ -184,8 +184,8 @@ def test_a_job_whose_tasks_did_not_begin_begins_again(
     assert (asked.read_text().strip() if asked.exists() else "") == again
     if code not in (0, 1) and not {"cancelled", "endings/7.0.json", "failures.jsonl", "result.json"} & set(before):
         row = interruptions.rows(Run(run))[-1]
-        assert (row["segment"], row["step"]) == (segment_of(element), 70 if "checkpoints" in before else 0)
-        assert f"srun ended with exit code {code}" in row["reason"]
+        assert (row.segment, row.step) == (segment_of(element), 70 if "checkpoints" in before else 0)
+        assert f"srun ended with exit code {code}" in row.reason
 
 
 def test_a_job_that_may_not_requeue_ends_with_srun() -> None:

@@ -130,8 +130,8 @@ def outcome(own: own_job.OwnJob, event: Event, result: dict[str, Any] | None = N
     try:
         own.stopped(event, dict(result or STOPPED))
     except SystemExit as left:
-        return f"left with {left.code}", str(own.run.state()["state"])
-    return "returned", str(own.run.state()["state"])
+        return f"left with {left.code}", str(own.run.state().state)
+    return "returned", str(own.run.state().state)
 
 
 CHAIN = {"profile": '{"requeue": false, "preemptible": true}', "link": True}
@@ -169,11 +169,11 @@ def test_term_alone(slurm_word: dict[str, Any], expected: tuple[str, str], reque
 def test_a_preemption_that_cannot_be_requeued(element: Any, asked: Any) -> None:
     own = element("RUNNING", problem="scontrol: error: Requested operation is presently disabled")
     assert outcome(own, Event.PREEMPTED) == ("left with 1", "failed")
-    assert "could not be requeued (scontrol: error: Requested operation is presently disabled)" in own.run.state()["reason"]
+    assert "could not be requeued (scontrol: error: Requested operation is presently disabled)" in own.run.state().reason
     own = element("RUNNING", problem="disabled", link=True)
     assert outcome(own, Event.PREEMPTED) == ("left with 0", "requeued")
-    assert own.run.state()["reason"] == "it goes on as job 10"
-    assert [row["event"] for row in interruptions.rows(own.run)] == ["preempted"]
+    assert own.run.state().reason == "it goes on as job 10"
+    assert [row.event for row in interruptions.rows(own.run)] == ["preempted"]
 
 
 def test_a_signal_during_the_first_imports_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, element: Any) -> None:
@@ -205,9 +205,9 @@ def test_a_signal_during_the_first_imports_is_noted(tmp_path: Path, monkeypatch:
 def test_a_hung_element_requeues_itself_and_a_cancelled_one_nothing(element: Any, asked: Any) -> None:
     def hang(state: str) -> tuple[str, str]:
         own = element(state)
-        own.run.write_state(state="running", step=5)
+        own.run.update_state(state="running", step=5)
         assert own.hung("hung after step 5") == 1
-        return str(own.run.state()["state"]), asked().replace("scancel --signal=CONT 9_4\n", "")
+        return str(own.run.state().state), asked().replace("scancel --signal=CONT 9_4\n", "")
 
     assert hang("RUNNING") == ("requeued", AGAIN)
     assert hang("COMPLETING") == ("cancelled", ""), "without any reason that is what Slurm calls a cancelled job"
@@ -226,7 +226,7 @@ def test_a_job_that_lost_a_silent_rank_goes_back_to_the_queue(
         assert goes_on is (restart not in (5, 11, 17)), f"restart {restart}: {run.state()}"
         assert asked() == AGAIN * goes_on
         if restart == 5:
-            assert "connection closed by peer; lost rank: 6 times without a checkpoint" in run.state()["reason"]
+            assert "connection closed by peer; lost rank: 6 times without a checkpoint" in run.state().reason
             run.checkpoints.mkdir(exist_ok=True)
             (run.checkpoints / "latest").symlink_to("step-00000070")
         if restart == 11:
@@ -252,9 +252,9 @@ def test_what_killed_a_rank_is_told(element: Any, asked: Any, monkeypatch: pytes
         log.write_text(log.read_text() + text)
         interruptions.begin_anew(own.run)
         assert outcome(own, Event.TERMINATED) == ("left with 0", "requeued")
-        assert own.run.state()["reason"] == reason.replace("ranks 2-3 on n2 was", "ranks 2-3 on n2 were")
+        assert own.run.state().reason == reason.replace("ranks 2-3 on n2 was", "ranks 2-3 on n2 were")
         [row] = interruptions.rows(own.run)
-        assert row["event"] == ("out of memory" if "for memory" in reason and "usually" not in reason else "killed rank")
+        assert row.event == ("out of memory" if "for memory" in reason and "usually" not in reason else "killed rank")
     log.write_text("")
     own.run.submitit.joinpath("9_4_0_log.err").write_text("")
 
@@ -271,9 +271,9 @@ def test_out_of_memory_ends_at_the_second_time(element: Any, asked: Any, monkeyp
             stream.write("srun: error: n1: task 1: Out Of Memory\n")
         assert own.lost(Event.RANK_LOST, "connection closed by peer") is (restart == 0)
     assert run is not None
-    assert run.state()["state"] == "failed"
-    assert "rank 1 on n1 was killed for memory; out of memory: 2 times" in run.state()["reason"]
-    assert "resources.memory_gib_per_node" in run.state()["reason"]
+    assert run.state().state == "failed"
+    assert "rank 1 on n1 was killed for memory; out of memory: 2 times" in run.state().reason
+    assert "resources.memory_gib_per_node" in run.state().reason
 
 
 def test_one_rank_ends_a_segment_and_the_others_follow(element: Any, asked: Any) -> None:
@@ -298,7 +298,7 @@ def test_a_rank_that_could_say_why_is_no_lost_one(element: Any, asked: Any) -> N
     own = element("RUNNING")
     job.record_failure(own.run, ValueError("mine"), rank=1, segment=job.segment())
     assert not own.lost(Event.RANK_LOST, "connection closed by peer")
-    assert own.run.state()["reason"] == "rank 1: ValueError: mine" and asked() == ""
+    assert own.run.state().reason == "rank 1: ValueError: mine" and asked() == ""
 
 
 def test_a_hang_is_no_word_of_a_rank_and_a_cancel_no_failure(element: Any, asked: Any) -> None:
@@ -309,7 +309,7 @@ def test_a_hang_is_no_word_of_a_rank_and_a_cancel_no_failure(element: Any, asked
     assert own.lost(Event.RANK_LOST, "connection closed by peer") and asked() == AGAIN
     own = element("CANCELLED")
     assert own.lost(Event.RANK_LOST, "connection closed by peer"), "the rank leaves quietly, and nobody calls the run failed"
-    assert own_job.OwnJob(own.run, Rank0()).follow() and own.run.state()["state"] == "cancelled"
+    assert own_job.OwnJob(own.run, Rank0()).follow() and own.run.state().state == "cancelled"
 
 
 def test_a_requeue_that_nobody_answered_is_asked_for_again(
@@ -336,7 +336,7 @@ def test_a_cancel_in_the_moment_of_a_requeue_is_told_to_slurm_again(tmp_path: Pa
 
 def test_a_run_that_has_finished_stays_so(element: Any, asked: Any) -> None:
     own = element("RUNNING", preempted=PREEMPTED)
-    own.run.write_state(state="finished")
+    own.run.update_state(state="finished")
     own.run.result_file.write_text('{"state": "finished"}')
     assert outcome(own, Event.TERMINATED) == ("returned", "finished") and asked() == ""
 
@@ -347,7 +347,7 @@ def test_hours_left_are_those_of_the_present_job(tmp_path: Path, slurm_says: Any
     plan = {"batch_size": 64, "gpu_hours": 8.0, "placement": {"nodes": 2, "gpus_per_node": 4}}
     run = runs.create(tmp_path / "runs", runs.new_run_id("deep", tmp_path / "runs"), EXPERIMENT, plan, {})
     run.add_job(executor="slurm", job_id="7")
-    run.write_state(state="running", step=5, gpu_hours=20.0)  # of the jobs before it too
+    run.update_state(state="running", step=5, gpu_hours=20.0)  # of the jobs before it too
     begun = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() - 1800))
     slurm_says(f"7|RUNNING|None|{begun}|n1")
     assert status.status(run).gpu_hours_left == pytest.approx(4.0, abs=0.05)
@@ -360,7 +360,7 @@ def test_a_slurm_that_does_not_answer_is_not_a_job_that_is_queued(site: Site) ->
     site.environment["PATH"] = f"{site.folder / 'bin'}:/usr/bin:/bin"
     run = runs.create(site.runs, runs.new_run_id("tiny", site.runs), EXPERIMENT, {}, {})
     run.add_job(executor="slurm", job_id="7")
-    run.write_state(state="failed", reason="why")
+    run.update_state(state="failed", reason="why")
     refused = site.cli("resume", run.id, code=1).stderr
     assert "Slurm does not answer, so nobody can say whether job 7 is still queued" in refused
 
@@ -382,7 +382,7 @@ def test_another_clusters_jobs_are_neither_asked_for_nor_cancelled(
     with pytest.raises(LaunchError, match="is on cluster there: cancel it there"):
         control.cancel(run)
     assert not run.cancel_marker.exists()
-    run.write_state(state="failed", reason="why")
+    run.update_state(state="failed", reason="why")
     with pytest.raises(RunError, match="it was submitted on cluster there, which cannot be asked from here"):
         control.resume(run, data_root=tmp_path)
 

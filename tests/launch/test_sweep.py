@@ -181,7 +181,7 @@ def test_a_bayesian_sweep_asks_as_its_runs_start(site: Site) -> None:
 def test_a_grid_prunes_and_the_winner_is_a_job_file(site: Site) -> None:
     sweep = {"method": "grid", "parameters": {"optimizer.lr": [0.3, 0.25, 0.9]}, "prune": {"startup_runs": 2}}
     made = swept(site, sweep)
-    results = [run.result() or {} for run in made]
+    results = [files.read_object(run.result_file) for run in made]
     assert [(one["state"], one.get("reason")) for one in results] == [("finished", None)] * 2 + [("stopped", "pruned")]
     assert results[2]["epochs"] == 1
     assert [run.id.rpartition("-t")[2][0] for run in made] == ["0", "1", "2"]

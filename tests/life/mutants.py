@@ -41,7 +41,7 @@ MUTANTS: dict[str, tuple[Any, str, str, str]] = {
         ending, "settle", "if not records.claim(segment, row):", "if records.claim(segment, row) is None:",
     ),
     "the time limit is taken for a running job": (ending, "_carry_out", "scheduler.word() is Word.TIME_LIMIT", "False"),
-    "faults before a checkpoint count": (ending, "faults", 'row.get("step") == step', "True"),
+    "faults before a checkpoint count": (ending, "faults", 'row.step == step', "True"),
     "nothing is counted": (ending, "_carry_out", "if action.event in _COUNTED:", "if False:"),
 }  # fmt: skip
 

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from hpc_cifar import files
+from hpc_cifar import files, records
 from hpc_cifar.launch.ending import Records
 from hpc_cifar.launch.interruptions import RunRecords
+from hpc_cifar.records import Ending, Interruption
 from hpc_cifar.runs import Run
 
 
@@ -97,8 +98,8 @@ class _View:
     def saved_step(self) -> int:
         return self._store.step
 
-    def interruptions(self) -> Sequence[Mapping[str, Any]]:
-        return self._store.rows
+    def interruptions(self) -> Sequence[Interruption]:
+        return [records.of(Interruption, row) for row in self._store.rows]
 
     def note(self, row: Mapping[str, Any]) -> None:
         self._store.rows.append(row)
@@ -112,9 +113,9 @@ class _View:
     def settled(self, segment: str, row: Mapping[str, Any]) -> None:
         self._store.endings[segment] = {**row, "done": True}
 
-    def outcome(self, segment: str) -> Mapping[str, Any] | None:
+    def outcome(self, segment: str) -> Ending | None:
         found = self._store.endings.get(segment)
-        return found if found and found.get("done") else None
+        return records.of(Ending, found) if found and found.get("done") else None
 
     def set_state(self, state: str, reason: str) -> None:
         self._store.now = (state, reason)
@@ -151,7 +152,7 @@ class Folder:
 
     def state(self) -> tuple[str, str]:
         found = self.run.state()
-        return str(found.get("state") or ""), str(found.get("reason") or "")
+        return found.state, found.reason or ""
 
     def fail(self, segment: str, reason: str, rank: int) -> None:
         row = {"segment": segment, "rank": rank, "reason": reason, "final": True}

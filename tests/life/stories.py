@@ -131,7 +131,7 @@ def rightly_failed(world: World, run: OneRun) -> bool:
     rows = run.store.records("").interruptions()
     if not rows:  # the behaviour before, which kept none, and allowed less
         most = min(most, 3)
-    said = [FACTS.get(Event(str(row["event"])), "") for row in rows if row["step"] == rows[-1]["step"]]
+    said = [FACTS.get(Event(row.event), "") for row in rows if row.step == rows[-1].step]
     allowed = [min(most, fewer.get(kind, most)) for kind in (*said, *(run.every_fault if not said else ()))]
     return bool(allowed) and sum(run.every_fault.values()) > min(allowed)
 

@@ -67,11 +67,11 @@ def test_both_stores_keep_the_same_records(store: Store) -> None:
     assert first.outcome("1.0") is None
     first.settled("1.0", {"event": "hang", "state": "requeued"})
     outcome = second.outcome("1.0")
-    assert outcome and (outcome["event"], outcome["state"], outcome["done"]) == ("hang", "requeued", True)
+    assert outcome and (outcome.event, outcome.state, outcome.done) == ("hang", "requeued", True)
     assert not second.claim("1.0", {}) and second.claim("1.1", {})
     first.note({"event": "hang", "step": 100})
     second.note({"event": "lost rank", "step": 100})
-    assert [row["event"] for row in first.interruptions()] == ["hang", "lost rank"]
+    assert [row.event for row in first.interruptions()] == ["hang", "lost rank"]
     first.set_state("failed", "why")
     assert store.state() == ("failed", "why")
     second.set_state("requeued", "")

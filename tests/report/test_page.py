@@ -58,7 +58,7 @@ def numbers(page: Any, selector: str) -> dict[str, float]:
 def test_the_numbers_on_the_page_are_those_of_the_run(browser: Browser, page: Path, trained: Run) -> None:
     rows = [row for row in files.read_json_lines(trained.metrics_file) if row["kind"] == "epoch"]
     names = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "images_per_second")
-    result = trained.result() or {}
+    result = files.read_object(trained.result_file)
     with browser.open(page) as shown:
         assert numbers(shown, "#epochs td") == {f"{row['epoch']} {name}": row[name] for row in rows for name in names}
         assert numbers(shown, "[data-run-figure]")["test_accuracy"] == result["test_accuracy"]
@@ -141,7 +141,7 @@ def test_a_page_of_several_runs(browser: Browser, several: tuple[Path, list[Run]
         means = dict(shown.evaluate(cells))
         assert means == {f"net optimizer.lr={lr}": pytest.approx(0.905) for lr in (0.1, 0.2)}
         assert {key: value for key, value in numbers(shown, "#runs td[data-run]").items() if "test" in key} == {
-            f"{run.id} test_accuracy": (run.result() or {})["test_accuracy"] for run in made
+            f"{run.id} test_accuracy": files.read_object(run.result_file)["test_accuracy"] for run in made
         }
         assert shown.evaluate("document.body.innerText").count("optimizer.lr") >= 5
         for name in ("claims", "segments"):

@@ -76,7 +76,7 @@ def desk(slurm_cluster: SlurmCluster, tmp_path: Path) -> Iterator[Desk]:
 
 
 def job_ids(run: Run) -> list[str]:
-    return [str(row["job_id"]) for row in run.jobs()]
+    return [job.job_id for job in run.jobs()]
 
 
 def test_a_job_that_was_taken_without_a_word(slurm_cluster: SlurmCluster, desk: Desk) -> None:

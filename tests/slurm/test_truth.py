@@ -53,7 +53,7 @@ def submit(site: Site, *options: str, tags: tuple[str, ...] = (), **job: Any) ->
 
 
 def job_of(run: Run) -> str:
-    return str(run.jobs()[-1]["job_id"])
+    return run.jobs()[-1].job_id
 
 
 def fill(cluster: SlurmCluster) -> str:
@@ -130,7 +130,7 @@ def utc(stamp: str) -> float:
 def test_a_job_that_runs(slurm_cluster: SlurmCluster, site: Site) -> None:
     run = submit(site, "--gpus-per-node", "1", "--time", "00:30:00")
     site.running(run)
-    eventually(lambda: (run.state().get("epoch") or 0) >= 1, what="an epoch")
+    eventually(lambda: (run.state().epoch or 0) >= 1, what="an epoch")
     row = seen(site, run)
     assert row["state"] == "running"
     assert row["nodes"] == slurm_cluster.job(job_of(run))["NodeList"]
@@ -138,7 +138,7 @@ def test_a_job_that_runs(slurm_cluster: SlurmCluster, site: Site) -> None:
     assert row["eta_s"] > 1000
     assert (row["estimated_start"], row["reason"]) == (None, None)
     listed = slurm_cluster.call("squeue", "--noheader", "--format=%j|%k")
-    assert listed == f"tiny|hpc-cifar run {run.id}, submission {run.jobs()[0]['submission']}"
+    assert listed == f"tiny|hpc-cifar run {run.id}, submission {run.jobs()[0].submission}"
 
     with site.start("submit", site.job(**LONG), "--cluster", "slurm", "--follow") as following:
         other = eventually(lambda: next((one for one in all_runs(site.runs) if one != run), None))

@@ -147,7 +147,7 @@ def test_a_run_that_was_killed_three_times_is_one_run(server: Server, tmp_path: 
     metrics = tmp_path / "mirrored" / "metrics.jsonl"
 
     def reached(step: int, pid: int) -> bool:
-        ours = Run(tmp_path / "mirrored").state().get("pid") == pid
+        ours = Run(tmp_path / "mirrored").state().pid == pid
         return ours and any(row["step"] >= step for row in files.read_json_lines(metrics))
 
     slow = environment | {rehearsal.VARIABLE: "0.02"}

@@ -138,7 +138,7 @@ def complete(run: Run, data: Path, world: int, **options: Any) -> dict[str, Any]
     """Run all ranks to their end and return the result; fails with the logs if a rank failed."""
     codes = finish(start(run, data, world, **options))
     assert codes == [0] * world, logs(run)
-    return run.result() or {}
+    return files.read_object(run.result_file)
 
 
 def logs(run: Run) -> str:
@@ -150,7 +150,7 @@ def wait_for_step(run: Run, step: int, processes: list[Rank]) -> None:
 
     def made() -> bool:
         # rank 0 says who it is once the rows that it will make again are gone
-        ours = run.state().get("pid") == processes[0].pid
+        ours = run.state().pid == processes[0].pid
         return ours and any(int(row.get("step", 0)) >= step for row in files.read_json_lines(run.metrics_file))
 
     eventually(made, processes, run)

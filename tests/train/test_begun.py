@@ -59,7 +59,7 @@ def test_another_experiment_is_refused_by_its_fields(run: Run, digits_data: Path
         with pytest.raises(RunError) as caught:
             go()
         assert words in str(caught.value) and "--fresh" in str(caught.value), way
-    assert run.state()["step"] == 3
+    assert run.state().step == 3
 
 
 def test_a_claim_is_named_and_goes_on(run: Run, digits_data: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import ranks
 
+from hpc_cifar import files
 from hpc_cifar.runs import Run
 from hpc_cifar.train import checkpoint
 
@@ -65,7 +66,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_loses_nothing(
     done = trained_on(library, run, digits_data, call=call, errno=number, path=FAILING)
     said = f"{FAILING}: cannot save the checkpoint: {os.strerror(number)}"
     assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
-    assert run.state()["state"] == "failed" and said in run.state()["reason"]
+    assert run.state().state == "failed" and said in run.state().reason
     assert max(one.step for one in checkpoint.stored(run.checkpoints)) < 15
     ranks.complete(run, digits_data, 1)  # the disk is well again
     assert_same(run, calm)
@@ -109,8 +110,8 @@ def test_without_locks_two_jobs_exclude_each_other_by_the_heartbeat(library: Pat
     try:
         code, said = second()
         assert code == 1 and f"is being trained already, by process {first[0].pid} on " in said, said
-        assert first[0].poll() is None and run.state()["state"] == "running"
+        assert first[0].poll() is None and run.state().state == "running"
     finally:
         ranks.kill_all(first)
     code, said = second()
-    assert code == 0 and (run.result() or {})["state"] == "stopped", said
+    assert code == 0 and files.read_object(run.result_file)["state"] == "stopped", said

@@ -52,7 +52,7 @@ def test_a_run_takes_as_long_as_it_takes(tmp_path: Path, digits_data: Path, cloc
     started: list[Any] = []
 
     def set_clock(row: dict[str, Any]) -> bool:
-        started.append(run.state()["started"])
+        started.append(run.state().started)
         time.sleep(1.1)  # times are told in whole seconds
         clock.offset = days * DAY
         return False
@@ -60,9 +60,9 @@ def test_a_run_takes_as_long_as_it_takes(tmp_path: Path, digits_data: Path, cloc
     began = time.monotonic()
     loop.train(run, data_root=digits_data, console=False, gives_up=set_clock)
     took = time.monotonic() - began
-    result, state = run.result() or {}, run.state()
-    assert 3.3 < result["seconds"] <= took and 3.3 < state["seconds"] <= took
-    assert {*started, state["started"]} == {started[0]}
+    result, state = files.read_object(run.result_file), run.state()
+    assert 3.3 < result["seconds"] <= took and 3.3 < state.seconds <= took
+    assert {*started, state.started} == {started[0]}
     [segment] = gather(run).segments
     assert 3.3 < segment.ended - segment.begun <= took
     times = [row["time"] for row in files.read_json_lines(run.metrics_file)]
@@ -71,10 +71,10 @@ def test_a_run_takes_as_long_as_it_takes(tmp_path: Path, digits_data: Path, cloc
 
 def test_gpu_hours_and_seconds_of_before_are_never_negative(tmp_path: Path, digits_data: Path) -> None:
     run = ranks.new_run(tmp_path, ranks.experiment())
-    run.write_state(state="stopped", seconds=-DAY, gpu_hours=-24.0, restarts=0)
+    run.update_state(state="stopped", seconds=-DAY, gpu_hours=-24.0, restarts=0)
     assert not {"seconds", "gpu_hours"} & gather(run).cost.keys()
     loop.train(run, data_root=digits_data, console=False)
-    result = run.result() or {}
+    result = files.read_object(run.result_file)
     assert 0 < result["seconds"] < DAY and result["gpu_hours"] == 0
     assert duration(-86_366.0) == "-"
 
@@ -83,7 +83,7 @@ def test_gpu_hours_and_seconds_of_before_are_never_negative(tmp_path: Path, digi
 def test_a_dead_run_is_not_young_since_the_clock_was_set(tmp_path: Path, clock: Clock, days: int) -> None:
     run = ranks.new_run(tmp_path, ranks.experiment())
     run.add_job(executor="local", job_id="1")
-    run.write_state(state="running", step=1)
+    run.update_state(state="running", step=1)
     assert status.status(run).state == "running", "it was written just now, so its process may just be starting"
     clock.offset = days * DAY
     seen = status.status(run)

@@ -37,7 +37,7 @@ def strike(run: Run, processes: list[Rank], moment: float, victims: list[int]) -
         time.sleep(0.001)
     if all(process.poll() is not None for process in processes):
         return ""
-    before = run.state().get("step")
+    before = run.state().step
     saving = any(path.name.startswith(".step-") for path in run.checkpoints.glob(".step-*"))
     for rank in victims:
         processes[rank].send_signal(9)

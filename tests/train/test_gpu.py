@@ -34,7 +34,7 @@ def test_bf16_training_learns_and_resumes_where_it_was(tmp_path: Path, digits_da
     config = ranks.experiment(epochs=4, resources={"gpus_per_node": 1})
     undisturbed, stopped = ranks.new_run(tmp_path, config), ranks.new_run(tmp_path, config)
     result = ranks.complete(undisturbed, digits_data, 1)
-    assert undisturbed.state()["device"] == "cuda"
+    assert undisturbed.state().device == "cuda"
     assert result["state"] == "finished" and math.isfinite(result["test_loss"])
     losses = ranks.losses(undisturbed)
     assert losses[max(losses)] < losses[1]
@@ -49,7 +49,7 @@ def test_bf16_training_learns_and_resumes_where_it_was(tmp_path: Path, digits_da
 def test_no_gpus_asked_for_is_the_cpu(tmp_path: Path, digits_data: Path) -> None:
     run = ranks.new_run(tmp_path, ranks.experiment(epochs=1))
     ranks.complete(run, digits_data, 1)
-    assert run.state()["device"] == "cpu"
+    assert run.state().device == "cpu"
 
 
 MUON = {"name": "muon", "lr": 0.01, "other_lr": 0.002}

@@ -17,8 +17,9 @@ import pytest
 import ranks
 import torch
 
-from hpc_cifar import files
+from hpc_cifar import files, records
 from hpc_cifar.errors import LockHeld, RunBusy
+from hpc_cifar.records import Holder
 from hpc_cifar.runs import Run
 from hpc_cifar.train import lock
 from hpc_cifar.train.distributed import World
@@ -175,12 +176,12 @@ def test_which_holders_are_earlier_segments(run: Run) -> None:
     earlier = [
         ("7.1", {"job": "7.0"}), ("7_2.10", {"job": "7_2.9"}), ("6.0", {"job": "5_1.3"}), ("6.0", {"segment": "train-ab"}),
     ]  # fmt: skip
-    assert all(is_earlier(run, job, holder) for job, holder in earlier)
+    assert all(is_earlier(run, job, records.row_of(Holder, holder, "")) for job, holder in earlier)
     others = [
         ("7.1", {"job": "7.1"}), ("7.1", {"job": "7.2"}), ("7_1.1", {"job": "7_2.0"}), ("8.0", {"job": "7.0"}),
         ("5_1.0", {"job": "6.0"}), (".1", {"job": ".0"}), ("ab", {"job": "ab"}), ("6.1", {}), ("6.1", {"job": 3}),
     ]  # fmt: skip
-    assert not any(is_earlier(run, job, holder) for job, holder in others)
+    assert not any(is_earlier(run, job, records.row_of(Holder, holder, "")) for job, holder in others)
 
 
 @pytest.mark.slow
@@ -197,10 +198,10 @@ def test_ranks_wait_together_and_hear_signals(tmp_path: Path, digits_data: Path)
         ranks.eventually(lambda: (made.path / "waits.json").exists(), second, made)
         second[1].send_signal(signal.SIGTERM)
         assert ranks.finish(second) == [0, 0], ranks.logs(made)
-        assert (made.state()["state"], made.state()["reason"]) == ("stopped", "terminated")
+        assert (made.state().state, made.state().reason) == ("stopped", "terminated")
         third = ranks.start(made, digits_data, 2, environment={"SEGMENT": "7.2"})
         ranks.eventually(lambda: (made.path / "waits.json").exists(), third, made)
     assert ranks.finish(third) == [0, 0], ranks.logs(made)
-    assert (made.result() or {})["state"] == "finished"
+    assert files.read_object(made.result_file)["state"] == "finished"
     said = (made.path / "rank-0.log").read_text()
     assert said.count("waits for the lock of its earlier segment") == 2 and "s for the lock" in said

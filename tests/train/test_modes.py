@@ -96,7 +96,7 @@ def test_300_epochs_in_graph_mode_preempted_twice_end_where_undisturbed_ones_end
         ranks.wait_for_step(run, step, processes)
         processes[0].send_signal(signal.SIGUSR2)
         assert ranks.finish(processes) == [0], ranks.logs(run)
-        assert step <= run.state()["step"] < 600, "stopped on the way"
+        assert step <= run.state().step < 600, "stopped on the way"
     result = ranks.complete(run, digits_data, 1)
     assert (result["epochs"], result["restarts"], result["lost_steps"]) == (300, 2, 0)
     assert ranks.losses(run) == ranks.losses(undisturbed)
@@ -139,10 +139,10 @@ def test_a_processor_trains_in_bf16_where_it_computes_in_it(
 def test_a_run_goes_on_in_the_precision_that_it_began_in(tmp_path: Path, digits_data: Path, precision: str) -> None:
     run = ranks.new_run(tmp_path, ranks.experiment())
     ranks.complete(run, digits_data, 1, max_steps=3)
-    run.write_state(**{**run.state(), "precision": precision})  # as if it had begun on another processor
+    run.update_state(precision=precision)  # as if it had begun on another processor
     result = ranks.complete(run, digits_data, 1)
     rows = [row for row in files.read_json_lines(run.metrics_file) if row.get("event") == "started"]
-    assert (rows[-1]["precision"], run.state()["precision"], result["precision"]) == (precision,) * 3
+    assert (rows[-1]["precision"], run.state().precision, result["precision"]) == (precision,) * 3
 
 
 def test_each_shape_is_recorded_once_after_its_warm_up() -> None:

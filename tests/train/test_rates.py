@@ -46,7 +46,7 @@ def test_a_small_last_batch_counts_as_what_it_has(tmp_path: Path, digits_data: P
     loop.train(run, data_root=digits_data, console=False)
     rows = check(run)
     assert [row["step"] for row in rows] == [6, 12, 13, 19, 25, 26], "the windows of a small last batch are there"
-    rate = run.state()["images_per_second"]
+    rate = run.state().images_per_second
     assert rate == round((6 * BATCH + 10) / (2 * SECONDS), 1), "a few images alone say nothing of those to come"
 
 
@@ -78,6 +78,6 @@ def test_the_time_left_is_that_of_the_images_left(tmp_path: Path, monkeypatch: p
     run = ranks.new_run(tmp_path, ranks.experiment(epochs=3))
     plan = {"batch_size": BATCH, "train_images": IMAGES, "steps_per_epoch": STEPS, "total_steps": 3 * STEPS}
     files.write_json(run.path / "plan.json", plan)
-    run.write_state(state="running", step=at, total_steps=3 * STEPS, epochs=3, images_per_second=10.0)
+    run.update_state(state="running", step=at, total_steps=3 * STEPS, epochs=3, images_per_second=10.0)
     monkeypatch.setattr("hpc_cifar.launch.status._alive", lambda *_: True)
     assert status(run).eta_s == left / 10

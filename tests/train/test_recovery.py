@@ -57,13 +57,13 @@ def test_more_of_them_than_allowed_end_the_run(tmp_path: Path, digits_data: Path
     processes = start(run, digits_data, 2, environment={"DAMAGED_BATCHES": "0:2,0:5,0:8"})
     assert finish(processes) == [1, 1]
     assert files.read_json(run.path / FILE) == {"steps": [2, 3, 5, 6], "times": 2}
-    assert run.state()["state"] == "failed" and "became nan at step 9 (epoch 1)" in run.state()["reason"]
+    assert run.state().state == "failed" and "became nan at step 9 (epoch 1)" in run.state().reason
 
 
 def test_without_leave_it_ends_at_the_first(tmp_path: Path, digits_data: Path) -> None:
     run = new_run(tmp_path, experiment())
     assert finish(start(run, digits_data, 1, environment=DAMAGED)) == [1]
-    assert "became nan at step 7" in run.state()["reason"] and not (run.path / FILE).exists()
+    assert "became nan at step 7" in run.state().reason and not (run.path / FILE).exists()
 
 
 def test_a_disk_that_refuses_to_note_it_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,6 +82,6 @@ def test_memory_that_is_full_is_told_with_batch_and_memory(tmp_path: Path, digit
     run = new_run(tmp_path, config)
     limited = {"LIMITED_TO_MIB": "1500"}
     assert finish(start(run, digits_data, 1, environment=limited)) == [1]
-    reason = run.state()["reason"]
+    reason = run.state().reason
     assert "out of memory with 100 images at a time (batch 100 over 1 processes)" in reason
     assert "MiB of the host in use; data.micro_batch_size: 50 makes the same steps" in reason and reason.count("\n") == 0

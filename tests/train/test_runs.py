@@ -248,7 +248,7 @@ def test_a_signal_to_one_rank_stops_all_at_a_step_boundary(tmp_path: Path, digit
     ranks.wait_for_step(run, 5, processes)
     processes[1].send_signal(number)
     assert ranks.finish(processes) == [0, 0], ranks.logs(run)
-    result = run.result() or {}
+    result = files.read_object(run.result_file)
     assert result["state"] == "stopped"
     saved = checkpoint.named(run.checkpoints, "latest")
     assert saved is not None and saved.step == result["steps"]
@@ -279,7 +279,7 @@ def test_a_stop_says_how_soon_it_was_heard_and_saved(tmp_path: Path, digits_data
         for process in processes:
             process.send_signal(signal.SIGUSR2)
         assert ranks.finish(processes) == [0, 0], ranks.logs(run)
-        result = run.result() or {}
+        result = files.read_object(run.result_file)
         assert 0 <= result["heard_after_ms"] <= result["saved_after_ms"]
         taken.append(result["saved_after_ms"])
     assert min(taken) < 2000
@@ -321,10 +321,10 @@ def test_a_loss_that_is_not_finite_names_the_step_and_the_last_checkpoint(tmp_pa
     codes = ranks.finish(ranks.start(run, digits_data, 2))
     assert codes == [1, 1], ranks.logs(run)
     state = run.state()
-    assert state["state"] == "failed"
-    assert "the training loss became" in state["reason"] and "at step" in state["reason"]
+    assert state.state == "failed"
+    assert "the training loss became" in state.reason and "at step" in state.reason
     saved = checkpoint.named(run.checkpoints, "latest")
-    assert saved is not None and str(saved.folder.resolve()) in state["reason"]
+    assert saved is not None and str(saved.folder.resolve()) in state.reason
     assert "Traceback" not in ranks.logs(run)
 
 
@@ -350,7 +350,7 @@ def test_two_jobs_on_one_run_exclude_each_other(tmp_path: Path, digits_data: Pat
     second = ranks.start(run, digits_data, 1)
     assert ranks.finish(second) == [1]
     assert "is being trained already, by process" in ranks.logs(run)
-    assert run.state()["state"] == "running"  # the second one did not write into the first one's state
+    assert run.state().state == "running"  # the second one did not write into the first one's state
     assert first[0].poll() is None
     ranks.kill_all(first)
 
@@ -371,13 +371,13 @@ def test_who_reads_that_a_run_has_ended_finds_its_result(
     tmp_path: Path, digits_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[str, str]] = []
-    write_state = Run.write_state
+    update_state = Run.update_state
 
     def written(self: Run, **values: Any) -> None:
-        seen.append((values["state"], (self.result() or {}).get("state", "none")))
-        write_state(self, **values)
+        seen.append((values["state"], files.read_object(self.result_file).get("state", "none")))
+        update_state(self, **values)
 
-    monkeypatch.setattr(Run, "write_state", written)
+    monkeypatch.setattr(Run, "update_state", written)
     run = ranks.new_run(tmp_path, ranks.experiment(epochs=1))
     loop.train(run, max_steps=3, data_root=digits_data, console=False)
     loop.train(run, data_root=digits_data, console=False)

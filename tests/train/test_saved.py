@@ -41,7 +41,7 @@ def test_what_an_older_version_left_says_whether_there_was_a_checkpoint(
 ) -> None:
     run = Run(tmp_path)
     run.checkpoints.mkdir()
-    run.write_state(state="running", step=70)
+    run.update_state(state="running", step=70)
     for row in rows:
         files.append_json_line(run.metrics_file, row)
     assert saved.newest(run)[0] == step
@@ -118,8 +118,8 @@ def test_a_run_whose_checkpoints_are_gone_is_refused_and_begins_again_on_demand(
         if by_events:
             (run.path / "saved.json").unlink()
         assert ranks.finish(ranks.start(run, digits_data, world)) == [1] * world, ranks.logs(run)
-        assert run.state()["state"] == "failed" and "that of step 20 was written at 20" in run.state()["reason"]
-        assert run.metrics_file.read_text() == kept and run.state()["step"] == 20
+        assert run.state().state == "failed" and "that of step 20 was written at 20" in run.state().reason
+        assert run.metrics_file.read_text() == kept and run.state().step == 20
     with pytest.raises(CheckpointError, match="no checkpoint is there, though that of step 20"):
         trained.load(run, digits_data)
     aside = run.path / runs.begin_again(run)
@@ -140,7 +140,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_at_once(tmp_path: Path,
     ranks.wait_for_step(run, 30, processes)
     time.sleep(0.6)  # state.json is written twice a second
     ranks.kill_all(processes)
-    assert run.state()["step"] > 0 and not checkpoint.stored(run.checkpoints)
+    assert run.state().step > 0 and not checkpoint.stored(run.checkpoints)
     assert saved.missing(run) is None
     ranks.complete(run, digits_data, 1, max_steps=3)
     assert "resuming" not in ranks.logs(run)

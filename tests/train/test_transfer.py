@@ -94,7 +94,7 @@ def test_a_stop_is_heard_while_features_are_computed(tmp_path: Path, digits_data
     ranks.eventually(lambda: bool(files.read_json_lines(run.metrics_file)), processes, run)  # it started: features are next
     processes[1].send_signal(signal.SIGTERM)
     assert ranks.finish(processes) == [0, 0], ranks.logs(run)
-    stopped = run.result() or {}
+    stopped = files.read_object(run.result_file)
     assert (stopped["state"], stopped["steps"]) == ("stopped", 0)
     undisturbed, expected = complete(tmp_path, digits_data, config, 2)
     result = ranks.complete(run, digits_data, 2)

@@ -142,7 +142,7 @@ def test_a_suspended_run_goes_on_as_if_nothing_had_been(tmp_path: Path, digits_d
     process.send_signal(signal.SIGSTOP)
     time.sleep(ASLEEP_S + 2)  # longer than the limit of 6 s, and than two polls can be apart otherwise
     process.send_signal(signal.SIGCONT)
-    before = run.state()["step"]
+    before = run.state().step
     ranks.wait_for_step(run, before + 200, [process])
     assert not (run.path / "hangs").exists()
     process.send_signal(signal.SIGTERM)
@@ -167,14 +167,14 @@ def test_a_hung_local_job_restarts_by_itself_and_ends_like_the_undisturbed(tmp_p
     call("submit", str(job), "--cluster", "local")
     (run,) = all_runs(tmp_path / "runs")
     end = time.monotonic() + 300
-    while (run.state().get("step") or 0) < 30:
+    while (run.state().step or 0) < 30:
         assert time.monotonic() < end, run.state()
         time.sleep(0.01)
     beat = files.read_json(run.path / "heartbeat" / "rank-1.json")
     assert isinstance(beat, dict)
     os.kill(beat["pid"], signal.SIGSTOP)
     call("wait", run.id)
-    result = run.result() or {}
+    result = files.read_object(run.result_file)
     assert (result["state"], result["restarts"]) == ("finished", 1)
     undisturbed: Run = ranks.new_run(tmp_path, run.experiment())
     assert ranks.complete(undisturbed, digits_data, 2)["test_loss"] == result["test_loss"]
