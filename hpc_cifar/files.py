@@ -28,6 +28,7 @@ from .reading import read_bytes as read_bytes
 from .reading import read_json as read_json
 from .reading import read_json_lines as read_json_lines
 from .reading import read_object as read_object
+from .reading import sealed
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what a file system without locks answers
 LEFT_BEHIND_S = 5.0  # what stands for a lock and stays so long is a killed process's
@@ -243,6 +244,11 @@ def write_text(path: Path, text: str, *, durable: bool = True, mode: int = 0o644
 def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
     """Atomically write ``value`` as indented JSON (NaN is refused)."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n", durable=durable)
+
+
+def write_sealed(path: Path, value: dict[str, Any], *, durable: bool = True) -> None:
+    """As :func:`write_json`, with a checksum that reading compares: for records whose figures people are shown."""
+    write_text(path, sealed(json.dumps(value, indent=2, allow_nan=False)) + "\n", durable=durable)
 
 
 def append_json_line(path: Path, value: Any) -> None:
