@@ -34,6 +34,11 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what a file system 
 LEFT_BEHIND_S = 5.0  # what stands for a lock and stays so long is a killed process's
 
 
+def whole(text: str) -> int | None:
+    """The number that plain digits are; None for all else, such as ``²``, which ``isdigit`` takes and ``int`` does not."""
+    return int(text) if len(text) <= 18 and text.isascii() and text.isdecimal() else None
+
+
 def fsync_folder(folder: Path) -> None:
     """Make renames inside ``folder`` durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -21,6 +21,7 @@ from pathlib import Path
 from .errors import RunError, UsageError
 
 OTHERS = stat.S_IWGRP | stat.S_IWOTH
+REACHES = stat.S_IXGRP | stat.S_IXOTH  # of a folder: others reach what is in it
 ROOT_MODE, PRIVATE = 0o755, 0o700  # of the folder of runs, whose names may be seen; of what only its owner needs
 NOT_READ = frozenset(("code", "wandb"))  # of a run: what only jobs, and W&B's own client, look at
 MOST_ENTRIES = 200_000  # of a run of somebody else
@@ -269,14 +270,15 @@ def check_name(path: Path) -> None:
     check_own(path)
 
 
-def check_own(path: Path, code_of: str | None = None) -> None:
+def check_own(path: Path, code_of: str | None = None, *, code: bool = False) -> None:
     """Before a run is resumed, cancelled, uploaded or exported, which runs its code, signals its processes or sends its files.
 
     Args:
         code_of: the user whose code may run, as the user of the command has said.
+        code: whether the code in it is run: then nobody else may be able to write where it lies.
 
     Raises:
-        RunError: it is somebody else's, or others could have written what would be run.
+        RunError: it is somebody else's, or others could have written what would be used.
     """
     whose = of(path)
     if whose != uid() and (code_of is None or number_of(code_of, "--code-of") != whose):
@@ -285,14 +287,24 @@ def check_own(path: Path, code_of: str | None = None) -> None:
         raise RunError(f"{path}: is a run of {name_of(whose)}, {words}: --code-of {name}")
     if whose != uid():
         check_tree(path, everything=True)
-    for folder in (path, path / "code", path / "code" / "hpc_cifar", path / "submitit"):
-        with contextlib.suppress(FileNotFoundError):
-            facts = folder.stat() if folder == path else folder.lstat()
-            if stat.S_ISLNK(facts.st_mode) or others_can_write(facts) or facts.st_uid not in (whose, 0):
-                raise RunError(
-                    f"{folder}: others than {name_of(whose)} can write here, where a job's code lies; look at it, then: "
-                    f"chmod -R go-w {path}"
-                )
+    try:
+        facts = path.stat()
+        loose = path if others_can_write(facts) else None
+        if code and loose is None and facts.st_mode & REACHES:
+            entries = _entries(path, frozenset(), ("code", "submitit"))
+            loose = next((Path(entry.path) for entry in entries if _is_loose(entry, whose)), None)
+    except OSError as error:
+        raise RunError(f"{error.filename or path}: {cannot_be_read(path, error)}") from None
+    if loose is not None:
+        raise RunError(
+            f"{loose}: others than {name_of(whose)} can write here, and so change what is run; look at it, then: "
+            f"chmod -R go-w {path}"
+        )
+
+
+def _is_loose(entry: os.DirEntry[str], whose: int) -> bool:
+    facts = entry.stat(follow_symlinks=False)
+    return stat.S_ISLNK(facts.st_mode) or others_can_write(facts) or facts.st_uid not in (whose, 0)
 
 
 def check_tree(path: Path, *, everything: bool = False, parts: Collection[str] = ()) -> None:

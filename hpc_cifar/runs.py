@@ -355,7 +355,7 @@ def _at(token: str) -> Run | None:
 
 def _meant(token: str, runs: list[Run]) -> str:
     """``did you mean 'x'?``: the run whose id, or the beginning of it, is nearly what was typed; the newest of several."""
-    if token.isdigit():  # one number of a job is not nearer than another
+    if files.whole(token) is not None:  # one number of a job is not nearer than another
         return ""
     ids = [run.id for run in reversed(runs)]
     guess = closest(token, ids)
@@ -386,6 +386,6 @@ def find_all(tokens: Iterable[str], root: Path, user: int | None = None) -> list
 
 
 def _of_array(token: str, runs: list[Run]) -> list[Run]:
-    if not token.isdecimal():
+    if files.whole(token) is None:
         return []
     return [run for run in runs if any(job.job_id.startswith(f"{token}_") for job in run.jobs())]

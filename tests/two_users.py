@@ -1,7 +1,7 @@
 """Two real Unix users, made and removed by the tests that need them, and commands as each of them types them.
 
-Only root can make users. What a user cannot reach (an interpreter below ``/root``) is shown to their commands in a mount namespace
-of their own, at the same path.
+Only root can make users. What a user cannot reach (an interpreter below ``/root``) is shown to their commands in a mount
+namespace of their own, at the same path.
 """
 
 from __future__ import annotations
@@ -37,11 +37,13 @@ class User:
     home: Path
     views: Path  # where folders that the user cannot reach are mounted
 
-    def runs(self, *command: str, cwd: Path | None = None, umask: int = 0o022, **variables: str) -> subprocess.CompletedProcess[str]:
+    def runs(
+        self, *command: str, cwd: Path | None = None, umask: int = 0o022, **variables: str
+    ) -> subprocess.CompletedProcess[str]:
         """A program as this user, with nothing of the environment of the tests but its PATH."""
         environment = {
             "HOME": str(self.home), "USER": self.name, "PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1",
-            "PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": str(self.home), "WANDB_MODE": "disabled", "CUDA_VISIBLE_DEVICES": "", **variables,
+            "PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": str(self.home), "CUDA_VISIBLE_DEVICES": "", **variables,
         }  # fmt: skip
         words = [f"{name}={value}" for name, value in environment.items()]
         identity = ["setpriv", f"--reuid={self.uid}", f"--regid={self.gid}", "--clear-groups", "env", "-i", *words]

@@ -21,9 +21,11 @@ def _root() -> None:
 def data(
     dataset: Annotated[str, typer.Option(help="A prepared dataset.")] = "cifar10",
     root: options.DataRoot = None,
-    images: Annotated[int, typer.Option(min=1, help="Images of a round; a fifth of it for reference.")] = 50_000,
+    images: Annotated[
+        int, typer.Option(min=1, max=100_000_000, help="Images of a round; a fifth of it for reference.")
+    ] = 50_000,
     batch_size: Annotated[int, typer.Option(min=1, max=1_000_000, help="Images of a batch.")] = 512,
-    rounds: Annotated[int, typer.Option(min=1, help="Interleaved; the median counts.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, max=10_000, help="Interleaved; the median counts.")] = 5,
     json: options.FiguresFile = None,
 ) -> None:
     """All installed data pipelines side by side: images per second of one process.
@@ -49,12 +51,12 @@ def data(
 def step(
     job: options.Job = "deep300",
     world_size: Annotated[str, typer.Option(help="Numbers of processes; those that are not here are modelled.")] = "1,2,4,8",
-    steps: Annotated[int, typer.Option(min=10, help="Steps of each; the first few are not counted.")] = 25,
+    steps: Annotated[int, typer.Option(min=10, max=1_000_000, help="Steps of each; the first few are not counted.")] = 25,
     sets: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a field, such as training.graph=true.")
     ] = None,
-    link_gbytes: Annotated[float, typer.Option(min=0.001, help="GB/s between modelled processes.")] = 100.0,
-    link_latency_us: Annotated[float, typer.Option(min=0.0, help="Microseconds of each message between them.")] = 10.0,
+    link_gbytes: Annotated[float, typer.Option(min=0.001, max=1e6, help="GB/s between modelled processes.")] = 100.0,
+    link_latency_us: Annotated[float, typer.Option(min=0.0, max=1e6, help="Microseconds of each message between them.")] = 10.0,
     root: options.DataRoot = None,
     json: options.FiguresFile = None,
 ) -> None:
@@ -72,8 +74,8 @@ def step(
 
     target = _target(json)
     parts = [part.strip() for part in world_size.split(",")]
-    if not all(part.isdigit() and int(part) for part in parts):
-        raise UsageError(f"--world-size {world_size}: should be whole numbers from 1 on, such as 1,2,4")
+    if not all(1 <= (files.whole(part) or 0) <= 1024 for part in parts):
+        raise UsageError(f"--world-size {world_size}: should be whole numbers from 1 to 1024, such as 1,2,4")
     link = Link(link_gbytes * 1e9, link_latency_us / 1e6)
     data_root = files.expanded(root, f"--root {root}") if root else files.data_root()
     result = measure(find_job(job), sets or [], [int(part) for part in parts], steps, data_root, link, typer.echo)
@@ -86,8 +88,8 @@ def step(
 def checkpoint(
     job: options.Job = "deep300",
     batch_size: Annotated[int, typer.Option(min=1, max=1_000_000, help="Images of a step.")] = 256,
-    steps: Annotated[int, typer.Option(min=1, help="Steps from one checkpoint to the next.")] = 6,
-    rounds: Annotated[int, typer.Option(min=1, help="Checkpoints of each kind; the median counts.")] = 5,
+    steps: Annotated[int, typer.Option(min=1, max=1_000_000, help="Steps from one checkpoint to the next.")] = 6,
+    rounds: Annotated[int, typer.Option(min=1, max=10_000, help="Checkpoints of each kind; the median counts.")] = 5,
     sets: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a field.")] = None,
     folder: Annotated[
         Path | None, typer.Option(help="On the file system to measure; HPC_CIFAR_RUNS, else ./runs.", show_default=False)

@@ -27,7 +27,7 @@ def status(
     ] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Look again every few seconds until all have ended.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="A list of objects, one a run.")] = False,
-    every: Annotated[float, typer.Option(min=0.2, help="Seconds between looks with --watch.")] = 5.0,
+    every: Annotated[float, typer.Option(min=0.2, max=86_400, help="Seconds between looks with --watch.")] = 5.0,
     owner: options.Owner = None,
 ) -> None:
     """Show the state of a run, or of the latest runs.
@@ -197,7 +197,8 @@ def resume(
         str | None, typer.Option(help="Another profile than last time.", show_default=False, autocompletion=complete.clusters)
     ] = None,
     max_gpu_hours: Annotated[
-        float | None, typer.Option(min=0, help="Refuse a job that may use more GPU-hours.", show_default=False)
+        float | None,
+        typer.Option(min=0, max=options.MOST_HOURS, help="Refuse a job that may use more GPU-hours.", show_default=False),
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Begin at step 0; what a run has so far is set aside in it.")] = False,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Watch the run to its end and print the result.")] = False,

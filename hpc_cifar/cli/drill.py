@@ -28,7 +28,9 @@ def drill(
     ] = None,
     short: Annotated[bool, typer.Option("--short", help="Five faults instead of all.")] = False,
     faults: Annotated[str | None, typer.Option(help="Which faults, separated by commas.", show_default=False)] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Of the random steps and ranks.", show_default=False)] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**63 - 1, help="Of the random steps and ranks.", show_default=False)
+    ] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the runs of the drill.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="An object with the faults and the verdict.")] = False,
 ) -> None:

@@ -26,7 +26,7 @@ def evaluate(
     feature_maps: Annotated[
         bool, typer.Option("--feature-maps", help="Draw the first kernels and every layer's maps of an image.")
     ] = False,
-    image: Annotated[int, typer.Option(min=0, help="Number of that image.")] = 0,
+    image: Annotated[int, typer.Option(min=0, max=1_000_000_000, help="Number of that image.")] = 0,
     split: Annotated[str, typer.Option(help="test or validation.")] = "test",
     checkpoint: Which = "",
     pictures: Annotated[bool, typer.Option(help="Draw confusion matrix, calibration, curves, mistakes.")] = True,

@@ -95,7 +95,7 @@ for _one in (*app.registered_commands, *bench.app.registered_commands):
 
 
 def _error(text: str) -> None:
-    first, *rest = text.splitlines() or [""]
+    first, *rest = text.rstrip("\n").split("\n")
     print(f"hpc-cifar: error: {first}", *rest, sep="\n", file=sys.stderr)
 
 
@@ -121,6 +121,7 @@ def _with_output(code: int, lost: OSError | None, arguments: list[str]) -> int:
 def _run(arguments: list[str]) -> int:
     try:
         _check_folder()
+        _check_numbers(arguments)
         code = app(args=arguments or ["--help"], prog_name="hpc-cifar", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except HpcCifarError as error:
@@ -140,12 +141,30 @@ def _run(arguments: list[str]) -> int:
         _error(f"{said} (see: hpc-cifar {_command(arguments)}--help)")
         return int(getattr(error, "exit_code", 2))
     except Exception as error:
-        if os.environ.get("HPC_CIFAR_DEBUG"):
-            traceback.print_exc()
-            return 1
-        text = str(error).strip().splitlines() or [""]
-        _error(f"unexpected {type(error).__name__}: {text[0]} (HPC_CIFAR_DEBUG=1 shows the traceback)")
+        if isinstance(error, OSError) and error.filename and error.strerror and not os.environ.get("HPC_CIFAR_DEBUG"):
+            _error(f"{terminal.one_line(os.fsdecode(error.filename))}: {error.strerror}")  # such as a full disk
+        else:
+            _unexpected(error)
         return 1
+
+
+def _unexpected(error: Exception) -> None:
+    if os.environ.get("HPC_CIFAR_DEBUG"):
+        traceback.print_exc()
+        return
+    text = str(error).strip().splitlines() or [""]
+    _error(f"unexpected {type(error).__name__}: {text[0][:500]} (HPC_CIFAR_DEBUG=1 shows the traceback)")
+
+
+def _check_numbers(arguments: list[str]) -> None:
+    """
+    Raises:
+        UsageError: an option has NaN, which lies within all bounds, as its value.
+    """
+    for name, value in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, sign, after = name.partition("=")
+        if name.startswith("--") and re.fullmatch(r"[+-]?nan", after if sign else value, re.IGNORECASE):
+            raise UsageError(f"{name}: should be a number, not {after if sign else value}")
 
 
 def _either(names: str) -> str:

@@ -9,6 +9,7 @@ import typer
 
 from . import complete
 
+MOST_HOURS = 1e9
 MANY = "Run ids, unique prefixes, job or array ids, paths, or last."
 RunName = Annotated[str, typer.Argument(help="Run id, unique prefix, job id, path, or last.", autocompletion=complete.runs)]
 RunNames = Annotated[list[str], typer.Argument(help=MANY, autocompletion=complete.runs)]

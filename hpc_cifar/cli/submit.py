@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import complete
+from . import complete, options
 
 if TYPE_CHECKING:
     from ..config.cluster import Cluster
@@ -38,10 +38,12 @@ def submit(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a field, such as optimizer.lr=0.1.")
     ] = None,
     seeds: Annotated[
-        int | None, typer.Option(min=1, help="Run each file with N seeds: its own and those after it.", show_default=False)
+        int | None,
+        typer.Option(min=1, max=10_000, help="Run each file with N seeds: its own and those after it.", show_default=False),
     ] = None,
     kfold: Annotated[
-        int | None, typer.Option(min=2, help="Run each file K times, another fold held out each time.", show_default=False)
+        int | None,
+        typer.Option(min=2, max=10_000, help="Run each file K times, another fold held out each time.", show_default=False),
     ] = None,
     sweep: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Try the values of a sweep file, a run for each.", show_default=False)
@@ -51,13 +53,21 @@ def submit(
     ] = None,
     array_limit: Annotated[
         int | None,
-        typer.Option(min=1, help="Runs of one job array at once; all on Slurm, 1 with --cluster local.", show_default=False),
+        typer.Option(
+            min=1,
+            max=1_000_000,
+            help="Runs of one job array at once; all on Slurm, 1 with --cluster local.",
+            show_default=False,
+        ),
     ] = None,
     after: Annotated[
         list[str] | None, typer.Option(metavar="RUN", help="Start when RUN has finished well; may be repeated.")
     ] = None,
     max_gpu_hours: Annotated[
-        float | None, typer.Option(min=0, help="Refuse jobs that together may use more GPU-hours.", show_default=False)
+        float | None,
+        typer.Option(
+            min=0, max=options.MOST_HOURS, help="Refuse jobs that together may use more GPU-hours.", show_default=False
+        ),
     ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Return when the runs have ended; exit code 1 if one failed.")] = False,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Watch the run to its end and print the result.")] = False,
@@ -75,11 +85,13 @@ def submit(
     ] = None,
     exclude: Annotated[str | None, typer.Option(help="Nodes not to use, such as n1,n[3-5].", show_default=False)] = None,
     nodes: Annotated[
-        int | None, typer.Option(min=1, help="Number of nodes, instead of the job file's.", show_default=False)
+        int | None, typer.Option(min=1, max=1_000_000, help="Number of nodes, instead of the job file's.", show_default=False)
     ] = None,
     gpus_per_node: Annotated[
         int | None,
-        typer.Option(min=0, help="GPUs of each node, instead of the job file's; 0 trains on CPUs.", show_default=False),
+        typer.Option(
+            min=0, max=1024, help="GPUs of each node, instead of the job file's; 0 trains on CPUs.", show_default=False
+        ),
     ] = None,
     time: Annotated[str | None, typer.Option(metavar="HH:MM:SS", help="Time limit of one job.", show_default=False)] = None,
 ) -> None:

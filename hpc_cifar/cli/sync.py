@@ -30,14 +30,14 @@ def sync(
     hpc-cifar sync last
     hpc-cifar sync last --follow
     """
-    from .. import files, owner, runs
+    from .. import files, owner
     from . import chosen
 
     root = files.runs_root()
-    if beside:  # rank 0 of the run itself asks
-        _beside(runs.find(run[0], root))
-        return
     found = chosen.to_act_on(run, root, code_of)
+    if beside:
+        _beside(found[0])
+        return
     for one in found:
         owner.check_tree(one.path, parts=("evaluation", "checkpoints"))
     from ..errors import RunBusy, TrackingError, UsageError

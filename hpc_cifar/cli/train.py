@@ -41,7 +41,7 @@ def train(
         str | None, typer.Option(help="Name of the run; else the experiment's name and a digest of it.", show_default=False)
     ] = None,
     max_steps: Annotated[
-        int | None, typer.Option(min=1, help="Stop at this step of the whole run.", show_default=False)
+        int | None, typer.Option(min=1, max=10**15, help="Stop at this step of the whole run.", show_default=False)
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over; a run of this name is set aside.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Go on with another experiment than the run began with.")] = False,

@@ -14,6 +14,7 @@ from .explain import first_problem
 from .sweep import Sweep
 
 LARGEST_SEED = 2**63 - 1
+MOST_RUNS = 10_000  # of one submission
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,9 @@ def expand(
     Raises:
         UsageError: a seed would be too large, or the experiment cannot be split into that many folds.
     """
+    if (runs := len(experiments) * (seeds or 1) * (folds or 1)) > MOST_RUNS:
+        asked = " ".join([f"--seeds {seeds}"] * bool(seeds) + [f"--kfold {folds}"] * bool(folds))
+        raise UsageError(f"{asked}: {runs:,} runs are more than {MOST_RUNS:,}, the most of one submission")
     return [element for experiment in experiments for element in _expand(experiment, seeds, folds, label, point)]
 
 

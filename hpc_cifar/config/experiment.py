@@ -255,6 +255,17 @@ class Experiment(Model):
         return self
 
     @model_validator(mode="after")
+    def _there_are_statistics_to_compute(self) -> Experiment:
+        model = self.model
+        field, layers = self._written_layers()
+        of_backbone = isinstance(model, PretrainedModel) and model.last != 0 and model.batch_norm != "frozen"
+        if self.training.batch_norm_images is None or of_backbone:
+            return self
+        if not any(layer.type == "batch_norm" for layer in all_layers(layers)):
+            raise ValueError(f"training.batch_norm_images: no layer in model.{field} is a batch_norm; leave it out")
+        return self
+
+    @model_validator(mode="after")
     def _one_preprocessing(self) -> Experiment:
         model = self.model
         if isinstance(model, PretrainedModel) and model.preprocessing == "weights" and self.data.normalize != "mean_std":

@@ -55,6 +55,8 @@ class Training(Model):
     """Memory layout of images and convolutions; ``auto`` is true."""
     batch_norm: Literal["local", "global"] = "local"
     """Statistics of each process's own images, or of the batch over all processes."""
+    batch_norm_images: Annotated[Whole, Field(ge=2)] | None = None
+    """Before a validation or test, compute BatchNorm's running statistics anew, from so many training images."""
     gradient_sync: Literal["auto", "flat", "ddp"] = "auto"
     """One all-reduce in a fixed order, or torch's DistributedDataParallel; ``auto``: flat below 4 million parameters."""
     gradient_compression: Literal["none", "bf16"] = "none"

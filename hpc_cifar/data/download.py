@@ -20,7 +20,7 @@ from rich.console import Console
 
 from .. import owner, planted
 from ..errors import DataError
-from ..files import fsync_folder
+from ..files import fsync_folder, whole
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 MD5 = "c58f30108f718f92721af3b95e74349a"
@@ -148,12 +148,12 @@ def _fetch(url: str, part: Path, console: Console, timeout_s: float) -> bool:
 def _extent(response: Any, have: int) -> tuple[int | None, int]:
     """Bytes of the whole file, if known, and where the answer starts; a server may ignore the range and start anew."""
     if response.status == 206:
-        match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
+        match = re.fullmatch(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18}|\*)", response.headers.get("Content-Range", ""))
         if match and int(match[1]) == have:
             return (None if match[2] == "*" else int(match[2])), have
         raise http.client.HTTPException("the server sent another part than was asked for")
     length = response.headers.get("Content-Length", "")
-    return (int(length) if length.isdigit() else None), 0
+    return whole(length), 0
 
 
 @contextlib.contextmanager

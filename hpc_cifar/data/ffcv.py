@@ -125,7 +125,7 @@ class Ffcv:
             raise DataError(f"data.pipeline: ffcv: there is no {beton.NAME} beside the dataset")
         folder = arrays.beton.parent
         remedy = prepare_command(folder.parent, folder.name) + " --beton"
-        beton.verify(arrays.beton, len(arrays.labels), remedy)
+        beton.verify(arrays.beton, arrays.images, arrays.labels, remedy)
         self._epochs, self._output = epochs, output
         height, width, channels = arrays.images.shape[1:]
         self._empty = torch.empty(0, channels, height, width, dtype=output.dtype, device=output.device)

@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,23 +68,17 @@ def prepare(
         raise UsageError("--archive: digits come with scikit-learn and take no archive; leave it out or name another dataset")
     source = _source_of(dataset, archive)
     try:
-        new = not root.exists()
         owner.make(root, owner.ROOT_MODE)
-        try:
-            with _only_one(root, dataset, wait, console):
-                _sweep(root, dataset)
-                made = _prepare(dataset, source, root, force, download, console, url, md5)
-                return _with_beton(made, write_beton, console)
-        except BaseException:
-            if new:
-                with contextlib.suppress(OSError):  # it holds something
-                    root.rmdir()
-            raise
+        with _only_one(root, dataset, wait, console):
+            _sweep(root, dataset)
+            made = _prepare(dataset, source, root, force, download, console, url, md5)
+            return _with_beton(made, write_beton, console)
     except HpcCifarError:
         raise
     except OSError as error:
         read_only = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
-        if read_only and not force and _existing(root, dataset)[0]:  # nothing has to be written
+        if read_only and not force and _existing(root, dataset)[0]:
+            _say(console, f"{dataset}: is prepared already, in a folder that cannot be written")
             return _with_beton(_prepare(dataset, source, root, False, download, console, url, md5), write_beton, console)
         raise DataError(f"{root / dataset}: cannot be prepared: {error.strerror or error}") from None
 
@@ -106,7 +101,7 @@ def _prepare(
     identity = _identity(dataset, source)
     if existing and not force:
         if source is None or _same_source(existing.manifest["source"], identity, source):
-            _say(console, f"{dataset}: is prepared already")
+            _say(console, f"{dataset}: already prepared")
             return _report(existing, console)
         raise DataError(
             f"{existing.path}: was made from {existing.manifest['source'].get('path', 'another source')}, not from {source}; "
@@ -166,7 +161,7 @@ def _with_beton(made: Store, wanted: bool | None, console: Console) -> Store:
     path = made.train.beton
     try:
         if path is not None:
-            beton.verify(path, len(made.train.labels), "")
+            beton.verify(path, made.train.images, made.train.labels, "")
     except DataError as error:
         _say(console, f"{str(error).partition('; run:')[0]}; writing it anew")
         path = None
@@ -243,7 +238,7 @@ def _same_source(recorded: dict[str, Any], identity: dict[str, Any], source: Pat
 
 @contextlib.contextmanager
 def _only_one(root: Path, dataset: str, wait: bool, console: Console) -> Iterator[None]:
-    """Hold the lock of ``dataset``; the kernel frees it when the process ends, however it ends. Its file goes with it."""
+    """Hold the lock of ``dataset``; the kernel frees it when the process ends, however it ends. What fails removes its file."""
     path = root / f".{dataset}.lock"
     while True:
         stream = planted.open_there(path)
@@ -262,9 +257,12 @@ def _only_one(root: Path, dataset: str, wait: bool, console: Console) -> Iterato
         try:
             files.write_holder(stream)
             yield
-        finally:
+        except BaseException:
             with contextlib.suppress(OSError):
                 path.unlink()
+            raise
+        with contextlib.suppress(OSError):
+            stream.truncate(0)
 
 
 def _locked(stream: TextIO, store_folder: Path, wait: bool) -> bool:
@@ -290,13 +288,21 @@ def _locked(stream: TextIO, store_folder: Path, wait: bool) -> bool:
 
 def _sweep(root: Path, dataset: str) -> None:
     """Remove what a killed process left (the lock is held, so nobody works there); bring back a store set aside."""
-    for left in root.glob(f".{dataset}.*.tmp"):
+    for left in _own(root, f".{dataset}.*.tmp"):
         shutil.rmtree(left, ignore_errors=True)
-    for old in root.glob(f".{dataset}.*.old"):
+    for old in _own(root, f".{dataset}.*.old"):
         if (root / dataset).exists():
             shutil.rmtree(old, ignore_errors=True)
         else:
             old.rename(root / dataset)
+
+
+def _own(root: Path, pattern: str) -> Iterator[Path]:
+    """Folders of this user: what somebody else calls like that is not the store that was set aside."""
+    for path in list(root.glob(pattern)):
+        facts = path.lstat()
+        if stat.S_ISDIR(facts.st_mode) and facts.st_uid == owner.uid():
+            yield path
 
 
 def _build(root: Path, dataset: str, data: sources.Dataset, source: dict[str, Any]) -> None:

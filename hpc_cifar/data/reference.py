@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import mmap
 import multiprocessing
+import os
+import shutil
 import signal
 from collections.abc import Iterator
 from multiprocessing import forkserver, resource_tracker
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torchvision.transforms import v2
 
 from ..config.experiment import Augment
@@ -26,6 +29,9 @@ from .pipeline import Batch, Epochs, Output
 from .store import Arrays
 
 transforms: Any = v2.functional
+SHARED = Path("/dev/shm")  # through which torch's workers send their batches
+AHEAD = 2  # batches that torch's loader has each worker make beforehand
+PAGES = 2**14  # that a batch and its labels take at most beside what is in them, with a semaphore
 WORKERS = 2  # processes, unless the job file says how many
 Key = tuple[int, int, int, bool, int, int]  # sample, dy, dx, flip, cut_y, cut_x
 
@@ -39,6 +45,12 @@ class _Augmented(Dataset[tuple[torch.Tensor, int]]):
         self._augment = augment
         self._mean, self._std = list(output.mean), list(output.std)
         self._dtype = torch.promote_types(output.dtype, torch.float32)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of an image."""
+        _, height, width, channels = self._images.shape
+        return height, width, channels
 
     def __getstate__(self) -> dict[str, Any]:
         """What a worker process gets: where a memory-mapped file lies instead of what is in it."""
@@ -80,7 +92,11 @@ def _collate(samples: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, tor
     """Stack the samples; None for an empty shard, which the loader's own function refuses."""
     if not samples:
         return None
-    return torch.stack([image for image, _ in samples]), torch.tensor([label for _, label in samples])
+    images, labels = torch.stack([image for image, _ in samples]), torch.tensor([label for _, label in samples])
+    if get_worker_info() is not None:  # here an error reaches the loader; in its thread that sends the batch it would be lost
+        for tensor in (images, labels):
+            tensor.untyped_storage().share_memory_()
+    return images, labels
 
 
 class Reference:
@@ -104,7 +120,9 @@ class Reference:
         shards = [keys[end - count : end] for end, (_, _, count) in zip(ends, positions, strict=True)]
         cuda = self._output.device.type == "cuda"
         processes: dict[str, Any] = {}
-        if self._workers:  # without a time limit, the loader looks every 5 s whether they live
+        if self._workers:
+            self._check_room(max((count for _, _, count in positions), default=0), len(positions))
+            # without a time limit, the loader looks every 5 s whether they live
             processes = {"worker_init_fn": _ignore_signals, "multiprocessing_context": _context()}
         loader: DataLoader[Any] = DataLoader(
             self._dataset, batch_sampler=shards, num_workers=self._workers, collate_fn=_collate, pin_memory=cuda, **processes
@@ -119,14 +137,40 @@ class Reference:
                 if not self._workers:
                     raise
                 raise DataError(
-                    f"data.pipeline: reference: its workers failed ({first_line(error)}); data.workers: 0 needs neither "
+                    f"data.pipeline: reference: its workers failed ({_why(error)}); data.workers: 0 needs neither "
                     "processes nor room in /dev/shm"
                 ) from error
             images = images.to(self._output.device, self._output.dtype, non_blocking=True).contiguous(memory_format=memory)
             yield Batch(images, labels.to(self._output.device, non_blocking=True), number, global_size)
 
+    def _check_room(self, largest: int, batches: int) -> None:
+        """Whether all batches that may be on their way fit into shared memory: a worker is killed where a page has no room.
+
+        Raises:
+            DataError: they do not.
+        """
+        height, width, channels = self._dataset.shape
+        item = torch.promote_types(self._output.dtype, torch.float32).itemsize
+        batch = largest * (height * width * channels * item + 8) + PAGES
+        needed = min(self._workers * AHEAD + 2, batches) * batch * int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+        try:
+            free = shutil.disk_usage(SHARED).free
+        except OSError:
+            return
+        if free < needed:
+            raise DataError(
+                f"data.pipeline: reference: its {self._workers} workers need {needed / 2**20:,.1f} MiB of {SHARED}, where "
+                f"{free / 2**20:,.1f} MiB are free; data.workers: 0 needs none, --shm-size of a container gives more"
+            )
+
     def close(self) -> None:
         """Its worker processes ended with the iterators."""
+
+
+def _why(error: BaseException) -> str:
+    """What a worker raised is the last line of what the loader says."""
+    lines = str(error).strip().splitlines()
+    return lines[-1][:200] if lines and lines[0].startswith("Caught") else first_line(error)
 
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)

@@ -177,7 +177,7 @@ class _Use:
             raise NotStaged("the store was exchanged while it was copied")
         if self.beton:
             try:
-                beton.verify(target / beton.NAME, len(self.source.train.labels), "")
+                beton.verify_copy(target / beton.NAME)
             except DataError:
                 raise NotStaged(f"{beton.NAME} is damaged or was exchanged while it was copied") from None
         target.rename(self.folder / self.source.dataset)

@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -123,11 +124,11 @@ class Store:
             DataError: something is not what was written; the message has the command that mends it.
         """
         mapped = {f"{split}-{part}.npy": getattr(getattr(self, split), part) for split in splits or SPLITS for part in PARTS}
-        before = verified.seen(self.path, mapped)
+        before = self._seen(mapped)
         for name, array in mapped.items():
             if hashlib.sha256(array._mmap).hexdigest() != self.manifest["files"][name]["sha256"]:
                 raise _damaged(self.path, f"{name} is not what was written: its SHA-256 differs")
-        if not splits and verified.seen(self.path, mapped) == before:
+        if not splits and self._seen(mapped) == before:
             verified.note(self.path, self.digest, before)
 
     def verify_once(self) -> None:
@@ -137,11 +138,17 @@ class Store:
             DataError: see :meth:`verify`.
         """
         names = list(self.manifest["files"])
-        if verified.is_known(self.path, self.digest, verified.seen(self.path, names)):
+        if verified.is_known(self.path, self.digest, self._seen(names)):
             return
         with verified.by_one(self.path):  # another process may have done it meanwhile
-            if not verified.is_known(self.path, self.digest, verified.seen(self.path, names)):
+            if not verified.is_known(self.path, self.digest, self._seen(names)):
                 self.verify()
+
+    def _seen(self, names: Iterable[str]) -> verified.Seen:
+        try:
+            return verified.seen(self.path, names)
+        except OSError as error:
+            raise _damaged(self.path, str(error)) from None
 
 
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError, RecursionError)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import numpy.typing as npt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -14,6 +15,7 @@ from matplotlib.figure import Figure
 
 Images = npt.NDArray[np.uint8]
 DPI = 110
+matplotlib.rcParams.update({"text.parse_math": False, "text.usetex": False})  # the name of a class is no formula
 
 
 def _save(figure: Figure, path: Path) -> Path:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import owner
+from .. import files, owner
 from ..config.cluster import Cluster
 from ..config.expand import Element
 from ..config.experiment import Experiment
@@ -42,8 +42,8 @@ class Planned:
 
 def largest() -> int:
     """Elements of the largest array that this cluster takes: below its MaxArraySize, which is 1001 where nobody set it."""
-    size = slurm.configuration().get("MaxArraySize", "")
-    return min(LARGEST_ARRAY, max(1, int(size))) if size.isdigit() else LARGEST_ARRAY
+    size = files.whole(slurm.configuration().get("MaxArraySize", ""))
+    return LARGEST_ARRAY if size is None else min(LARGEST_ARRAY, max(1, size))
 
 
 def executor(

@@ -272,7 +272,7 @@ def resume(
     """
     from . import estimate, submit
 
-    owner.check_own(run.path, code_of)
+    owner.check_own(run.path, code_of, code=True)
     owner.check_root(run.path.parent)
     if run.finished():
         return Resumed(run, None)

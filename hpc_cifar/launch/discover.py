@@ -8,6 +8,7 @@ import re
 import shutil
 from dataclasses import dataclass
 
+from .. import files
 from ..errors import LaunchError, NoCluster
 from . import slurm
 from .script import slurm_words
@@ -134,7 +135,7 @@ def _must(command: list[str]) -> str:
 
 
 def _number(text: str) -> int:
-    digits = re.match(r"\d+", text.strip())
+    digits = re.match(r"[0-9]{1,15}", text.strip())
     return int(digits[0]) if digits else 0
 
 
@@ -148,7 +149,8 @@ def gpus_of(gres: str) -> dict[str, int]:
     for entry in re.sub(r"\([^)]*\)", "", gres).split(","):
         name, *rest = entry.strip().split(":")
         if name == "gpu":
-            count = _number(rest[-1]) if rest and rest[-1][:1].isdigit() and (len(rest) == 2 or rest[-1].isdigit()) else 1
-            kind = rest[0] if rest and not (len(rest) == 1 and rest[0].isdigit()) else ""
+            counted = rest and re.match("[0-9]", rest[-1]) and (len(rest) == 2 or files.whole(rest[-1]) is not None)
+            count = _number(rest[-1]) if counted else 1
+            kind = rest[0] if rest and not (len(rest) == 1 and files.whole(rest[0]) is not None) else ""
             found[kind] = found.get(kind, 0) + count
     return found

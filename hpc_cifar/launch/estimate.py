@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import owner
+from .. import files, owner
 from ..config.cluster import Cluster
 from ..config.experiment import Experiment
 from ..errors import LaunchError, NoCluster, RunError
@@ -81,7 +81,7 @@ def _nodes_are_away(words: str, cluster: Cluster) -> bool:
     where = [f"--partition={cluster.partition}"] if cluster.partition else []
     away = ["sinfo", "--noheader", "--states=down,drain,fail,maint", "--format=%D", *where]
     reply = slurm.ask(away, timeout_s=TEST_TIMEOUT_S)
-    return reply.code == 0 and any(int(count) for count in reply.out.split() if count.isdigit())
+    return reply.code == 0 and any(files.whole(count) for count in reply.out.split())
 
 
 def _check_time(partition: str | None, cluster: Cluster, plan: Plan) -> None:

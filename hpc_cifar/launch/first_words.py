@@ -40,7 +40,7 @@ _NOISE = re.compile(
 )
 # what Slurm's programs say when a task has ended: true of each, and the reason of none
 _SLURMS = re.compile(r"srun: |slurmstepd(?:-[\w.-]+)?: ")
-_TASK = re.compile(r"srun: error: \S+: tasks? (\d+)[\d,-]*: ([^\n]+)")
+_TASK = re.compile(r"srun: error: \S+: tasks? ([0-9]{1,9})[\d,-]*: ([^\n]+)")
 _DUE_TO = re.compile(r"CANCELLED AT \S+ DUE TO ([A-Z][A-Z ]+)")
 _SETUP = re.compile(rf"{OURS}.+ (?:failed|ended the job) with exit code \d+")
 _BASHS = re.compile(r"/\S*/(?:slurm_script|guard\.sh): line \d+: ")  # what bash puts before its words

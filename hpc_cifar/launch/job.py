@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import lifetime, owner, stages
+from .. import lifetime, owner, stages, terminal
 
 if TYPE_CHECKING:
     from ..config.experiment import Experiment
@@ -102,6 +102,7 @@ class TrainJob:
 
     def _run(self) -> dict[str, Any]:
         stages.done("process")
+        terminal.guard(keeps_going=True)  # a full disk below the log must not end the training
         import submitit
 
         owner.narrow_umask()  # sbatch takes the user's along; pickles are written at every requeue
@@ -237,8 +238,10 @@ def read_ahead(run: Run, data_root: Path, experiment: Experiment) -> None:
 
 def restart_count() -> int:
     """How often the scheduler or the local controller has restarted this job."""
+    from .. import files
+
     text = os.environ.get("SLURM_RESTART_COUNT") or os.environ.get("HPC_CIFAR_RESTART_COUNT") or "0"
-    return int(text) if text.isdigit() else 0
+    return files.whole(text) or 0
 
 
 def segment() -> str:
@@ -257,6 +260,8 @@ def port_for(job_id: str, restart: int) -> int:
 
 def set_environment(env: Any) -> None:
     """Describe this rank as torchrun would. CUDA_VISIBLE_DEVICES stays as the scheduler set it; LOCAL_RANK picks the device."""
+    from .. import files
+
     nodes, world = env.num_nodes, env.num_tasks
     local_world = max(1, world // nodes)
     # a free port that the local controller found, else one that follows from the job
@@ -270,7 +275,7 @@ def set_environment(env: Any) -> None:
         MASTER_PORT=port,
     )
     per_task = os.environ.get("SLURM_CPUS_PER_TASK", "")
-    threads = int(per_task) if per_task.isdigit() else max(1, len(os.sched_getaffinity(0)) // local_world)
+    threads = files.whole(per_task) or max(1, len(os.sched_getaffinity(0)) // local_world)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     # torchrun's agent would own the meeting point; here rank 0 does
     for name in [name for name in os.environ if name.startswith("TORCHELASTIC_")]:

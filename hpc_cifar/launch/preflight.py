@@ -75,7 +75,8 @@ def ready(own: OwnJob, data_root: Path) -> Iterator[Node]:
 def _timeout_s() -> float:
     """Seconds to wait for the other nodes; 0 leaves the checks out."""
     text = os.environ.get("HPC_CIFAR_PREFLIGHT_S", "")
-    return float(text) if text.isdigit() else DEFAULT_PREFLIGHT_S
+    told = files.whole(text)
+    return DEFAULT_PREFLIGHT_S if told is None else float(told)
 
 
 def _check(own: OwnJob, found: Staged, dataset: str, timeout_s: float) -> None:

@@ -63,7 +63,7 @@ def _line(key: str, value: Any, comment: str = "", *, active: bool = True) -> st
     """``key: value    # comment``; as a comment itself where the site should decide."""
     as_it_is = isinstance(value, str) and PLAIN.fullmatch(value) and yaml.safe_load(value) == value
     written = f"{'' if active else '# '}{key}: {value if as_it_is else json.dumps(value)}"
-    return _plain(f"{written:<{WIDTH}}# {comment}" if comment else written)
+    return _plain(f"{written:<{WIDTH - 1}} # {comment}" if comment else written)
 
 
 def _plain(text: str) -> str:

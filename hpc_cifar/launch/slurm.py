@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import itertools
 import os
 import re
 import subprocess
@@ -11,6 +12,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from ..errors import LaunchError
+from ..files import whole
 from .policy import Word
 
 WAITING = frozenset("PENDING CONFIGURING EXPEDITING REQUEUED REQUEUE_FED REQUEUE_HOLD SPECIAL_EXIT RESV_DEL_HOLD".split())  # noqa: SIM905
@@ -18,6 +20,8 @@ ACTIVE = frozenset("RUNNING COMPLETING SUSPENDED STOPPED SIGNALING STAGE_OUT RES
 ENDED_ALREADY = ("already completing or completed", "Invalid job id")
 JOB_ID = re.compile(r"[0-9]{1,18}(_[0-9]{1,18})?")  # of a job, or of an element of an array
 TIMEOUT_S = 30
+LONGEST_LIST, MOST_ELEMENTS = 1 << 20, 1 << 20  # characters of a list of elements that are read; elements that are told
+_SPAN = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?(?::([0-9]{1,9}))?")
 LOOK_TIMEOUT_S = 15  # for a question only; Slurm's own programs give up after 10 s where the site left that as it is
 NO_ANSWER = (
     *("timed out", "unable to contact", "connection refused", "zero bytes were transmitted", "in standby mode"),
@@ -138,18 +142,30 @@ def utc_of(stamp: str) -> str | None:
         return None
 
 
-def expand_ids(text: str) -> list[str]:
-    """Every job meant by an id as Slurm prints it: waiting elements of an array are one line, ``123_[0-2,7,10-20:5%4]``."""
-    array, bracket, rest = text.partition("_[")
-    if not bracket:
-        return [text]
+def _elements(text: str) -> tuple[str, list[range]]:
+    """Array and elements meant by an id as Slurm prints it: waiting ones are one line, ``123_[0-2,7,10-20:5%4]``."""
+    array, _, rest = text.partition("_[")
     found = []
-    for part in rest.rstrip("]").partition("%")[0].split(","):
-        span, _, step = part.partition(":")
-        first, _, last = span.partition("-")
-        if first.isdigit() and (last or first).isdigit() and (step or "1").isdigit():
-            found += [f"{array}_{index}" for index in range(int(first), int(last or first) + 1, int(step or 1))]
-    return found
+    for part in rest[:LONGEST_LIST].rstrip("]").partition("%")[0].split(","):
+        if form := _SPAN.fullmatch(part):
+            first, last, step = int(form[1]), int(form[2] or form[1]), int(form[3] or 1)
+            found.append(range(first, last + 1, max(1, step)))
+    return array, found
+
+
+def expand_ids(text: str, wanted: Collection[str] | None = None) -> list[str]:
+    """Every job meant by an id as Slurm prints it.
+
+    Args:
+        wanted: only these; an array may have millions of elements, of which most are not asked for.
+    """
+    if "_[" not in text:
+        return [text] if wanted is None or text in wanted else []
+    array, spans = _elements(text)
+    if wanted is None:
+        return [f"{array}_{index}" for index in itertools.islice(itertools.chain(*spans), MOST_ELEMENTS)]
+    asked = {one: whole(one.removeprefix(f"{array}_")) for one in wanted if one.startswith(f"{array}_")}
+    return [one for one, index in asked.items() if index is not None and any(index in span for span in spans)]
 
 
 def _word(text: str) -> str:
@@ -189,7 +205,7 @@ def query(job_ids: Iterable[str], ended: Collection[str] = (), others: Collectio
         job_id, state, reason, start, nodes, *_ = [*line.split("|"), "", "", "", ""]
         if state and _word(state) != "REVOKED":
             seen = JobState(_word(state), _plain(reason), utc_of(start), _plain(nodes) or None)
-            found |= {one: seen for one in expand_ids(job_id.strip()) if one in wanted}
+            found |= dict.fromkeys(expand_ids(job_id.strip(), wanted), seen)
     if missing := wanted - set(found) - set(ended):
         # without accounting this ends at once and asks nobody
         accounts = ["sacct", "--noheader", "--parsable2", "--allocations", "--format=JobID,State,Reason,Start,NodeList"]
@@ -198,7 +214,7 @@ def query(job_ids: Iterable[str], ended: Collection[str] = (), others: Collectio
             job_id, state, reason, start, nodes, *_ = [*line.split("|"), "", "", "", ""]
             if state:
                 seen = JobState(_word(state), _plain(reason), utc_of(start), _hosts(nodes))
-                found |= {one: seen for one in expand_ids(job_id) if one in missing}
+                found |= dict.fromkeys(expand_ids(job_id, missing), seen)
     if (wanted - set(found)) and not reachable and not listing.unanswered:
         told = ask(["scontrol", "--all", "--oneliner", "show", "jobs"])
         reachable = told.code == 0
@@ -206,11 +222,11 @@ def query(job_ids: Iterable[str], ended: Collection[str] = (), others: Collectio
             pairs = dict(re.findall(r"\b(\w+)=(\S+)", line))
             name = pairs.get("JobId", "")
             if index := pairs.get("ArrayTaskId"):
-                name = f"{pairs.get('ArrayJobId', '')}_" + (index if index.isdigit() else f"[{index}]")
+                name = f"{pairs.get('ArrayJobId', '')}_" + (index if whole(index) is not None else f"[{index}]")
             if "JobState" in pairs:
                 begun, hosts = utc_of(pairs.get("StartTime", "")), _plain(pairs.get("NodeList", ""))
                 seen = JobState(pairs["JobState"], _plain(pairs.get("Reason", "")), begun, hosts or None)
-                found = {one: seen for one in expand_ids(name) if one in wanted} | found
+                found = dict.fromkeys(expand_ids(name, wanted), seen) | found
     return Answer(found, reachable, frozenset(hidden - set(found)))
 
 
@@ -263,7 +279,7 @@ def evidence(job_id: str) -> Evidence:
         fields = dict(re.findall(r"\b(\w+)=(\S+)", found[3]))
         preempted, ended = (utc_of(fields.get(name, "")) for name in ("PreemptTime", "EndTime"))
         restarts = fields.get("Restarts", "")
-        return Evidence(found[1], _plain(found[2]), preempted, ended, int(restarts) if restarts.isdigit() else 0)
+        return Evidence(found[1], _plain(found[2]), preempted, ended, whole(restarts) or 0)
     told = ask(["squeue", "--noheader", "--states=all", "--format=%T %r", "--jobs", job_id])
     state, _, reason = (told.out.strip().splitlines() or [""])[0].strip().partition(" ")
     return Evidence(state, _plain(reason), whole=False) if told.code == 0 else Evidence()

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
+import stat
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import RunError
 
+LARGEST = 2 << 20  # bytes of a file of the package
 PACKAGE = Path(__file__).resolve().parent.parent
 _SKIPPED = shutil.ignore_patterns(".*", "*~", "#*#", "*.nbi", "*.nbc")
 _BYTECODE = f".{sys.implementation.cache_tag}.pyc"
@@ -32,7 +36,7 @@ def take(code: Path, package: Path = PACKAGE) -> Path:
         building.rename(code)
     except (OSError, shutil.Error) as error:
         shutil.rmtree(building, ignore_errors=True)
-        raise RunError(f"{code}: the code cannot be copied there: {error}") from None
+        raise RunError(f"{code}: the code cannot be copied there: {_words(error)}") from None
     return code
 
 
@@ -49,14 +53,39 @@ def share(code: Path, existing: Path) -> Path:
         building.rename(code)
     except (OSError, shutil.Error) as error:
         shutil.rmtree(building, ignore_errors=True)
-        raise RunError(f"{code}: the code cannot be linked there: {error}") from None
+        raise RunError(f"{code}: the code cannot be linked there: {_words(error)}") from None
     return code
+
+
+def _words(error: OSError) -> str:
+    """One line: ``shutil.Error`` has one for each file, which on a full disk are hundreds of the same."""
+    if not isinstance(error, shutil.Error):
+        return error.strerror or str(error)
+    listed = error.args[0] if error.args else []
+    reasons = [str(row[2]) if isinstance(row, tuple) and len(row) == 3 else str(row) for row in listed or [error]]
+    first = re.sub(r"^\[Errno \d+\] ", "", reasons[0]).partition(": '")[0][:200]
+    return first + (f" ({len(reasons)} files)" if len(reasons) > 1 else "")
 
 
 def _skipped(folder: str, names: list[str]) -> set[str]:
     """All bytecode but what this Python has compiled already, which spares every rank half a second."""
     foreign = {name for name in names if name.endswith((".pyc", ".pyo")) and not name.endswith(_BYTECODE)}
-    return foreign | _SKIPPED(folder, names)
+    return foreign | _SKIPPED(folder, names) | _large(Path(folder), set(names) - foreign)
+
+
+def _large(folder: Path, names: Iterable[str]) -> set[str]:
+    """Files that no package has, such as data or weights that lie in a checkout; each run would have a copy. It is said."""
+    found = set()
+    for name in names:
+        with contextlib.suppress(OSError):
+            facts = (folder / name).lstat()
+            if stat.S_ISREG(facts.st_mode) and facts.st_size > LARGEST:
+                found.add(name)
+                size = f"{facts.st_size / 2**20:.1f} MiB"
+                print(f"hpc-cifar: {folder / name} ({size}) is no code: runs get no copy of it", file=sys.stderr)
+            elif not stat.S_ISREG(facts.st_mode) and not (folder / name).is_dir() and not stat.S_ISLNK(facts.st_mode):
+                found.add(name)  # a FIFO would be waited for
+    return found
 
 
 def _copy(source: str, target: str) -> str:

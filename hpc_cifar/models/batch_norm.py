@@ -32,6 +32,9 @@ class BatchNorm(nn.Module):
 
     A rank whose own batch has fewer than two values a channel cannot estimate a variance; with local statistics it
     normalises that batch with its running statistics and leaves them as they are.
+
+    Attributes:
+        alone: while it is set, this rank's batch alone gives the statistics, by the sums that joint ones are made with.
     """
 
     running_mean: Tensor
@@ -46,10 +49,11 @@ class BatchNorm(nn.Module):
         self.keep = keep
         self.eps = eps
         self.over_all_ranks = over_all_ranks
+        self.alone = False
 
     def forward(self, x: Tensor) -> Tensor:
-        several = dist.is_initialized() and dist.get_world_size() > 1
-        if self.training and self.over_all_ranks and (several or x.device.type == "cpu"):
+        several = not self.alone and dist.is_initialized() and dist.get_world_size() > 1
+        if self.training and (self.over_all_ranks or self.alone) and (several or x.device.type == "cpu"):
             return self._joint(x, several)
         update = self.training and x.numel() // x.shape[1] > 1
         return F.batch_norm(

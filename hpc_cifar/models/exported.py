@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import files
 from ..config.model import ModelConfig, PretrainedModel
-from ..errors import DataError, first_line
+from ..errors import DataError, HpcCifarError, first_line
 from . import build
 
 FORMAT = "hpc-cifar-1"
@@ -82,27 +82,26 @@ def load(path: Path) -> tuple[nn.Module, Exported]:
         with safe_open(path, "pt") as opened:
             words = opened.metadata() or {}
             weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # not a dictionary
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
+    except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
+        raise DataError(f"{path}: cannot be read: {first_line(error)}") from None
     if words.get("format") != FORMAT:
         raise DataError(f"{path}: is no export of hpc-cifar")
     try:
         fields = {name: json.loads(words[name]) for name in ("model", "classes", "mean", "std", "image", "facts")}
         model = TypeAdapter(ModelConfig).validate_python(fields["model"])
-    except (KeyError, ValueError) as error:  # pydantic's are ValueErrors
+        model = model.model_copy(update={"weights": None}) if isinstance(model, PretrainedModel) else model
+        about = TypeAdapter(Exported).validate_python(fields | {"model": model})
+    except (KeyError, ValueError, TypeError, RecursionError) as error:  # pydantic's are ValueErrors
         raise DataError(f"{path}: its header is damaged ({first_line(error)})") from None
-    model = model.model_copy(update={"weights": None}) if isinstance(model, PretrainedModel) else model
-    about = Exported(
-        model,
-        tuple(fields["classes"]),
-        tuple(fields["mean"]),
-        tuple(fields["std"]),
-        tuple(fields["image"]),
-        fields["facts"],
-    )
-    network = build.build(model, about.image, classes=len(about.classes))
     try:
+        with torch.device("meta"):  # the header may ask for a network of any size
+            wanted = build.build(model, about.image, classes=len(about.classes)).state_dict()
+        if {name: (one.shape, one.dtype) for name, one in wanted.items()} != {
+            name: (one.shape, one.dtype) for name, one in weights.items()
+        }:
+            raise ValueError("other names, shapes or types")
+        network = build.build(model, about.image, classes=len(about.classes))
         network.load_state_dict(weights)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, HpcCifarError) as error:
         raise DataError(f"{path}: its weights do not fit its network ({first_line(error)})") from None
     return network.eval(), about

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import pickle
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 from .. import files
 from ..config.model import VERSIONS, PretrainedModel
 from ..errors import DataError, UsageError, first_line
+from . import tensors
 from .pretrained import CLASSIFIERS, Pretrained, backbone_of, build, torchvision_weights, whole
 
 FOLDER = "weights"
@@ -118,19 +117,18 @@ def read(path: Path) -> dict[str, Tensor]:
             from safetensors.torch import load_file
 
             return dict(load_file(path))
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        loaded = tensors.load(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except Exception as error:  # safetensors has an exception of its own, torch raises many
-        known = isinstance(error, RuntimeError | pickle.UnpicklingError | EOFError | zipfile.BadZipFile | ValueError | KeyError)
-        if not known and type(error).__name__ != "SafetensorError":
-            raise
+    except Exception as error:  # of a damaged file safetensors may raise anything, too
         raise DataError(f"{path}: is truncated or damaged, or holds no weights ({first_line(error)})") from None
     for key in ("state_dict", "model", "model_state_dict"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
             loaded = loaded[key]
     if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise DataError(f"{path}: holds no named tensors")
+    if any(value.layout != torch.strided or value.is_quantized for value in loaded.values()):
+        raise DataError(f"{path}: has tensors that are sparse or quantized")
     return {str(name).removeprefix("module."): value for name, value in loaded.items()}
 
 
@@ -146,6 +144,8 @@ def matched(found: Mapping[str, Tensor], network: nn.Module, path: Path, name: s
     given = {key: value for key, value in found.items() if not key.endswith("num_batches_tracked")}
     missing = [key for key in wanted if key not in given and not _of_a_classifier(key)]
     unknown = [key for key in given if key not in wanted and not _of_a_classifier(key)]
+    if kinds := [key for key, value in given.items() if value.is_complex() or not value.is_floating_point()]:
+        raise UsageError(f"{path}: are no weights of {name}: {kinds[0]} has the type {given[kinds[0]].dtype}")
     if missing and [tuple(value.shape) for value in given.values()] == [tuple(value.shape) for value in wanted.values()]:
         return dict(zip(wanted, given.values(), strict=True))
     wrong = [key for key in wanted if key in given and wanted[key].shape != given[key].shape and not _of_a_classifier(key)]

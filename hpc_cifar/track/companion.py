@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 
+from .. import owner
 from ..config.experiment import Tracking
 from ..runs import Run
 from .wandb_run import FINISH_TIMEOUT_S, mode
@@ -36,6 +37,8 @@ class Companion:
         if self.mode != "online":
             return
         command = [sys.executable, "-m", "hpc_cifar", "sync", str(run.path), "--beside"]
+        if not owner.is_own(run.path):  # whoever resumed it has said whose code may run
+            command += ["--code-of", str(owner.of(run.path))]
         try:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True  # a Ctrl-C is for the ranks

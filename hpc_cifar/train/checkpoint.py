@@ -12,10 +12,8 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import pickle
 import secrets
 import shutil
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ import torch
 
 from .. import files
 from ..errors import CheckpointError, DamagedCheckpoint
+from ..models import tensors
 from .saved import WAY_OUT
 
 FORMAT = 1
@@ -133,7 +132,7 @@ def _prune(folder: Path, keep_last: int, every: int | None) -> None:
 
 def stored(folder: Path) -> list[Saved]:
     """Every checkpoint, newest step first; nothing is verified yet."""
-    folders = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit()]
+    folders = [path for path in folder.glob("step-*") if files.whole(path.name.removeprefix("step-")) is not None]
     return [_open(path) for path in sorted(folders, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)]
 
 
@@ -168,8 +167,8 @@ def read(saved: Saved) -> dict[str, Any]:
     if hashlib.sha256(data).hexdigest() != saved.manifest.get("sha256"):
         raise DamagedCheckpoint(f"{path}: its sha256 is not the one in manifest.json")
     try:
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile, ValueError, KeyError) as error:
+        state = tensors.load(data)
+    except tensors.Unreadable as error:
         raise DamagedCheckpoint(f"{path}: cannot be loaded: {error}") from None
     if not isinstance(state, dict):
         raise DamagedCheckpoint(f"{path}: holds no checkpoint")
@@ -244,7 +243,7 @@ def same(one: Saved, other: Saved) -> bool:
         CheckpointError: one cannot be read, or is damaged.
     """
     first, second = read(one), read(other)
-    return all(_equal(first[name], second[name]) for name in ("model", "optimizer", "ema"))
+    return all(_equal(first.get(name), second.get(name)) for name in ("model", "optimizer", "ema"))
 
 
 def _equal(one: Any, other: Any) -> bool:

@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .. import caches
+from .. import caches, files
 from ..errors import RunError
+from . import interfaces
 from .heap import keep_freed_memory
 
 FLAT_LIMIT = 4_000_000  # parameters; below, one flat all-reduce beats overlapping buckets, which hide no communication
@@ -72,8 +73,8 @@ def available_cpus(local_size: int) -> int:
     """CPUs this process may use: Slurm's share of the task if there is one, else its part of the affinity mask."""
     allowed = len(os.sched_getaffinity(0))
     per_task = os.environ.get("SLURM_CPUS_PER_TASK", "")
-    if per_task.isdigit() and int(per_task):
-        return max(1, min(allowed, int(per_task)))
+    if told := files.whole(per_task):
+        return max(1, min(allowed, told))
     return max(1, allowed // local_size)
 
 
@@ -110,9 +111,13 @@ def connect(use_gpu: bool = True, timeout_s: float = 600.0) -> World:
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()
-    torch.set_num_threads(int(os.environ.get("HPC_CIFAR_THREADS", 0)) or available_cpus(local_size))
+    torch.set_num_threads(files.whole(os.environ.get("HPC_CIFAR_THREADS", "")) or available_cpus(local_size))
+    if size > 1 and (missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]):
+        raise RunError(f"rank {rank} of {size}: {' and '.join(missing)} not set, by which the ranks would find each other")
     if size == 1:
         return World(0, 1, 0, 1, device, None)
+    if wrong := interfaces.problems(gpu=device.type == "cuda"):
+        raise RunError(f"rank {rank} on {os.uname().nodename}: {'; '.join(wrong)}")
     timeout = datetime.timedelta(seconds=timeout_s)
     try:
         if device.type == "cuda":

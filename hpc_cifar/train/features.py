@@ -174,11 +174,13 @@ class Features:
             start += count
             yield Batch(features[part], labels[part], number, global_size)
 
-    def evaluation_batches(self, arrays: Arrays, indices: npt.ArrayLike, batch_size: int) -> Iterator[Batch]:
-        """This rank's share of ``indices``, in order."""
+    def evaluation_batches(
+        self, arrays: Arrays, indices: npt.ArrayLike, batch_size: int, alone: bool = False
+    ) -> Iterator[Batch]:
+        """This rank's share of ``indices``, in order; all of them, if it is ``alone``."""
         features, labels, row = self.of(arrays)
         samples = row[torch.from_numpy(np.asarray(indices, dtype=np.int64)).to(row.device)]
-        begin, end = shard(len(samples), self._world.size, self._world.rank)
+        begin, end = (0, len(samples)) if alone else shard(len(samples), self._world.size, self._world.rank)
         for number, start in enumerate(range(begin, end, batch_size)):
             part = samples[start : min(start + batch_size, end)]
             yield Batch(features[part], labels[part], number, len(samples))

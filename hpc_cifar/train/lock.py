@@ -72,7 +72,8 @@ def is_earlier(run: Run, job: str, holder: Holder) -> bool:
     here, _, restart = job.rpartition(".")
     there, _, before = holder.job.rpartition(".")
     if here and here == there:
-        return before.isdigit() and restart.isdigit() and int(before) < int(restart)
+        earlier, this = files.whole(before), files.whole(restart)
+        return earlier is not None and this is not None and earlier < this
     jobs = [row.job_id for row in run.jobs()]
     return here in jobs and any(name in jobs[: jobs.index(here)] for name in (there, holder.segment))
 
@@ -159,7 +160,7 @@ class RunLock:
         if not self._waits:
             self._begin_wait(beat)
         text = os.environ.get(VARIABLE, "")
-        limit = float(text) if text.isdigit() else WAIT_S
+        limit = WAIT_S if (told := files.whole(text)) is None else float(told)
         if now - self._begun < limit:
             return None
         self._end_wait()

@@ -139,6 +139,7 @@ def _trained(trainer: Trainer, segment: str, on_hang: OnHang | None) -> dict[str
     rehearsal.begin(run.path, world.rank, trainer.session.stepper, lambda: trainer.session.position.step)
     patience = trainer.experiment.resources.hang_timeout_s
     with Watchdog(run.path, segment, world, patience, on_hang, trainer.records.progress.say) as trainer.watchdog:
+        trainer.validation.progress = trainer.watchdog.moved
         try:
             return trainer.train()
         except NonFiniteLoss:

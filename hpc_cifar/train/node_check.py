@@ -18,6 +18,7 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined, unused-i
 
 from ..data.store import Store
 from ..errors import DataError, HpcCifarError, first_line
+from . import interfaces
 from .distributed import device_for
 from .meeting import Meeting
 
@@ -46,6 +47,7 @@ def problems_here(
     if local_rank == 0:
         checks |= {
             "memory": lambda: _check_memory(local_size),
+            "network": lambda: _check_interfaces(gpu),
             "run directory": lambda: _check_folder(run),
             "data": lambda: _check_data(data_root, dataset, verify),
         }
@@ -82,6 +84,11 @@ def check_device(gpu: bool, local_rank: int, local_size: int) -> None:
         free = torch.cuda.mem_get_info(device)[0] / GIB
         if free < DEVICE_GIB:
             raise Broken(f"{free:.1f} GiB free on {torch.cuda.get_device_name(device)}, needed are {DEVICE_GIB:.1f}")
+
+
+def _check_interfaces(gpu: bool) -> None:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and (found := interfaces.problems(gpu=gpu)):
+        raise Broken("; ".join(found))
 
 
 def _check_memory(local_size: int) -> None:
@@ -163,16 +170,26 @@ def _sum(meeting: Meeting, device: torch.device) -> str:
         "nccl" if on_gpu else "gloo", store=PrefixStore("sum", meeting.store),
         rank=meeting.rank, world_size=meeting.size, timeout=timeout, device_id=device if on_gpu else None,
     )  # fmt: skip
-    values = torch.full((1024,), meeting.rank + 1.0, device=device)
-    work = dist.all_reduce(values, async_op=True)
-    assert work is not None
     deadline = time.monotonic() + meeting.timeout_s
+    said = _summed(meeting, device, None, deadline, "all-reduce")
+    if on_gpu and not said:  # flags and Python objects travel by gloo there too
+        control = dist.new_group(backend="gloo")
+        assert isinstance(control, dist.ProcessGroup)
+        said = _summed(meeting, torch.device("cpu"), control, deadline, "all-reduce by gloo")
+    if "no end" not in said:
+        dist.destroy_process_group()
+    return said
+
+
+def _summed(meeting: Meeting, device: torch.device, group: dist.ProcessGroup | None, deadline: float, what: str) -> str:
+    values = torch.full((1024,), meeting.rank + 1.0, device=device)
+    work = dist.all_reduce(values, group=group, async_op=True)
+    assert work is not None
     while not work.is_completed():
         if time.monotonic() > deadline:
-            return f"all-reduce: no end within {meeting.timeout_s:.0f} s"
+            return f"{what}: no end within {meeting.timeout_s:.0f} s"
         time.sleep(POLL_S)
     work.wait()
     got, expected = values.cpu(), meeting.size * (meeting.size + 1) / 2
-    dist.destroy_process_group()
     wrong = got[got != expected]
-    return f"all-reduce: {wrong[0].item():g} instead of {expected:g}" if len(wrong) else ""
+    return f"{what}: {wrong[0].item():g} instead of {expected:g}" if len(wrong) else ""

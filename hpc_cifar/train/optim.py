@@ -12,6 +12,7 @@ from torch import nn
 from ..config.optimization import LARS, SGD, Adam, AdamW, Muon, Optimizer
 from ..errors import RunError
 from ..models.build import Rule
+from . import contents
 
 LR_FACTOR = "lr_factor"
 """Name of the factor on the rate in a group of parameters."""
@@ -102,6 +103,10 @@ def restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     Args:
         state: is changed: its groups become capturable where those of ``optimizer`` are. torch puts counts of steps on the
             device or the host by that.
+
+    Raises:
+        RunError: an earlier version made other groups of these parameters.
+        ValueError: it is the state of other parameters.
     """
     groups, saved_groups = optimizer.param_groups, state["param_groups"]
     kinds = [[(len(one["params"]), one.get("use_muon"), "ns_steps" in one) for one in some] for some in (groups, saved_groups)]
@@ -110,6 +115,8 @@ def restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
             "the checkpoint is of an earlier version of hpc-cifar, whose optimizer treated these parameters otherwise: "
             "go on with that version, or train the job anew under another name"
         )
+    if problem := contents.of_optimizer(state, optimizer):
+        raise ValueError(problem)
     for group, saved in zip(groups, saved_groups, strict=True):
         saved["weight_decay"] = group["weight_decay"]  # an earlier version had the L2 of layers in it
         if "capturable" in group:

@@ -61,7 +61,7 @@ def _time(seconds: Any) -> str:
 def missing(run: Run) -> CheckpointError | None:
     """What to say of a run that has saved checkpoints and has none; None where it may go on, or begin."""
     step, when = newest(run)
-    if not step or any(path.name.removeprefix("step-").isdigit() for path in run.checkpoints.glob("step-*")):
+    if not step or any(files.whole(path.name.removeprefix("step-")) is not None for path in run.checkpoints.glob("step-*")):
         return None
     return CheckpointError(
         f"{run.checkpoints}: no checkpoint is there, though that of step {step} was written{f' at {when}' if when else ''}; "

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, first_line
-from . import optim
+from . import contents, optim
 from .distributed import World
 from .saver import copy_of
 from .setup import AveragedStatistics
+from .statistics import Statistics
 from .step import Stepper
 
 
@@ -40,6 +41,7 @@ class Session:
     history: list[dict[str, Any]] = field(default_factory=list)  # rows of finished epochs
     best: float | None = None  # of checkpoint.monitor
     best_step: int | None = None
+    statistics: dict[int, Statistics] = field(default_factory=dict)  # as validated after a step; of the last one only
 
     def state(self) -> dict[str, Any] | None:
         """What a checkpoint holds, on rank 0; None elsewhere. Call on every rank. Its tensors are copies, on their devices."""
@@ -60,6 +62,7 @@ class Session:
             "optimizer": optimizer,
             "ema": None if self.ema is None else {"shadow": copy_of(self.ema.shadow), "updates": self.ema.updates},
             "position": {"epoch": self.position.epoch, "batch": self.position.batch, "step": self.position.step},
+            "statistics": copy_of(self.statistics.get(self.position.step)),
             "per_rank": per_rank,
             "world_size": self.world.size,
             "split_digest": self.split_digest,
@@ -74,41 +77,72 @@ class Session:
         Raises:
             CheckpointError: it belongs to another network, optimizer or dataset.
         """
+        if problem := contents.problem(state):
+            raise CheckpointError(f"the checkpoint is not what this version writes: {problem}")
         if state["split_digest"] != self.split_digest:
             raise CheckpointError(
                 "the checkpoint was trained on other images (another dataset, or another validation split); "
                 "prepare the dataset it was made with, or start a new run"
             )
+        self._restore_weights(state)
         try:
-            self.network.load_state_dict(state["model"])
             optim.restore(self.optimizer, state["optimizer"])
-        except (RuntimeError, ValueError, KeyError) as error:
-            why = first_line(error)
-            raise CheckpointError(f"the checkpoint does not fit this experiment's network or optimizer: {why}") from None
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            self._check(first_line(error))
         if self.ema is not None:
-            self._restore_average(state)
             self.ema.updates = state["ema"]["updates"]
         self.position = Position(**state["position"])
+        self._restore_statistics(state)
         self.history = state["history"]
         self.best, self.best_step = state["best"], state["best_step"]
         if state["world_size"] == self.world.size:
             own = state["per_rank"][self.world.rank]
+            self._check(contents.difference({"epoch_sums": own["epoch_sums"]}, {"epoch_sums": self.stepper.epoch_sums}))
             self.stepper.epoch_sums.copy_(own["epoch_sums"])
             if self.local_statistics and own["buffers"] is not None:
-                for buffer, saved in zip(self.network.buffers(), own["buffers"], strict=True):
+                buffers = contents.listed(self.network.buffers(), "buffer")
+                self._check(contents.difference(contents.listed(own["buffers"], "buffer"), buffers))
+                for buffer, saved in zip(buffers.values(), own["buffers"], strict=True):
                     buffer.copy_(saved)
         elif self.world.main:  # other ranks start their sums at zero; the total is what counts
+            for own in state["per_rank"]:
+                self._check(contents.difference({"epoch_sums": own["epoch_sums"]}, {"epoch_sums": self.stepper.epoch_sums}))
             sums: Tensor = torch.stack([own["epoch_sums"] for own in state["per_rank"]]).sum(0)
             self.stepper.epoch_sums.copy_(sums)
 
     def use_weights(self, state: dict[str, Any]) -> None:
-        """Take only the weights of a checkpoint, to evaluate them; training cannot go on from here."""
-        self.network.load_state_dict(state["model"])
-        if self.ema is not None:
-            self._restore_average(state)
+        """Take only the weights of a checkpoint, to evaluate them; training cannot go on from here.
+
+        Raises:
+            CheckpointError: they are those of another network.
+        """
+        if problem := contents.problem(state):
+            raise CheckpointError(f"the checkpoint is not what this version writes: {problem}")
+        self._restore_weights(state)
+        self._restore_statistics(state)
         self.local_statistics = False  # the checkpoint holds the mean over the ranks already
 
-    def _restore_average(self, state: dict[str, Any]) -> None:
-        assert self.ema is not None
+    def _restore_statistics(self, state: dict[str, Any]) -> None:
+        found = state.get("statistics")  # a checkpoint of before has none
+        if found is not None:
+            buffers = dict(self.network.named_buffers())
+            self._check(contents.difference(found, {name: buffers[name] for name in found if name in buffers}))
+        self.statistics = {} if found is None else {self.position.step: found}
+
+    def _restore_weights(self, state: dict[str, Any]) -> None:
+        """Weights and their average, each of the same shape and type: torch would fit what is another's."""
+        self._check(contents.difference(state["model"], self.network.state_dict()))
+        self.network.load_state_dict(state["model"])
+        if self.ema is None:
+            return
+        if state["ema"] is None:
+            self._check("it has no average of the weights")
+        wanted = contents.listed(self.ema.shadow, "average")
+        self._check(contents.difference(contents.listed(state["ema"]["shadow"], "average"), wanted))
         for shadow, saved in zip(self.ema.shadow, state["ema"]["shadow"], strict=True):
             shadow.copy_(saved)
+
+    @staticmethod
+    def _check(problem: str) -> None:
+        if problem:
+            raise CheckpointError(f"the checkpoint does not fit this experiment's network or optimizer: {problem}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ from ..config.experiment import Experiment
 from ..data import pipeline as data
 from ..data.pipeline import Batch
 from ..data.store import Arrays
-from ..errors import CheckpointError, RunError, UsageError, first_line
+from ..errors import CheckpointError, RunError, UsageError
 from ..runs import Run
-from . import begun, checkpoint
+from . import begun, checkpoint, contents, statistics
 from .distributed import World, device_for
 from .saved import missing
 from .setup import Prepared, choose_channels_last, choose_precision, make_network, prepare_data, split_digest
+from .step import autocast
 
 BATCH = 500
 
@@ -60,10 +62,10 @@ class Trained:
             raise UsageError("--split validation: this run held no images out (data.validation: test); use --split test")
         return store.train, held_out
 
-    def batches(self, arrays: Arrays, indices: npt.NDArray[np.int64]) -> Iterator[Batch]:
-        """The images ``indices`` (n,) in their order, as the network gets them; at most ``BATCH`` in each."""
+    def batches(self, arrays: Arrays, indices: npt.NDArray[np.int64], size: int = BATCH) -> Iterator[Batch]:
+        """The images ``indices`` (n,) in their order, as the network gets them; at most ``size`` in each."""
         return data.evaluation_batches(
-            self.experiment.data, arrays, indices, batch_size=BATCH, rank=0, world_size=1, device=self.device,
+            self.experiment.data, arrays, indices, batch_size=size, rank=0, world_size=1, device=self.device,
             dtype=self.precision, channels_last=self.channels_last, mean=self.prepared.mean, std=self.prepared.std,
         )  # fmt: skip
 
@@ -89,6 +91,8 @@ def load(run: Run, data_root: Path, which: str = "") -> Trained:
             raise problem
         raise RunError(f"{run.id} has no checkpoint {which!r} (yet); there are: {_names(run)}")
     state = checkpoint.read(saved)
+    if wrong := contents.problem(state):
+        raise CheckpointError(f"{saved.folder}: is not what this version writes: {wrong}")
     begun.check(run, saved.manifest, experiment)
     if state["split_digest"] != split_digest(prepared):
         raise CheckpointError(
@@ -96,22 +100,36 @@ def load(run: Run, data_root: Path, which: str = "") -> Trained:
         )
     channels_last = choose_channels_last(experiment)
     network = make_network(experiment, prepared, world, channels_last)
-    try:
-        network.load_state_dict(state["model"])
-    except RuntimeError as error:
-        raise CheckpointError(f"{saved.folder} does not fit the run's network: {first_line(error)}") from None
+    live = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    unlike = contents.difference(state["model"], network.state_dict())
     if state["ema"] is not None:
-        live = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        average = contents.listed(state["ema"]["shadow"], "average")
+        unlike = unlike or contents.difference(average, contents.listed(live, "average"))
+    if unlike:
+        raise CheckpointError(f"{saved.folder} does not fit the run's network: {unlike}")
+    network.load_state_dict(state["model"])
+    if state["ema"] is not None:
         with torch.no_grad():
-            for parameter, average in zip(live, state["ema"]["shadow"], strict=True):
-                parameter.copy_(average)
+            for parameter, shadow in zip(live, state["ema"]["shadow"], strict=True):
+                parameter.copy_(shadow)
     network.eval()
     precision = choose_precision(experiment, world.device, run.state().precision)
     step = state["position"]["step"]
     epoch = state["position"]["epoch"]
-    return Trained(
+    found = Trained(
         run, experiment, prepared, network, world.device, precision, channels_last, which, epoch, step, state["history"]
     )
+    if experiment.training.batch_norm_images is not None:
+        statistics.put(network, state.get("statistics") or _statistics_of(found))
+    return found
+
+
+def _statistics_of(trained: Trained) -> statistics.Statistics:
+    """BatchNorm's, of a checkpoint whose weights were not validated."""
+    indices, size = statistics.images_of(trained.experiment, trained.prepared)
+    batches = trained.batches(trained.prepared.store.train, indices, size)
+    inference = partial(autocast, trained.precision, trained.device)
+    return statistics.computed(trained.network, (batch.images for batch in batches), inference)
 
 
 def _names(run: Run) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from ..data import pipeline as data
 from ..data.store import Arrays
 from ..evaluate.accuracy import Sums, evaluate
 from ..evaluate.predict import tta_views
+from . import statistics
 from .features import Features
 from .graph import Graphs
 from .optim import penalty
@@ -32,10 +33,12 @@ class Validation:
     Attributes:
         cached: features of a frozen backbone, which take the place of images.
         arguments: what the data pipelines take.
+        progress: called within what may take longer than a watchdog has patience.
     """
 
     cached: Features | None = None
     _verified = False  # the test files were, by this process or another one of its host
+    progress: Callable[[], None] = staticmethod(lambda: None)
 
     def __init__(
         self, experiment: Experiment, prepared: Prepared, session: Session, precision: torch.dtype, channels_last: bool
@@ -51,9 +54,10 @@ class Validation:
             "std": prepared.std,
         }
         device = session.world.device
-        inference = partial(autocast, precision, device)
-        self._sums = Sums(session.network, device, inference)
-        self._views = Sums(session.network, device, inference, tta_views())
+        statistics.check(experiment, session.network)
+        self._inference = partial(autocast, precision, device)
+        self._sums = Sums(session.network, device, self._inference)
+        self._views = Sums(session.network, device, self._inference, tta_views())
         self._graphs = Graphs(self._sums.add, device) if experiment.training.graph is True else None
         self._kept: dict[int, list[data.Batch]] = {}  # on a GPU, by the arrays they are of
 
@@ -103,10 +107,31 @@ class Validation:
 
     def _of(self, arrays: Arrays, indices: Any, augmented: bool = False) -> tuple[float, float]:
         session = self._session
-        with AveragedStatistics(session.network, session.world, session.local_statistics), self._averaged():
+        with self._averaged(), self._statistics():  # in this order: they are of the averaged weights
             sums, run = (self._views, None) if augmented else (self._sums, self._graphs)
             loss, accuracy, _ = evaluate(sums, self._batches(arrays, indices), session.world.sum, run)
         return loss, accuracy
+
+    def _statistics(self) -> contextlib.AbstractContextManager[None]:
+        """Within the block BatchNorm has the statistics that are validated; those of a step are computed once."""
+        session, step = self._session, self._session.position.step
+        if self._experiment.training.batch_norm_images is None:
+            return AveragedStatistics(session.network, session.world, session.local_statistics)
+        if step not in session.statistics:
+            found = statistics.computed(session.network, self._unchanged_images(), self._inference, self.progress)
+            session.statistics = {step: found}
+        return statistics.using(session.network, session.statistics[step])
+
+    def _unchanged_images(self) -> Iterator[torch.Tensor]:
+        """Of the training, for the statistics: the same batches on every rank."""
+        arrays = self._prepared.store.train
+        indices, size = statistics.images_of(self._experiment, self._prepared)
+        if self.cached is not None:
+            found = self.cached.evaluation_batches(arrays, indices, size, alone=True)
+        else:
+            alone = self.arguments | {"rank": 0, "world_size": 1}
+            found = data.evaluation_batches(self._experiment.data, arrays, indices, batch_size=size, **alone)
+        return (batch.images for batch in found)
 
     def close(self) -> None:
         """Let go of what was recorded and kept."""

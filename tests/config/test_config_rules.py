@@ -30,6 +30,17 @@ from hpc_cifar.errors import ConfigError
             ["training.compile=true", "training.batch_norm=global"],
             "training.compile: goes with batch_norm: local",
         ),
+        (
+            "effnet-lite0",
+            ["training.batch_norm_images=100"],
+            "training.batch_norm_images: no layer in model.head is a batch_norm",
+        ),
+        (
+            "quickstart",
+            ["training.batch_norm_images=100", "model.layers=[flatten, {dense: {units: 10}}]"],
+            "training.batch_norm_images: no layer in model.layers is a batch_norm; leave it out",
+        ),
+        ("quickstart", ["training.batch_norm_images=1"], "batch_norm_images: should be"),
         ("vgg16-finetuned", ["training.batch_norm=global"], "training.batch_norm: global goes with family: sequential"),
         (
             "effnet-lite0",

@@ -189,7 +189,8 @@ def test_prepare_writes_mends_and_leaves_it_out(tmp_path: Path, readable: Callab
     assert prepared(True) == path and path.stat().st_mtime_ns == written
     path.write_bytes(path.read_bytes()[:-5])
     assert prepared(None) == path and path.stat().st_mtime_ns != written
-    beton.verify(path, len(Store.open(tmp_path, "digits").train.labels), "")
+    made = Store.open(tmp_path, "digits").train
+    beton.verify(path, made.images, made.labels, "")
     assert not [left for left in path.parent.iterdir() if left.name.endswith(".tmp")]
     prepare("digits", archive=None, root=tmp_path, force=True, write_beton=False, console=silent)
     assert Store.open(tmp_path, "digits").train.beton is None, "a new store has no old file"

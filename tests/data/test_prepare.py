@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import io
 import json
 import os
@@ -23,6 +24,7 @@ import pytest
 from data import makers
 from rich.console import Console
 
+from hpc_cifar import owner
 from hpc_cifar.data import prepare as preparing
 from hpc_cifar.data.download import Unreachable
 from hpc_cifar.data.prepare import prepare
@@ -322,3 +324,49 @@ def test_the_lossless_subset(lossless_archive: Path, tmp_path: Path, console: Co
     made = Store.open(tmp_path, "cifar10", verify=True)
     assert made.label == "CIFAR-10 lossless subset" and made.manifest["verified"]
     assert (len(made.train.labels), len(made.test.labels)) == (5085, 1017)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, console: Console, number: int) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    prepare("digits", archive=None, root=tmp_path, console=console)
+    words = f"warning: {tmp_path}: this file system has no locks: prepare digits by one command at a time"
+    assert said(console).splitlines()[0] == words
+    assert Store.open(tmp_path, "digits").label == "digits"
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path, console: Console, hard: bool) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    root = tmp_path / "root"
+    root.mkdir()
+    (os.link if hard else os.symlink)(precious, root / ".digits.lock")
+    with pytest.raises(
+        DataError, match=r"cannot be prepared: \.digits\.lock is (a link, which is not followed|no file of its own)"
+    ):
+        prepare("digits", archive=None, root=root, console=console)
+    assert precious.read_text() == "precious"
+    assert [path.name for path in root.iterdir()] == [".digits.lock"]
+
+
+def test_what_is_refused_leaves_no_lock(tmp_path: Path, archive: Path, console: Console) -> None:
+    cut = tmp_path / "cut.tar.gz"
+    cut.write_bytes(archive.read_bytes()[:2000])
+    for name, source in (("cifar10", cut), ("mine", cut)):
+        with pytest.raises(DataError):
+            prepare(name, archive=source, root=tmp_path / "root", console=console)
+        assert list((tmp_path / "root").iterdir()) == []
+
+
+def test_a_store_that_somebody_else_set_aside_is_not_brought_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, console: Console
+) -> None:
+    prepare("digits", archive=None, root=tmp_path, console=console)
+    (tmp_path / "digits").rename(tmp_path / ".digits.planted.old")
+    monkeypatch.setattr(owner, "uid", lambda: os.geteuid() + 1)
+    prepare("digits", archive=None, root=tmp_path, console=console)
+    assert (tmp_path / ".digits.planted.old").is_dir() and (tmp_path / "digits").is_dir()

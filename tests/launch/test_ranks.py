@@ -105,9 +105,6 @@ def test_the_first_host(hosts: str, first: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["srun", "mpirun"])
 def test_two_tasks_train_one_run_together(tmp_path: Path, digits_data: Path, launcher: str) -> None:
-    job = tmp_path / "job.yaml"
-    job.write_text("name: together\nepochs: 1\ndata: {dataset: digits}\nmodel: {family: mlp}\nresources: {gpus_per_node: 0}\n")
-    job.write_text(Path("jobs/quickstart.yaml").read_text())
     names = ranks._MPI[0] if launcher == "mpirun" else ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "")
     tasks = []
     for rank in range(2):
@@ -115,7 +112,7 @@ def test_two_tasks_train_one_run_together(tmp_path: Path, digits_data: Path, lau
         place |= {"SLURM_NNODES": "1", "SLURM_STEP_ID": "3", "SLURM_JOB_ID": str(os.getpid())} if launcher == "srun" else {}
         env = {**os.environ, **{name: value for name, value in place.items() if name}}
         env |= {"HPC_CIFAR_RUNS": str(tmp_path / "runs"), "HPC_CIFAR_DATA": str(digits_data)}
-        command = [sys.executable, "-m", "hpc_cifar", "train", str(job), "--max-steps", "3", "--set", "data.dataset=digits"]
+        command = [sys.executable, "-m", "hpc_cifar", "train", "quickstart-digits", "--max-steps", "3"]
         tasks.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
     said = [task.communicate(timeout=300)[0] for task in tasks]
     assert [task.returncode for task in tasks] == [0, 0], said

@@ -4,6 +4,7 @@ With SEEN_FILE, every rank appends what it was given: ``epoch batch hash,hash,..
 GIVES_UP_AFTER_EPOCH in its environment, the run is given up there; with DAMAGED_BATCHES, such as ``0:3,1:0``, the images of
 these batches (of an epoch, from 0) are not numbers; LIMITED_TO_MIB is memory that it may take; SEGMENT is its job and restart;
 with DAMAGED_SINCE_ITS_START the store is taken for good at the start.
+STATISTICS names a file that gets those of BatchNorm that the rank computes anew.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from hpc_cifar.data import pipeline as data
 from hpc_cifar.data.store import Store
 from hpc_cifar.errors import HpcCifarError
 from hpc_cifar.runs import Run
+from hpc_cifar.train import statistics
 from hpc_cifar.train.loop import train
 
 
@@ -61,6 +63,17 @@ def damage_batches(places: str) -> None:
     data.Pipeline.batches = batches  # type: ignore[method-assign]
 
 
+def record_statistics(path: Path) -> None:
+    compute, found = statistics.computed, []
+
+    def computed(*args: Any, **kwargs: Any) -> statistics.Statistics:
+        found.append(compute(*args, **kwargs))
+        torch.save(found, path)
+        return found[-1]
+
+    statistics.computed = computed
+
+
 def as_rank(arguments: list[str], environment: dict[str, str], log: str) -> None:
     """Train; ends the process with the exit code the command line would give. Output is appended to ``log``."""
     # the server that this process is forked from may have been begun by a pipeline, whose workers hear no signals
@@ -80,6 +93,8 @@ def as_rank(arguments: list[str], environment: dict[str, str], log: str) -> None
         damage_batches(places)
     if os.environ.get("DAMAGED_SINCE_ITS_START"):
         Store.verify_once = lambda store: None  # type: ignore[method-assign]
+    if path := os.environ.get("STATISTICS"):
+        record_statistics(Path(f"{path}.{os.environ['RANK']}"))
     last = int(os.environ.get("GIVES_UP_AFTER_EPOCH", 0))
     options: dict[str, Any] = {"gives_up": lambda row: row["epoch"] >= last} if last else {}
     options["segment"] = os.environ.get("SEGMENT", "")

@@ -170,6 +170,58 @@ def test_without_locks_the_heartbeat_tells(run: Run, monkeypatch: pytest.MonkeyP
             assert mine.asked == ""
 
 
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("left", [True, False])
+def test_without_locks_one_of_two_hosts_that_begin_at_once_trains(
+    run: Run, monkeypatch: pytest.MonkeyPatch, left: bool, links: bool
+) -> None:
+    """Each has seen that nobody beats before the other says that it trains; ``left`` is what a killed one has left."""
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    hosts = 4
+    here, results = threading.Barrier(hosts), list[str]()
+    if left:
+        files.write_json(run.path / ".holder.json", {"job": "3.0", "segment": "3.0", "host": "n9", "pid": 1})
+    looked = lock.RunLock._lock
+
+    def together(self: RunLock, *, free_without_locks: bool) -> bool:
+        if free_without_locks and not here.broken:
+            with contextlib.suppress(threading.BrokenBarrierError):
+                here.wait(10)
+                here.abort()
+        return looked(self, free_without_locks=free_without_locks)
+
+    monkeypatch.setattr(RunLock, "_lock", together)
+    done = threading.Event()
+
+    def host(job: str) -> None:
+        try:
+            with locked(run, job):
+                results.append("trains")
+                done.wait(30)
+        except RunBusy:
+            results.append("busy")
+
+    threads = [threading.Thread(target=host, args=(f"{7 + number}.0",)) for number in range(hosts)]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + 60
+    while len(results) < hosts and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert is_held_by_another(run, "99.0")
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert sorted(results) == ["busy"] * (hosts - 1) + ["trains"], results
+    assert not is_held_by_another(run, "99.0")
+    assert [path.name for path in run.path.glob(".holder*")] == []
+
+
 def test_which_holders_are_earlier_segments(run: Run) -> None:
     for name in ("train-ab", "5_1", "6"):
         run.add_job(job_id=name)
