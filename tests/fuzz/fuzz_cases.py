@@ -9,7 +9,7 @@ from pathlib import Path
 from fuzz_site import CAMPAIGN, Fuzzed
 
 LISTING = {"status", "list"}
-HEAVY = {"evaluate", "export", "train", "prepare"}
+HEAVY = {"evaluate", "export", "train", "prepare", "report"}  # torch may be asked for a checkpoint
 # commands that meet a damaged file of a run; {run} is that run
 OF_RUNS: tuple[tuple[int, tuple[str, ...]], ...] = (
     (16, ("status", "--json")),
@@ -86,7 +86,7 @@ class Case:
 
     @property
     def heavy(self) -> bool:
-        return self.argv[0] in HEAVY or "transfer.yaml" in self.argv
+        return self.argv[0] in HEAVY or "transfer.yaml" in self.argv or "--campaign" in self.argv
 
     @property
     def random(self) -> random.Random:
