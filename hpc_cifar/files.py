@@ -21,6 +21,7 @@ from typing import Any, TextIO
 from . import planted
 from .errors import UsageError
 from .reading import Damaged as Damaged
+from .reading import is_unsealed, sealed
 from .reading import json_lines as json_lines
 from .reading import load_json as load_json
 from .reading import parse_json as parse_json
@@ -28,7 +29,6 @@ from .reading import read_bytes as read_bytes
 from .reading import read_json as read_json
 from .reading import read_json_lines as read_json_lines
 from .reading import read_object as read_object
-from .reading import sealed
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what a file system without locks answers
 LEFT_BEHIND_S = 5.0  # what stands for a lock and stays so long is a killed process's
@@ -252,8 +252,13 @@ def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
 
 
 def write_sealed(path: Path, value: dict[str, Any], *, durable: bool = True) -> None:
-    """As :func:`write_json`, with a checksum that reading compares: for records whose figures people are shown."""
-    write_text(path, sealed(json.dumps(value, indent=2, allow_nan=False)) + "\n", durable=durable)
+    """As :func:`write_json`, with a checksum that reading compares: for records whose figures people are shown.
+
+    A file that is there without one stays so: the code of a run that an older version began changes it too, and would keep
+    the sum.
+    """
+    text = json.dumps(value, indent=2, allow_nan=False)
+    write_text(path, (text if is_unsealed(path) else sealed(text)) + "\n", durable=durable)
 
 
 def append_json_line(path: Path, value: Any) -> None:

@@ -148,6 +148,15 @@ def sealed(text: str) -> str:
     return f'{body}{SEAL.decode()}{zlib.crc32(body.encode()):08x}"\n}}'
 
 
+def is_unsealed(path: Path) -> bool:
+    """Whether there is such a file, and it carries no checksum."""
+    try:
+        data = read_bytes(path)
+    except (OSError, Damaged):
+        return False
+    return data.lstrip().startswith(b"{") and SEAL not in data
+
+
 def load_json(path: Path) -> Any:
     """The parsed file, without its seal.
 
