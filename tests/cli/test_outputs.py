@@ -61,8 +61,8 @@ def hostile(root: Path) -> Run:
         "data": f"digits{ALL}",
         "device": f"cpu{ALL}",
     }
-    run.write_state(**{**run.state(), **spoilt, "state": "failed"})
-    files.write_json(run.result_file, {**(run.result() or {}), **spoilt, "state": "failed"})
+    run.update_state(**{**spoilt, "state": "failed"})
+    files.write_json(run.result_file, {**files.read_object(run.result_file), **spoilt, "state": "failed"})
     run.add_job(executor="train", job_id=f"7{ALL}", cluster=f"c{ALL}", host=f"n1{ALL}")
     files.append_json_line(run.metrics_file, {"kind": "event", "event": f"e{ALL}", "reason": f"r{ALL}", "epoch": 1, "step": 1})
     files.append_json_line(run.path / "failures.jsonl", {"reason": f"f{ALL}", "segment": f"s{ALL}", "rank": 0})

@@ -191,7 +191,7 @@ def validations(run: Run) -> list[tuple[float, float]]:
 
 def assert_evaluated_and_exported_alike(run: Run, data: Path, folder: Path) -> None:
     """What `evaluate` finds is the run's result, and what `export` writes has the same statistics."""
-    result, loaded = run.result() or {}, trained.load(run, data)
+    result, loaded = files.read_object(run.result_file), trained.load(run, data)
     found, _ = evaluation.evaluate(loaded, "test", tta=False, pictures=False, maps_of=None)
     assert found["accuracy"] == pytest.approx(result["test_accuracy"], abs=1e-9)
     assert found["loss"] == pytest.approx(result["test_loss"], rel=1e-5)
