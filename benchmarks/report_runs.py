@@ -1,10 +1,11 @@
-"""How long ``report``, ``status`` and ``list`` of many runs take: copies of one run with other seeds, and metrics of real length.
+"""How much ``report``, ``status`` and ``list`` of many runs cost: copies of one run, other seeds, metrics of real length.
 
     python benchmarks/report_runs.py --runs 1000 --repeat 3 [--json OUT] [--commands report status list]
 
-Nothing is trained. Every run has ``--epochs`` epochs of ``--rows`` rows each, a result, provenance, a Slurm job that has ended and
-the manifest of a checkpoint, as a finished run leaves them. Each command is a process of its own, its output thrown away; the
-fewest and the median of its processor seconds are told, beside the hardware. ``--package FOLDER`` measures another checkout with the same runs.
+Nothing is trained. Every run has ``--epochs`` epochs of ``--rows`` rows each, a result, provenance, a Slurm job that has
+ended and the manifest of a checkpoint, as a finished run leaves them. Each command is a process of its own, its output
+thrown away; the fewest and the median of its processor seconds are told, beside the hardware. ``--package FOLDER`` measures
+another checkout with the same runs, alternately.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def rows(epochs: int, each: int, seed: int, began: float) -> list[dict[str, Any]
     for epoch in range(1, epochs + 1):
         for number in range(1, each + 1):
             step = (epoch - 1) * each * 10 + number * 10
-            loss = 2.3 * math.exp(-step / 900) + 0.01 * math.sin(step + seed)
+            loss = 0.1 + 2.1 * math.exp(-step / 900) + 0.01 * math.sin(step + seed)
             figures = {"train_loss": loss, "train_accuracy": 1 - loss / 2.4, "lr": 0.1, "images_per_second": 31234.5}
             made.append({"kind": "step", "epoch": epoch, "step": step, "time": round(began + step / 7, 3), **figures})
         good = 0.94 - 0.4 * math.exp(-epoch / 20) + 0.002 * math.sin(epoch + seed)
@@ -57,7 +58,11 @@ def rows(epochs: int, each: int, seed: int, began: float) -> list[dict[str, Any]
 def make(root: Path, count: int, epochs: int, each: int) -> None:
     """``count`` runs below ``root``, a tenth of them of each of ten rates."""
     first = load_experiment(find_job(JOB), [f"epochs={epochs}"])
-    provenance = {"command": ["hpc-cifar", "submit", "jobs/quickstart.yaml"], "packages": {"torch": "2.15.0"}, "git": {"commit": "0", "dirty": False}}
+    provenance = {
+        "command": ["hpc-cifar", "submit", "jobs/quickstart.yaml"],
+        "packages": {"torch": "2.15.0"},
+        "git": {"commit": "0", "dirty": False},
+    }
     for number in range(count):
         optimizer = first.optimizer.model_copy(update={"lr": round(0.1 + number % 10 / 100, 3)})
         tracking = first.tracking.model_copy(update={"group": "many"})
@@ -70,12 +75,26 @@ def make(root: Path, count: int, epochs: int, each: int) -> None:
         *_, last, end = made
         about = {"state": "finished", "epoch": epochs, "step": end["step"], "restarts": 0, "gpu_hours": 0.5, "seconds": 1800.0}
         run.update_state(**about, world_size=1, device="cuda", total_steps=end["step"], epochs=epochs)
-        done = {**about, "test_accuracy": last["val_accuracy"] - 0.005, "test_loss": 0.3, "epochs": epochs, "steps": end["step"]}
+        done = {
+            **about,
+            "test_accuracy": last["val_accuracy"] - 0.005,
+            "test_loss": 0.3,
+            "epochs": epochs,
+            "steps": end["step"],
+        }
         files.write_json(run.result_file, {**done, "data": "CIFAR-10"}, durable=False)
         checkpoint = run.checkpoints / f"step-{end['step']:08d}"
         checkpoint.mkdir()
         metrics = {name: value for name, value in last.items() if isinstance(value, float) and name != "time"}
-        said = {"format": 1, "step": end["step"], "epoch": epochs, "whole_epoch": True, "bytes": 1, "sha256": "", "best_step": None}
+        said = {
+            "format": 1,
+            "step": end["step"],
+            "epoch": epochs,
+            "whole_epoch": True,
+            "bytes": 1,
+            "sha256": "",
+            "best_step": None,
+        }
         said |= {"metrics": metrics, "experiment": one.model_dump(mode="json")}
         files.write_json(checkpoint / "manifest.json", said, durable=False)
         (run.checkpoints / "latest").symlink_to(checkpoint.name)

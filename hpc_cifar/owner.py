@@ -283,8 +283,10 @@ def check_own(path: Path, code_of: str | None = None, *, code: bool = False) -> 
     whose = of(path)
     if whose != uid() and (code_of is None or number_of(code_of, "--code-of") != whose):
         name = name_of(whose) if not name_of(whose).startswith("user ") else str(whose)
-        words = "whose code and files would be used as yours; if you trust them"
-        raise RunError(f"{path}: is a run of {name_of(whose)}, {words}: --code-of {name}")
+        raise RunError(
+            f"{path}: is a run of {name_of(whose)}, whose code and files would be used as yours; "
+            f"if you trust them: --code-of {name}"
+        )
     if whose != uid():
         check_tree(path, everything=True)
     try:
@@ -358,7 +360,8 @@ def cannot_be_read(path: Path, error: OSError) -> str:
     if not isinstance(error, PermissionError):
         return f"cannot be read: {error.strerror or 'input/output error'}"
     seen = next((whose for one in (path, *path.parents) if (whose := _seen(one)) is not None), None)
-    return f"cannot be read by you; ask its owner{f' {name_of(seen)}' if seen not in (None, uid()) else ''}"
+    whom = f" {name_of(seen)}" if seen is not None and seen != uid() else ""
+    return f"cannot be read by you; ask its owner{whom}"
 
 
 def _seen(path: Path) -> int | None:

@@ -171,19 +171,24 @@ def json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     """
     rows: list[dict[str, Any]] = []
     damaged = 0
-    for line, ended in _lines(path):
-        try:
-            row = parse_json(line) if line is not None else None
-        except Damaged:
-            row = None
-        if isinstance(row, dict):
+    for line, ended in lines(path):
+        if (row := row_of(line)) is not None:
             rows.append(row)
         elif ended and (line is None or line.strip()):
             damaged += 1
     return rows, damaged
 
 
-def _lines(path: Path) -> Iterator[tuple[bytes | None, bool]]:
+def row_of(line: bytes | None) -> dict[str, Any] | None:
+    """The JSON object that a line holds; None of any other."""
+    try:
+        row = parse_json(line) if line is not None else None
+    except Damaged:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def lines(path: Path) -> Iterator[tuple[bytes | None, bool]]:
     """The lines of a file, None for one that is longer than any that was written; each with whether it has its end."""
     rest, too_long = b"", False
     try:

@@ -17,6 +17,7 @@ runs/<run>/                     0700, since it holds pickles
 from __future__ import annotations
 
 import datetime
+import functools
 import os
 import re
 import secrets
@@ -195,8 +196,14 @@ def _tree(path: Path) -> Any:
         FileNotFoundError: there is none.
         Damaged: it is not such YAML.
     """
+    return _parsed(files.read_bytes(path))
+
+
+@functools.lru_cache(maxsize=4096)
+def _parsed(data: bytes) -> Any:
+    """Whoever gets the value changes nothing in it: a command reads the same file for the campaign and for the experiment."""
     try:
-        root, problems = parse(files.read_bytes(path).decode(), "")
+        root, problems = parse(data.decode(), "")
     except UnicodeDecodeError:
         raise files.Damaged("is not UTF-8") from None
     if problems or root is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from ..report.groups import Group
     from ..runs import Run
 
+PROGRESS_S = 2.0  # between two lines about many runs
 FORMATS = ("html", "md", "json", "csv")
 
 
@@ -126,7 +128,11 @@ def grouped(chosen: list[Run], statuses: list[Status]) -> list[Group]:
     from ..report.groups import groups_of, remarks
 
     facts = []
-    for run, seen in zip(chosen, statuses, strict=True):
+    told = time.monotonic()
+    for number, (run, seen) in enumerate(zip(chosen, statuses, strict=True)):
+        if time.monotonic() - told > PROGRESS_S:
+            told = time.monotonic()
+            typer.echo(f"{number:,} of {len(chosen):,} runs read", err=True)
         try:
             facts.append(gather(run, seen.state, seen.reason or ""))
         except RunError as error:  # of another version, or damaged: the others are still worth a report

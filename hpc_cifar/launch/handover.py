@@ -34,6 +34,7 @@ from .submission import Open
 PAUSES_S = (2.0, 5.0, 10.0)  # before a look for the job, one after each try
 SECOND_LOOK_S = 2.0  # after one without a find: a controller that answers again may not have read all yet
 SBATCH_LIMIT_S = 60.0  # Slurm's own limit is 10 s where the site left it; while its queue is full, sbatch waits longer
+LATER_LIMIT_S, TELL_S = 20.0, 10.0  # for a try after one without an answer; until it is said that nothing has come
 LAST_WORD_S = 12.0  # for an sbatch under way, once the command has been interrupted
 FORGETS_S = 200.0  # age from which Slurm may have forgotten an ended job (MinJobAge is 300 s), so that accounting is asked
 POLL_S = 0.1
@@ -165,7 +166,8 @@ class _Try:
             )  # fmt: skip
         except OSError as error:
             raise LaunchError(f"{command[0]} cannot be run: {error}") from None
-        began, limit_s = time.monotonic(), SBATCH_LIMIT_S
+        first_s = min(SBATCH_LIMIT_S, LATER_LIMIT_S) if self.unsure else SBATCH_LIMIT_S
+        began, limit_s, told = time.monotonic(), first_s, False
         with child:
             while True:
                 try:
@@ -174,7 +176,10 @@ class _Try:
                 except subprocess.TimeoutExpired:
                     pass
                 past_s = time.monotonic() - began
-                if self.noted and limit_s == SBATCH_LIMIT_S:
+                if past_s > TELL_S and not told and not self.noted:
+                    _say(f"sbatch has not answered for {TELL_S:.0f} s; it is waited for up to {limit_s:.0f} s")
+                    told = True
+                if self.noted and limit_s == first_s:
                     limit_s = min(limit_s, past_s + LAST_WORD_S)
                     _say("interrupted; waiting for sbatch, which may have submitted already")
                 if past_s > limit_s:

@@ -18,6 +18,7 @@ _MPI = (
     ("PMI_RANK", "PMI_SIZE", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE"),
     ("PMIX_RANK", "PMIX_SIZE", "PMIX_LOCAL_RANK", "PMIX_LOCAL_SIZE"),
 )
+FIRST_SPECIAL_STEP = 4294967290 - 10  # steps of Slurm itself: interactive, batch, extern
 _STEP = ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_ID", "SLURM_STEPID", "SLURM_STEP_NODELIST", "SLURM_SRUN_COMM_HOST")
 _ORDER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -40,14 +41,14 @@ def described(found: Mapping[str, str], parent: int) -> dict[str, str]:
     if (known_size := known.get("WORLD_SIZE")) and size is not None and known_size != str(size):
         known = {}  # torchrun in a step of one task a node, or the like: its own word counts
     told = {**known, **told}
+    if (place := _whole(told, "RANK")) is not None and (count := _whole(told, "WORLD_SIZE")) is not None and not place < count:
+        raise UsageError(f"RANK={place}, WORLD_SIZE={count}: ranks count from 0 to WORLD_SIZE - 1, as torchrun sets them")
     _fill(told, found, parent)
     if missing := [name for name in _ORDER if name not in told]:
         who = f"RANK={told.get('RANK', '?')}, WORLD_SIZE={told.get('WORLD_SIZE', '?')}"
         raise UsageError(f"{who}: {' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} not set; {OTHERWISE}")
     numbers = {name: _whole(told, name) for name in _ORDER if name != "MASTER_ADDR"}
-    rank, world, local, local_world = (numbers[name] or 0 for name in _ORDER[:4])
-    if not rank < world:
-        raise UsageError(f"RANK={rank}, WORLD_SIZE={world}: ranks count from 0 to WORLD_SIZE - 1, as torchrun sets them")
+    _, world, local, local_world = (numbers[name] or 0 for name in _ORDER[:4])
     if not local < local_world <= world:
         raise UsageError(
             f"LOCAL_RANK={local}, LOCAL_WORLD_SIZE={local_world}, WORLD_SIZE={world}: these do not fit together; {OTHERWISE}"
@@ -61,7 +62,7 @@ def _whole(told: Mapping[str, str], name: str) -> int | None:
     text = told.get(name, "")
     if not text:
         return None
-    if not re.fullmatch(r"[0-9]{1,9}", text):
+    if not re.fullmatch(r"[0-9]{1,12}", text):
         raise UsageError(f"{name}: should be a whole number as torchrun sets it, not {text[:60]!r}")
     return int(text)
 
@@ -88,6 +89,8 @@ def _of_step(found: Mapping[str, str]) -> dict[str, str]:
     size = found.get("SLURM_STEP_NUM_TASKS") or found.get("SLURM_NTASKS") or found.get("SLURM_NPROCS") or ""
     rank = found.get("SLURM_PROCID", "")
     is_step = any(found.get(name) for name in _STEP) or found.get("ENVIRONMENT") != "BATCH"
+    if (_whole(found, "SLURM_STEP_ID") or 0) >= FIRST_SPECIAL_STEP:
+        return {}
     if not rank or size in ("", "0", "1") or not is_step:
         return {}
     told = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": found.get("SLURM_LOCALID", "")}

@@ -22,15 +22,16 @@ def charts(groups: Sequence[Group]) -> dict[str, dict[str, Any]]:
     """Figures by name, in the order of the page: what is there to draw. Each is JSON for Plotly.js."""
     runs = [one for group in groups for one in group.runs]
     made: dict[str, Any] = {}
+    lines: dict[str, list[dict[str, Any]]] = {}  # as Plotly.js takes them; its Python objects cost a second for each 300
     if any(one.epochs for one in runs):
-        made["accuracy"] = _curves(groups, "accuracy")
-        made["loss"] = _curves(groups, "loss")
-        made["images_per_second"] = _rates(groups)
+        made["accuracy"], lines["accuracy"] = _curves(groups, "accuracy")
+        made["loss"], lines["loss"] = _curves(groups, "loss")
+        made["images_per_second"], lines["images_per_second"] = _rates(groups)
     if len(groups) > 1 and any(_compared(group) for group in groups):
         made["claims"] = _claims(groups)
     if any(one.restarted for one in runs):
         made["segments"] = _timeline(runs)
-    return {name: figure.to_plotly_json() for name, figure in made.items()}
+    return {name: figure.to_plotly_json() | ({"data": lines[name]} if name in lines else {}) for name, figure in made.items()}
 
 
 def _style(index: int) -> dict[str, Any]:
@@ -47,8 +48,9 @@ def _figure(x: str, y: str, **layout: Any) -> Any:
     return figure
 
 
-def _curves(groups: Sequence[Group], kind: str) -> Any:
+def _curves(groups: Sequence[Group], kind: str) -> tuple[Any, list[dict[str, Any]]]:
     """Over epochs: training and validation of one run; of several the validation, one colour a group."""
+    lines = []
     figure = _figure("epoch", kind)
     if kind == "accuracy":
         figure.update_yaxes(tickformat=".0%")
@@ -62,15 +64,18 @@ def _curves(groups: Sequence[Group], kind: str) -> Any:
                 field = f"{'val' if name == 'validation' else 'train'}_{kind}"
                 rows = [row for row in one.epochs if row.get(field) is not None]
                 title = name if alone else f"{group.title}, {one.label}"
-                figure.add_scatter(
-                    x=[row["epoch"] for row in rows], y=[row[field] for row in rows], mode="lines",
-                    name=title if alone else group.title, legendgroup=group.title if not alone else name,
-                    showlegend=number == 0, line={"width": 1.6, **_style(part if alone else index)},
-                    hovertemplate=f"{title}<br>epoch %{{x}}: %{{y{form}}}<extra></extra>",
+                lines.append(
+                    {
+                        "type": "scatter", "mode": "lines", "x": [row["epoch"] for row in rows],
+                        "y": [row[field] for row in rows], "name": title if alone else group.title,
+                        "legendgroup": group.title if not alone else name, "showlegend": number == 0,
+                        "line": {"width": 1.6, **_style(part if alone else index)},
+                        "hovertemplate": f"{title}<br>epoch %{{x}}: %{{y{form}}}<extra></extra>",
+                    }
                 )  # fmt: skip
     if len(groups) == 1:
         _claimed_lines(figure, groups[0], kind)
-    return figure
+    return figure, lines
 
 
 def _claimed_lines(figure: Any, group: Group, kind: str) -> None:
@@ -90,19 +95,23 @@ def _claimed_lines(figure: Any, group: Group, kind: str) -> None:
         return
 
 
-def _rates(groups: Sequence[Group]) -> Any:
+def _rates(groups: Sequence[Group]) -> tuple[Any, list[dict[str, Any]]]:
+    lines = []
     figure = _figure("epoch", "images/s")
     figure.update_yaxes(rangemode="tozero")
     for index, group in enumerate(groups):
         for number, one in enumerate(group.runs):
             rows = [row for row in one.epochs if row.get("images_per_second")]
             title = f"{group.title}, {one.label}"
-            figure.add_scatter(
-                x=[row["epoch"] for row in rows], y=[row["images_per_second"] for row in rows], mode="lines", name=group.title,
-                legendgroup=group.title, showlegend=number == 0 and len(groups) > 1, line={"width": 1.4, **_style(index)},
-                hovertemplate=f"{title}<br>epoch %{{x}}: %{{y:,.0f}} images/s<extra></extra>",
+            lines.append(
+                {
+                    "type": "scatter", "mode": "lines", "x": [row["epoch"] for row in rows],
+                    "y": [row["images_per_second"] for row in rows], "name": group.title, "legendgroup": group.title,
+                    "showlegend": number == 0 and len(groups) > 1, "line": {"width": 1.4, **_style(index)},
+                    "hovertemplate": f"{title}<br>epoch %{{x}}: %{{y:,.0f}} images/s<extra></extra>",
+                }
             )  # fmt: skip
-    return figure
+    return figure, lines
 
 
 def _compared(group: Group) -> str | None:

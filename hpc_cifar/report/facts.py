@@ -15,7 +15,7 @@ from ..config.experiment import Experiment
 from ..errors import RunError
 from ..records import Evaluation, Provenance, Result, SweepPlace
 from ..runs import Run
-from ..track.rows import rows_of, selected
+from ..track.rows import rows_but_steps, selected
 from ..train import begun
 from . import history
 
@@ -112,11 +112,12 @@ def gather(run: Run, state: str = "", reason: str = "") -> Facts:
     if problem := said.problem or last.problem or place.problem or about.problem:
         raise RunError(f"{run.path}: {problem}")
     try:
-        rows, damaged = rows_of(run.metrics_file)
+        rows, damaged = rows_but_steps(run.metrics_file)
     except files.Damaged as error:
         raise RunError(f"{run.metrics_file}: {error}") from None
-    epochs, best_step, warnings = history.epochs_of(run, experiment, rows, damaged)
-    if changed := begun.changes(begun.manifest(run), experiment):
+    manifest = begun.manifest(run)
+    epochs, best_step, warnings = history.epochs_of(run, experiment, rows, damaged, manifest)
+    if changed := begun.changes(manifest, experiment):
         warnings.append(f"experiment.yaml was changed since its last checkpoint was made: {begun.words(changed)}")
     result = last.as_dict() if last.state == (said.state or last.state) else {}  # else it is of before the run went on
     both = {name: getattr(said, name) for name in ("state", "reason", "data", *COST) if hasattr(said, name)} | result

@@ -18,15 +18,15 @@ from ..train import begun
 
 
 def epochs_of(
-    run: Run, experiment: Experiment, rows: Sequence[dict[str, Any]], damaged: int
+    run: Run, experiment: Experiment, rows: Sequence[dict[str, Any]], damaged: int, manifest: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], int | None, list[str]]:
     """Its rows of epochs, the step of the checkpoint that is the best one (None where nothing says so), and what to warn of.
 
     Args:
-        rows, damaged: from :func:`hpc_cifar.track.rows.rows_of`.
+        rows, damaged: from :func:`hpc_cifar.track.rows.rows_but_steps`.
+        manifest: of its newest checkpoint.
     """
     epochs = [row for row in rows if row["kind"] == "epoch"]
-    manifest = begun.manifest(run)
     problem = _disagreement(run, experiment, epochs, manifest)
     best = manifest.get("best_step") if experiment.checkpoint.select == "best" else None
     if not damaged and not problem:

@@ -26,7 +26,7 @@ FORCED = "forced.json"
 
 def manifest(run: Run, name: str = "") -> dict[str, Any]:
     """Of a checkpoint (``best``, ``latest``, a folder's name), of the newest one by default; ``{}`` without any."""
-    folders = [path for path in run.checkpoints.glob("step-*") if path.name.removeprefix("step-").isdigit()]
+    folders = [path for path in run.checkpoints.glob("step-*") if files.whole(path.name.removeprefix("step-")) is not None]
     newest = max(folders, key=lambda path: int(path.name.removeprefix("step-")), default=None)
     folder = run.checkpoints / name if name else newest
     found = files.read_json(folder / "manifest.json") if folder is not None else None
@@ -43,6 +43,8 @@ def experiment_of(manifest: dict[str, Any]) -> Experiment | None:
 
 def changes(manifest: dict[str, Any], now: Experiment) -> dict[str, tuple[Any, Any]]:
     """Dotted names of the fields that differ, with what they were when the checkpoint was made and what they are."""
+    if manifest.get("experiment") == now.model_dump(mode="json"):
+        return {}
     before = experiment_of(manifest)
     return {} if before is None else differences(without_weights(before), without_weights(now))
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import pickle
+import shutil
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from hpc_cifar.data import draws, pipeline, reference, resident
 from hpc_cifar.data.fused import lookup_table
 from hpc_cifar.data.pipeline import Batch
 from hpc_cifar.data.store import Arrays
-from hpc_cifar.errors import UsageError
+from hpc_cifar.errors import DataError, UsageError
 
 Readable = Callable[[str], Arrays]
 
@@ -344,3 +346,16 @@ if __name__ == "__main__":
     )
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("free", [64 * 2**10, 2 * 2**20])
+def test_room_in_shared_memory_is_looked_at_first(arrays: Arrays, free: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that finds none is killed, or loses the batch on its way: 45 s of waiting, or for ever."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: types.SimpleNamespace(free=free))
+    built = make(arrays, "reference", workers=2)
+    with pytest.raises(DataError, match=r"its 2 workers need 4.6 MiB of /dev/shm, where [\d.]+ MiB are free; data.workers: 0"):
+        next(iter(built.batches(0)))
+    built.close()
+    built = make(arrays, "reference", workers=0)
+    assert next(iter(built.batches(0))).images.shape[0] == 64
+    built.close()

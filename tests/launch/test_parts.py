@@ -16,6 +16,7 @@ import pytest
 
 from hpc_cifar import lifetime, records
 from hpc_cifar.config.experiment import Resources
+from hpc_cifar.errors import RunError
 from hpc_cifar.launch import job, local, process, provenance, snapshot
 from hpc_cifar.records import Process
 from hpc_cifar.runs import Run
@@ -92,6 +93,31 @@ def test_snapshot_is_whole_and_taken_once(tmp_path: Path) -> None:
     (code / "hpc_cifar" / "__init__.py").write_text("mine")
     snapshot.take(tmp_path / "code")
     assert (code / "hpc_cifar" / "__init__.py").read_text() == "mine"
+
+
+def test_a_snapshot_leaves_out_what_is_no_code_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    package = tmp_path / "hpc_cifar"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    with (package / "weights.pt").open("wb") as stream:
+        stream.truncate(60 << 20)
+    os.mkfifo(package / "fifo")
+    code = snapshot.take(tmp_path / "code", package)
+    assert sorted(path.name for path in (code / "hpc_cifar").iterdir()) == ["__init__.py"]
+    assert "weights.pt (60.0 MiB) is no code: runs get no copy of it" in capsys.readouterr().err
+    assert all(path.stat().st_size < snapshot.LARGEST for path in snapshot.PACKAGE.rglob("*.*") if path.is_file())
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(source: str, target: str) -> str:
+        raise OSError(28, "No space left on device", target)
+
+    monkeypatch.setattr(snapshot, "_copy", full)
+    monkeypatch.setattr(snapshot, "_link", full)
+    for make in (lambda: snapshot.take(tmp_path / "code"), lambda: snapshot.share(tmp_path / "code", snapshot.PACKAGE)):
+        with pytest.raises(RunError, match="No space left on device") as told:
+            make()
+        assert len(str(told.value)) < 400 and "\n" not in str(told.value)
 
 
 def test_a_snapshot_has_the_bytecode_of_this_python_and_uses_it(tmp_path: Path) -> None:

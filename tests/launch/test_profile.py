@@ -59,6 +59,14 @@ def written(one: Partition, **changes: Any) -> tuple[dict[str, Any], str]:
     return found, text
 
 
+@pytest.mark.parametrize("length", [30, 32, 33, 34, 60, 200])
+def test_long_names_stay_names(length: int) -> None:
+    """A comment needs a blank before it, or it belongs to the value."""
+    name = "p" * length
+    found, _ = written(partition(name, Nodes(4, 128, 515_000, {"g" * min(length, 60): 8, "x": 1}, "f" * length)))
+    assert found["partition"] == name
+
+
 def test_a_partition_of_many_kinds() -> None:
     found, text = written(partition("gpu", V100, A100, AllowAccounts="phys,chem", PreemptMode="CANCEL", GraceTime="0"))
     assert (found["gpu_type"], found["gpus_per_node_available"], found["cpus_per_process"]) == ("a100", 8, 16)

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import stat
+import time
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,26 @@ def test_what_sbatch_gets_for_an_array_is_what_the_dry_run_shows(site: Site) -> 
 )
 def test_ids_as_slurm_prints_them(text: str, expected: list[str]) -> None:
     assert slurm.expand_ids(text) == expected
+    assert slurm.expand_ids(text, {"123_7", "9"}) == [one for one in expected if one == "123_7"]
+
+
+@pytest.mark.parametrize(
+    "spans", ["0-30000000", ",".join(["0-999999999"] * 2000), "0-999999999:1%4", "9" * 5000, "²", "0-²", "5-3", "0-9:0"]
+)
+def test_an_array_of_millions_takes_no_time_and_no_memory(spans: str) -> None:
+    begin = time.process_time()
+    assert slurm.expand_ids(f"7_[{spans}]", {"7_4", "7_x", "8_4", "7_²"}) in ([], ["7_4"])
+    assert len(slurm.expand_ids(f"7_[{spans}]")) <= slurm.MOST_ELEMENTS
+    assert time.process_time() - begin < 5
+
+
+def test_a_queue_of_millions_of_elements_is_asked_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    listing = "".join(f"{job}_[0-30000000]|PENDING|Priority|N/A|\n" for job in range(200))
+    monkeypatch.setattr(slurm, "ask", lambda command, **_: slurm.Reply(listing if command[0] == "squeue" else "", "", 0))
+    begin = time.process_time()
+    found = slurm.query(["7_4", "199_30000000", "199_30000001"]).jobs
+    assert sorted(found) == ["199_30000000", "7_4"]
+    assert time.process_time() - begin < 2
 
 
 @pytest.mark.parametrize(

@@ -136,3 +136,39 @@ def test_a_gpu_that_was_asked_for_and_is_not_there(tmp_path: Path, digits_data: 
 
 def test_free_memory_is_plausible() -> None:
     assert 0 < free_host_bytes() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def group(folder: Path, limit: str, used: int, cached: int, v1: bool) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if v1 else ("memory.max", "memory.current")
+    for name, text in zip(names, (limit, str(used)), strict=True):
+        (folder / name).write_text(f"{text}\n")
+    below = f"inactive_file 1\ntotal_inactive_file {cached}\n" if v1 else f"inactive_file {cached}\n"
+    (folder / "memory.stat").write_text(f"cache 5\n{below}")
+
+
+@pytest.mark.parametrize("where", ["/slurm/job_1/step_0", "/elsewhere/on/the/host"])
+@pytest.mark.parametrize(
+    ("v1", "listed"),
+    [
+        (False, "0::{}\n"),
+        (True, "12:cpu,cpuacct:/\n10:memory:{}\n1:name=systemd:/user\n"),
+        (True, "5:hugetlb,memory:{}\n0::/\n"),
+    ],
+)
+def test_memory_that_a_control_group_leaves(tmp_path: Path, v1: bool, listed: str, where: str) -> None:
+    """A job has the limit of its own group, or of one above; a container sees its own one as the uppermost."""
+    groups, own = tmp_path / "groups", tmp_path / "own"
+    own.write_text(listed.format(where))
+    top = groups / "memory" if v1 else groups
+    unlimited = "9223372036854771712" if v1 else "max"
+    group(top, "4000000" if "elsewhere" in where else unlimited, 3_000_000, 500_000, v1)
+    group(top / "slurm/job_1", "4000000", 3_000_000, 500_000, v1)
+    group(top / "slurm/job_1/step_0", unlimited, 10, 0, v1)
+    assert free_host_bytes(groups, own) == 1_500_000
+
+
+def test_memory_of_a_group_that_is_full_is_none(tmp_path: Path) -> None:
+    (tmp_path / "own").write_text("4:memory:/a\n")
+    group(tmp_path / "memory" / "a", "1000", 2000, 0, v1=True)
+    assert free_host_bytes(tmp_path, tmp_path / "own") == 0
