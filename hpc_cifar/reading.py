@@ -186,7 +186,7 @@ def json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     """
     rows: list[dict[str, Any]] = []
     damaged = 0
-    for line, ended in lines(path):
+    for line, ended in _at_once(path) or lines(path):
         if (row := row_of(line)) is not None:
             rows.append(row)
         elif ended and (line is None or line.strip()):
@@ -201,6 +201,23 @@ def row_of(line: bytes | None) -> dict[str, Any] | None:
     except Damaged:
         return None
     return row if isinstance(row, dict) else None
+
+
+def _at_once(path: Path) -> list[tuple[bytes | None, bool]]:
+    """As :func:`lines`, of a file that is no longer than a line may be; else nothing."""
+    try:
+        descriptor = _open(path)
+    except FileNotFoundError:
+        return []
+    try:
+        size = _size(descriptor, MAX_LINES)
+        data = os.read(descriptor, size) if size <= MAX_LINE else b""
+    except OSError:
+        return []
+    finally:
+        os.close(descriptor)
+    *whole, rest = data.split(b"\n")
+    return [*((line, True) for line in whole), (rest, False)] if len(data) == size else []
 
 
 def lines(path: Path) -> Iterator[tuple[bytes | None, bool]]:
