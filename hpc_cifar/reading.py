@@ -12,6 +12,7 @@ import json
 import math
 import os
 import stat
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)  # what is answered of a file that is not there (any more)
 MAX_JSON, MAX_LINE, MAX_LINES = 2**22, 2**20, 2**30  # bytes of a record, of a line of JSON, of a file of such lines
 MAX_DEPTH = 64  # of JSON; records have four levels
+SEAL = b',\n  "crc32": "'
 PIECE = 2**20  # bytes of a file of lines that are read at once
 
 
@@ -152,14 +154,38 @@ def _printable(value: Any) -> Any:
     return {_printable(key): _printable(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
+def sealed(text: str) -> str:
+    """A JSON object, as ``json.dumps`` indents it, with a checksum of its text as the last field.
+
+    A digit that has become another one makes a record that is as good as before, and another figure.
+    """
+    body = text.removesuffix("\n}")
+    return f'{body}{SEAL.decode()}{zlib.crc32(body.encode()):08x}"\n}}'
+
+
+def is_unsealed(path: Path) -> bool:
+    """Whether there is such a file, and it carries no checksum."""
+    try:
+        data = read_bytes(path)
+    except (OSError, Damaged):
+        return False
+    return data.lstrip().startswith(b"{") and SEAL not in data
+
+
 def load_json(path: Path) -> Any:
-    """The parsed file.
+    """The parsed file, without its seal.
 
     Raises:
         FileNotFoundError: there is none.
-        Damaged: it does not hold JSON.
+        Damaged: it does not hold JSON, or was changed after it was sealed.
     """
-    return parse_json(read_bytes(path))
+    data = read_bytes(path)
+    value = parse_json(data)
+    if isinstance(value, dict) and (seal := value.pop("crc32", None)) is not None:
+        body, mark, _ = data.rpartition(SEAL)
+        if not mark or seal != f"{zlib.crc32(body):08x}":
+            raise Damaged("was changed after it was written: its crc32 is another one")
+    return value
 
 
 def read_json(path: Path) -> Any | None:

@@ -159,7 +159,7 @@ class Run:
                 return False
             new = {**old, **values, "updated": now()}
             kept = {name: value for name, value in new.items() if value is not None}
-            files.write_json(self.state_file, kept, durable=False)
+            files.write_sealed(self.state_file, kept, durable=False)
         return True
 
     def plan(self) -> Plan | None:
@@ -274,7 +274,7 @@ def create(
         owner.make_root(root)
         building.mkdir(mode=owner.PRIVATE)
         files.write_text(building / "experiment.yaml", experiment_text(experiment), durable=durable)
-        files.write_json(building / "plan.json", plan, durable=durable)
+        files.write_sealed(building / "plan.json", plan, durable=durable)
         files.write_json(building / "provenance.json", provenance, durable=durable)
         (building / "checkpoints").mkdir(mode=owner.PRIVATE)
         building.rename(run.path)  # fails if a run of this name already has files
