@@ -119,7 +119,7 @@ def parse_json(data: bytes) -> Any:
     try:
         value = _DECODER.decode(data.decode())
         # so deep only if there are so many brackets
-        if data.count(b"[") + data.count(b"{") > MAX_DEPTH and not _is_shallow(value):
+        if len(data) > MAX_DEPTH and data.count(b"[") + data.count(b"{") > MAX_DEPTH and not _is_shallow(value):
             raise Damaged(f"is nested more than {MAX_DEPTH} levels deep")
     except RecursionError:
         raise Damaged(f"is nested more than {MAX_DEPTH} levels deep") from None
@@ -131,7 +131,7 @@ def parse_json(data: bytes) -> Any:
         raise Damaged(f"is not JSON: {error.msg} in line {error.lineno}" if data.strip() else "is empty") from None
     except ValueError:  # of a whole number of thousands of digits
         raise Damaged("holds a number of thousands of digits") from None
-    if b"\\ud" in data or b"\\uD" in data:  # half of a pair stands for a byte of a name that was not UTF-8
+    if b"\\u" in data and (b"\\ud" in data or b"\\uD" in data):  # half of a pair stands for a byte of a name that was not UTF-8
         return _printable(value)
     return value
 

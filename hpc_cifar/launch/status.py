@@ -178,8 +178,11 @@ def _current(chain: list[Job], answer: slurm.Answer) -> Job:
 
 
 def _status(run: Run, job: Job, answer: slurm.Answer) -> Status:
-    alive = _alive(run, job, answer)  # before the files are read: a process that ends in between has written its last word
-    result, state = run.result() or Result(), run.state()
+    result, alive = run.result() or Result(), None
+    if result.state != "finished":
+        alive = _alive(run, job, answer)  # before the files are read: a process that ends in between has written its last word
+        result = run.result() or Result()
+    state = run.state()
     if result.state == "finished":
         return _row(run, job, state, result, "finished", None)
     known = answer.jobs.get(job.job_id) if job.executor == "slurm" else None
