@@ -159,6 +159,8 @@ def sealed(text: str) -> str:
 
     A digit that has become another one makes a record that is as good as before, and another figure.
     """
+    if not text.endswith("\n}"):  # an empty one, or no object
+        return text
     body = text.removesuffix("\n}")
     return f'{body}{SEAL.decode()}{zlib.crc32(body.encode()):08x}"\n}}'
 
