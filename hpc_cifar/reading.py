@@ -21,11 +21,30 @@ GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)  # what is answered of a file
 MAX_JSON, MAX_LINE, MAX_LINES = 2**22, 2**20, 2**30  # bytes of a record, of a line of JSON, of a file of such lines
 MAX_DEPTH = 64  # of JSON; records have four levels
 SEAL = b',\n  "crc32": "'
-USUAL, PIECE = 2**14, 2**20  # bytes of a record that are read at first, and of anything at once
+PIECE = 2**20  # bytes of a file of lines that are read at once
 
 
 class Damaged(ValueError):
     """A file that is there and does not hold what it should; the text says why, without the file's name."""
+
+
+def _open(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOCTTY)
+    except OSError as error:
+        if error.errno in GONE:
+            raise FileNotFoundError(errno.ENOENT, "no such file", str(path)) from None
+        kinds = {errno.ELOOP: "is a link, not a file of its own", errno.ENXIO: "is not a regular file"}
+        raise Damaged(kinds.get(error.errno or 0, f"cannot be read: {error.strerror or 'input/output error'}")) from None
+
+
+def _size(descriptor: int, limit: int) -> int:
+    facts = os.fstat(descriptor)
+    if not stat.S_ISREG(facts.st_mode):
+        raise Damaged("is a folder, not a file" if stat.S_ISDIR(facts.st_mode) else "is not a regular file")
+    if facts.st_size > limit:
+        raise Damaged(f"has {facts.st_size:,} bytes, more than the {limit:,} that are read")
+    return facts.st_size
 
 
 @contextlib.contextmanager
@@ -36,19 +55,9 @@ def opened(path: Path, limit: int) -> Iterator[int]:
         FileNotFoundError: there is none.
         Damaged: it is no regular file, cannot be read, or has more than ``limit`` bytes.
     """
+    descriptor = _open(path)
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOCTTY)
-    except OSError as error:
-        if error.errno in GONE:
-            raise FileNotFoundError(errno.ENOENT, "no such file", str(path)) from None
-        kinds = {errno.ELOOP: "is a link, not a file of its own", errno.ENXIO: "is not a regular file"}
-        raise Damaged(kinds.get(error.errno or 0, f"cannot be read: {error.strerror or 'input/output error'}")) from None
-    try:
-        facts = os.fstat(descriptor)
-        if not stat.S_ISREG(facts.st_mode):
-            raise Damaged("is a folder, not a file" if stat.S_ISDIR(facts.st_mode) else "is not a regular file")
-        if facts.st_size > limit:
-            raise Damaged(f"has {facts.st_size:,} bytes, more than the {limit:,} that are read")
+        _size(descriptor, limit)
         yield descriptor
     except OSError as error:
         if error.errno == errno.ESTALE:
@@ -64,12 +73,18 @@ def read_bytes(path: Path, limit: int = MAX_JSON) -> bytes:
     Raises:
         FileNotFoundError, Damaged: as :func:`opened`.
     """
-    with opened(path, limit) as descriptor:
-        data = os.read(descriptor, USUAL)
-        while data and len(data) <= limit and (more := os.read(descriptor, PIECE)):
+    descriptor = _open(path)  # without the context manager, which takes as long as all the rest
+    try:
+        size = _size(descriptor, limit)
+        data = os.read(descriptor, size)
+        while len(data) < size and (more := os.read(descriptor, size - len(data))):
             data += more
-    if len(data) > limit:
-        raise Damaged(f"has more than the {limit:,} bytes that are read")
+    except OSError as error:
+        if error.errno == errno.ESTALE:
+            raise FileNotFoundError(errno.ENOENT, "no such file", str(path)) from None
+        raise Damaged(f"cannot be read: {error.strerror or 'input/output error'}") from None
+    finally:
+        os.close(descriptor)
     return data
 
 

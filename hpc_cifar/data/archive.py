@@ -23,7 +23,7 @@ LARGEST_MEMBER_BYTES = 192 * 2**20  # the training images of CIFAR-100 have 155 
 LARGEST_HEADER_BYTES = 16 * 2**10  # of what is said about one member beside its plain header, such as a long name
 MOST_HEADERS = 16  # of such before one member
 DICTIONARY_BYTES = 512 * 2**20  # that xz may ask for; xz -9 takes 64 MiB
-EXPANDED_BYTES, EXPANSION = 2**30, 250  # an archive may expand to so much, and so many times its size
+EXPANDED_BYTES, EXPANSION = 2**29, 250  # an archive may expand to so much, and so many times its size
 _READ_ERRORS = (
     OSError, EOFError, lzma.LZMAError, zlib.error, tarfile.TarError, ValueError, OverflowError, MemoryError, RecursionError,
 )  # fmt: skip

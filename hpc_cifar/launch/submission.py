@@ -89,7 +89,7 @@ def replaced(run: Run, mark: str | None = None) -> list[str]:
 def read(run: Run) -> Open | None:
     """The run's open submission, if there is one."""
     path = run.path / FILE
-    found = records.read(Submission, path)
+    found = records.read(Submission, path) if os.path.lexists(path) else None
     if found is None or not found.mark:
         return None
     if any(job.submission == found.mark for job in run.jobs()):  # cut off between the two
@@ -105,6 +105,8 @@ def read(run: Run) -> Open | None:
 
 def problem(run: Run) -> str:
     """Why nobody can say whether the run has an open submission; "" where it can be said."""
+    if not os.path.lexists(f"{run.path}/{FILE}"):  # of nearly all runs
+        return ""
     found = records.read(Submission, run.path / FILE)
     if found is None:
         return ""

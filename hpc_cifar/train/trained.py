@@ -102,6 +102,8 @@ def load(run: Run, data_root: Path, which: str = "") -> Trained:
     network = make_network(experiment, prepared, world, channels_last)
     live = [parameter for parameter in network.parameters() if parameter.requires_grad]
     unlike = contents.difference(state["model"], network.state_dict())
+    if state["ema"] is None and experiment.training.ema_decay is not None:
+        unlike = "it has no average of the weights"
     if state["ema"] is not None:
         average = contents.listed(state["ema"]["shadow"], "average")
         unlike = unlike or contents.difference(average, contents.listed(live, "average"))

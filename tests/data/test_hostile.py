@@ -114,7 +114,7 @@ def test_a_tail_without_end(tmp_path: Path, packing: str) -> None:
         stream.write(header("README") + b"\0" * 1024)
         for _ in range(1200):
             stream.write(ZERO)
-    assert "expands to more than 1,0" in read(tmp_path / "a", most_mib=200)
+    assert "expands to more than" in read(tmp_path / "a", most_mib=200)
 
 
 @pytest.mark.parametrize("name", ["README", "train/a/0.png", "data_batch_1", "train"])

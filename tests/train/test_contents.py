@@ -35,8 +35,14 @@ def changed(change: Callable[[torch.Tensor], torch.Tensor], *path: Any) -> Calla
     return apply
 
 
-def without(name: str) -> Callable[[State], None]:
-    return lambda state: state.pop(name) and None
+def without(name: str, *path: str) -> Callable[[State], None]:
+    def apply(state: State) -> None:
+        place: Any = state
+        for part in path:
+            place = place[part]
+        place.pop() if isinstance(place, list) else place.pop(name or first(place))
+
+    return apply
 
 
 def with_value(name: str, value: Any) -> Callable[[State], None]:
@@ -56,16 +62,16 @@ CHANGES: dict[str, Callable[[State], None]] = {
     "weights of another shape": changed(lambda value: value[:1], "model"),
     "one number for all weights": changed(lambda value: value.flatten()[:1].reshape([1] * value.dim()), "model"),
     "a tensor too many": lambda state: state["model"].update(more=torch.ones(1)),
-    "a tensor too few": lambda state: state["model"].pop(first(state["model"])) and None,
+    "a tensor too few": without("", "model"),
     "an average of one number": changed(lambda value: value.flatten()[:1].reshape([1] * value.dim()), "ema", "shadow"),
     "an average of another type": changed(lambda value: value.double(), "ema", "shadow"),
-    "an average too few": lambda state: state["ema"]["shadow"].pop() and None,
+    "an average too few": without("", "ema", "shadow"),
     "no average": with_value("ema", None),
     "momentum of one number": changed(lambda value: value.flatten()[:1].reshape([1] * value.dim()), "optimizer", "state", 0),
     "momentum of another type": changed(lambda value: value.double(), "optimizer", "state", 0),
     "momentum of no parameter": lambda state: state["optimizer"]["state"].update({99: {}}),
     "a negative step": lambda state: state["position"].update(step=-1),
-    "no batch": lambda state: state["position"].pop("batch") and None,
+    "no batch": without("batch", "position"),
     "sums of one number": lambda state: state["per_rank"][0].update(epoch_sums=torch.zeros(1, dtype=torch.float64)),
     "rows that are none": with_value("history", [1, 2]),
     "more processes than there are": with_value("world_size", 3),
