@@ -27,13 +27,21 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 import fuzz_damage  # noqa: E402
-from fuzz_cases import Case, case  # noqa: E402
+from fuzz_cases import HEAVY, Case, case  # noqa: E402
 from fuzz_judge import Finding, Outcome, judge  # noqa: E402
 from fuzz_site import Fuzzed  # noqa: E402
 
 LIGHT_S, HEAVY_S, COMMAND_S = 5.0, 40.0, 90.0
 MEMORY_MIB = 1024
 SHOWN = 200_000
+
+
+def peak_mib(pid: int) -> int:
+    """The most memory that a process has held; 0 of one that has ended."""
+    with contextlib.suppress(OSError):
+        if found := re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text()):
+            return int(found[1]) // 1024
+    return 0
 
 
 class Worker:
@@ -189,12 +197,15 @@ class Player:
             time.sleep(later[0] * 10)
             with contextlib.suppress(OSError):
                 Path(later[1]).unlink()
-        watched = os.pidfd_open(child.pid)
-        hung = not select.select([watched], [], [], limit_s)[0]
+        watched, most = os.pidfd_open(child.pid), 0
+        # ru_maxrss would be that of this process, which the child was a copy of
+        while not select.select([watched], [], [], 0.05)[0] and time.monotonic() - began < limit_s:
+            most = max(most, peak_mib(child.pid))
+        hung = not select.select([watched], [], [], 0)[0]
         os.close(watched)
         if hung:
             child.kill()
-        _, status, used = os.wait4(child.pid, 0)
+        _, status = os.waitpid(child.pid, 0)
         ended = os.waitstatus_to_exitcode(status)
         child.returncode = ended
         return {
@@ -202,7 +213,7 @@ class Player:
             "signal": None if ended >= 0 or hung else -ended,
             "hung": hung,
             "seconds": round(time.monotonic() - began, 3),
-            "grown_mib": max(0, used.ru_maxrss // 1024 - (900 if argv[0] in ("evaluate", "export", "train") else 150)),
+            "grown_mib": max(0, most - (900 if argv[0] in HEAVY or "--campaign" in argv else 150)),
         }
 
     def undamaged(self, one: Case, as_process: bool) -> Outcome:

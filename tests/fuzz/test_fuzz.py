@@ -147,7 +147,7 @@ def test_hangs_crashes_and_memory_are_outcomes(player: Player, tmp_path: Path) -
         "import os, sys, time\nwhat = sys.argv[1]\n"
         "if what == 'hang': time.sleep(60)\n"
         "if what == 'crash': import ctypes; ctypes.string_at(0)\n"
-        "if what == 'memory': held = bytes(700 * 2**20)\n"
+        "if what == 'memory': held = b'x' * (700 * 2**20)\n"
         "if what == 'kill': os.kill(1, 15)\n"
     )
     site = Fuzzed(tmp_path / "site", tmp_path)
