@@ -18,7 +18,7 @@ CLUSTERS := -n 2 --dist loadfile --no-loadscope-reorder
 PARALLEL := -n $(shell n=$$(nproc); echo $$((n < 8 ? n : 8))) --dist worksteal
 
 .PHONY: help run test test-full test-slurm unit unit-all coverage lint format lock ffcv-wheel container-base container \
-  container-test container-apptainer slurm-up slurm-down soak faults histories systems figures clean env env-dev
+  container-test container-apptainer slurm-up slurm-down soak faults histories fuzz systems figures clean env env-dev
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 21
@@ -116,6 +116,10 @@ systems: env-dev ## train every published system that needs no downloaded weight
 
 histories: env-dev ## 100,000 histories of runs in virtual time, 2,000 of them again over real run directories (HISTORIES=100000)
 	HPC_CIFAR_HISTORIES=$(or $(HISTORIES),100000) HPC_CIFAR_HISTORIES_ON_DISK=2000 .venv/bin/python -m pytest tests/life $(PARALLEL) $(ARGS)
+
+fuzz: env-dev ## 10,000 damaged files met by commands in process, 200 by real ones; writes docs/results/fuzz.json (CASES=, COMMANDS=)
+	HPC_CIFAR_FUZZ=$(or $(CASES),10000) HPC_CIFAR_FUZZ_COMMANDS=$(or $(COMMANDS),200) HPC_CIFAR_FUZZ_RESULTS=docs/results/fuzz.json \
+	  $(QUIET) .venv/bin/python -m pytest tests/fuzz -n0 $(ARGS)
 
 figures: env-dev ## make every table and plot of the docs again from the JSON in docs/results
 	.venv/bin/python benchmarks/figures.py

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import stat
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,31 @@ from typing import Any
 GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)  # what is answered of a file that is not there (any more)
 MAX_JSON, MAX_LINE, MAX_LINES = 2**22, 2**20, 2**30  # bytes of a record, of a line of JSON, of a file of such lines
 MAX_DEPTH = 64  # of JSON; records have four levels
-USUAL, PIECE = 2**14, 2**20  # bytes of a record that are read at first, and of anything at once
+SEAL = b',\n  "crc32": "'
+PIECE = 2**20  # bytes of a file of lines that are read at once
 
 
 class Damaged(ValueError):
     """A file that is there and does not hold what it should; the text says why, without the file's name."""
+
+
+def _open(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOCTTY)
+    except OSError as error:
+        if error.errno in GONE:
+            raise FileNotFoundError(errno.ENOENT, "no such file", str(path)) from None
+        kinds = {errno.ELOOP: "is a link, not a file of its own", errno.ENXIO: "is not a regular file"}
+        raise Damaged(kinds.get(error.errno or 0, f"cannot be read: {error.strerror or 'input/output error'}")) from None
+
+
+def _size(descriptor: int, limit: int) -> int:
+    facts = os.fstat(descriptor)
+    if not stat.S_ISREG(facts.st_mode):
+        raise Damaged("is a folder, not a file" if stat.S_ISDIR(facts.st_mode) else "is not a regular file")
+    if facts.st_size > limit:
+        raise Damaged(f"has {facts.st_size:,} bytes, more than the {limit:,} that are read")
+    return facts.st_size
 
 
 @contextlib.contextmanager
@@ -34,19 +55,9 @@ def opened(path: Path, limit: int) -> Iterator[int]:
         FileNotFoundError: there is none.
         Damaged: it is no regular file, cannot be read, or has more than ``limit`` bytes.
     """
+    descriptor = _open(path)
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOCTTY)
-    except OSError as error:
-        if error.errno in GONE:
-            raise FileNotFoundError(errno.ENOENT, "no such file", str(path)) from None
-        kinds = {errno.ELOOP: "is a link, not a file of its own", errno.ENXIO: "is not a regular file"}
-        raise Damaged(kinds.get(error.errno or 0, f"cannot be read: {error.strerror or 'input/output error'}")) from None
-    try:
-        facts = os.fstat(descriptor)
-        if not stat.S_ISREG(facts.st_mode):
-            raise Damaged("is a folder, not a file" if stat.S_ISDIR(facts.st_mode) else "is not a regular file")
-        if facts.st_size > limit:
-            raise Damaged(f"has {facts.st_size:,} bytes, more than the {limit:,} that are read")
+        _size(descriptor, limit)
         yield descriptor
     except OSError as error:
         if error.errno == errno.ESTALE:
@@ -62,12 +73,18 @@ def read_bytes(path: Path, limit: int = MAX_JSON) -> bytes:
     Raises:
         FileNotFoundError, Damaged: as :func:`opened`.
     """
-    with opened(path, limit) as descriptor:
-        data = os.read(descriptor, USUAL)
-        while data and len(data) <= limit and (more := os.read(descriptor, PIECE)):
+    descriptor = _open(path)  # without the context manager, which takes as long as all the rest
+    try:
+        size = _size(descriptor, limit)
+        data = os.read(descriptor, size)
+        while len(data) < size and (more := os.read(descriptor, size - len(data))):
             data += more
-    if len(data) > limit:
-        raise Damaged(f"has more than the {limit:,} bytes that are read")
+    except OSError as error:
+        if error.errno == errno.ESTALE:
+            raise FileNotFoundError(errno.ENOENT, "no such file", str(path)) from None
+        raise Damaged(f"cannot be read: {error.strerror or 'input/output error'}") from None
+    finally:
+        os.close(descriptor)
     return data
 
 
@@ -102,7 +119,7 @@ def parse_json(data: bytes) -> Any:
     try:
         value = _DECODER.decode(data.decode())
         # so deep only if there are so many brackets
-        if data.count(b"[") + data.count(b"{") > MAX_DEPTH and not _is_shallow(value):
+        if len(data) > MAX_DEPTH and data.count(b"[") + data.count(b"{") > MAX_DEPTH and not _is_shallow(value):
             raise Damaged(f"is nested more than {MAX_DEPTH} levels deep")
     except RecursionError:
         raise Damaged(f"is nested more than {MAX_DEPTH} levels deep") from None
@@ -114,7 +131,7 @@ def parse_json(data: bytes) -> Any:
         raise Damaged(f"is not JSON: {error.msg} in line {error.lineno}" if data.strip() else "is empty") from None
     except ValueError:  # of a whole number of thousands of digits
         raise Damaged("holds a number of thousands of digits") from None
-    if b"\\ud" in data or b"\\uD" in data:  # half of a pair stands for a byte of a name that was not UTF-8
+    if b"\\u" in data and (b"\\ud" in data or b"\\uD" in data):  # half of a pair stands for a byte of a name that was not UTF-8
         return _printable(value)
     return value
 
@@ -137,14 +154,40 @@ def _printable(value: Any) -> Any:
     return {_printable(key): _printable(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
+def sealed(text: str) -> str:
+    """A JSON object, as ``json.dumps`` indents it, with a checksum of its text as the last field.
+
+    A digit that has become another one makes a record that is as good as before, and another figure.
+    """
+    if not text.endswith("\n}"):  # an empty one, or no object
+        return text
+    body = text.removesuffix("\n}")
+    return f'{body}{SEAL.decode()}{zlib.crc32(body.encode()):08x}"\n}}'
+
+
+def is_unsealed(path: Path) -> bool:
+    """Whether there is such a file, and it carries no checksum."""
+    try:
+        data = read_bytes(path)
+    except (OSError, Damaged):
+        return False
+    return data.lstrip().startswith(b"{") and SEAL not in data
+
+
 def load_json(path: Path) -> Any:
-    """The parsed file.
+    """The parsed file, without its seal.
 
     Raises:
         FileNotFoundError: there is none.
-        Damaged: it does not hold JSON.
+        Damaged: it does not hold JSON, or was changed after it was sealed.
     """
-    return parse_json(read_bytes(path))
+    data = read_bytes(path)
+    value = parse_json(data)
+    if isinstance(value, dict) and (seal := value.pop("crc32", None)) is not None:
+        body, mark, _ = data.rpartition(SEAL)
+        if not mark or seal != f"{zlib.crc32(body):08x}":
+            raise Damaged("was changed after it was written: its crc32 is another one")
+    return value
 
 
 def read_json(path: Path) -> Any | None:
@@ -171,7 +214,7 @@ def json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     """
     rows: list[dict[str, Any]] = []
     damaged = 0
-    for line, ended in lines(path):
+    for line, ended in _at_once(path) or lines(path):
         if (row := row_of(line)) is not None:
             rows.append(row)
         elif ended and (line is None or line.strip()):
@@ -186,6 +229,23 @@ def row_of(line: bytes | None) -> dict[str, Any] | None:
     except Damaged:
         return None
     return row if isinstance(row, dict) else None
+
+
+def _at_once(path: Path) -> list[tuple[bytes | None, bool]]:
+    """As :func:`lines`, of a file that is no longer than a line may be; else nothing."""
+    try:
+        descriptor = _open(path)
+    except FileNotFoundError:
+        return []
+    try:
+        size = _size(descriptor, MAX_LINES)
+        data = os.read(descriptor, size) if size <= MAX_LINE else b""
+    except OSError:
+        return []
+    finally:
+        os.close(descriptor)
+    *whole, rest = data.split(b"\n")
+    return [*((line, True) for line in whole), (rest, False)] if len(data) == size else []
 
 
 def lines(path: Path) -> Iterator[tuple[bytes | None, bool]]:

@@ -24,6 +24,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ class Run:
     def id(self) -> str:
         return self.path.name
 
-    @property
+    @cached_property
     def experiment_file(self) -> Path:
         return self.path / "experiment.yaml"
 
@@ -65,7 +66,7 @@ class Run:
     def code(self) -> Path:
         return self.path / "code"
 
-    @property
+    @cached_property
     def submitit(self) -> Path:
         return self.path / "submitit"
 
@@ -77,11 +78,11 @@ class Run:
     def metrics_file(self) -> Path:
         return self.path / "metrics.jsonl"
 
-    @property
+    @cached_property
     def result_file(self) -> Path:
         return self.path / "result.json"
 
-    @property
+    @cached_property
     def state_file(self) -> Path:
         return self.path / "state.json"
 
@@ -159,7 +160,7 @@ class Run:
                 return False
             new = {**old, **values, "updated": now()}
             kept = {name: value for name, value in new.items() if value is not None}
-            files.write_json(self.state_file, kept, durable=False)
+            files.write_sealed(self.state_file, kept, durable=False)
         return True
 
     def plan(self) -> Plan | None:
@@ -274,7 +275,7 @@ def create(
         owner.make_root(root)
         building.mkdir(mode=owner.PRIVATE)
         files.write_text(building / "experiment.yaml", experiment_text(experiment), durable=durable)
-        files.write_json(building / "plan.json", plan, durable=durable)
+        files.write_sealed(building / "plan.json", plan, durable=durable)
         files.write_json(building / "provenance.json", provenance, durable=durable)
         (building / "checkpoints").mkdir(mode=owner.PRIVATE)
         building.rename(run.path)  # fails if a run of this name already has files

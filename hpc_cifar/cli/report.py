@@ -59,7 +59,7 @@ def report(
         raise UsageError("--campaign names the runs: leave the others out")
     root = files.runs_root()
     chosen = everything(root, owner, campaign) if campaign is not None else to_read(run or ["last"], root, owner)
-    _check(chosen, changes=evaluate or wandb)
+    chosen = _checked(chosen, changes=evaluate or wandb)
     if evaluate:
         _evaluate(chosen)
     groups = grouped(chosen, statuses(chosen))
@@ -88,15 +88,30 @@ def report(
     typer.echo(f"{out}: {headline(groups)}")
 
 
-def _check(chosen: list[Run], *, changes: bool) -> None:
-    """That pictures of the runs are files of theirs; that runs which are changed or uploaded are one's own."""
-    from .. import owner
+def _checked(chosen: list[Run], *, changes: bool) -> list[Run]:
+    """The runs whose pictures are files of theirs; those that are changed or uploaded have to be one's own.
 
+    One of several that cannot be shown is left out, and named.
+    """
+    from .. import owner
+    from ..errors import RunError
+
+    kept = []
     for run in chosen:
         if changes:
             owner.check_own(run.path)
-        if owner.is_own(run.path):  # those of others have been looked at
-            owner.check_tree(run.path, parts=("evaluation",))
+        try:
+            if owner.is_own(run.path):  # those of others have been looked at
+                owner.check_tree(run.path, parts=("evaluation",))
+        except RunError as error:
+            if len(chosen) == 1 or changes:
+                raise
+            typer.echo(f"warning: left out: {error}", err=True)
+            continue
+        kept.append(run)
+    if chosen and not kept:
+        raise RunError("none of these runs can be read")
+    return kept
 
 
 def _write(path: Path, text: str, option: str) -> None:

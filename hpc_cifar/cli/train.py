@@ -246,7 +246,7 @@ def _go_on_as(
             f"{found.id} is {seen.state}{f' ({seen.reason})' if seen.reason else ''}: its job file cannot change now"
         )
     experiment, plan = planned()
-    files.write_json(found.path / "plan.json", plan)
+    files.write_sealed(found.path / "plan.json", plan)
     files.write_text(found.experiment_file, runs.experiment_text(experiment))
     if important:
         begun.force(found, experiment)

@@ -318,7 +318,7 @@ def resume(
         if chosen.executor == "slurm":
             submit.check_time(experiment, chosen, plan, estimate.length_of(experiment, chosen, plan, run.path.parent))
         run.cancel_marker.unlink(missing_ok=True)
-        files.write_json(run.path / "plan.json", plan.as_dict())
+        files.write_sealed(run.path / "plan.json", plan.as_dict())
         if fresh:
             begin_again(run)
         return Resumed(run, submit.start(run, chosen, plan, data_root=data_root))

@@ -88,6 +88,8 @@ def replaced(run: Run, mark: str | None = None) -> list[str]:
 
 def read(run: Run) -> Open | None:
     """The run's open submission, if there is one."""
+    if not os.path.lexists(f"{run.path}/{FILE}"):  # of nearly all runs
+        return None
     path = run.path / FILE
     found = records.read(Submission, path)
     if found is None or not found.mark:
@@ -105,6 +107,8 @@ def read(run: Run) -> Open | None:
 
 def problem(run: Run) -> str:
     """Why nobody can say whether the run has an open submission; "" where it can be said."""
+    if not os.path.lexists(f"{run.path}/{FILE}"):
+        return ""
     found = records.read(Submission, run.path / FILE)
     if found is None:
         return ""

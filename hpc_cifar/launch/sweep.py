@@ -130,7 +130,7 @@ def _ask(run: Run, about: SweepPlace, data_root: Path) -> SweepPlace:
         made = run.experiment_file.stat()
         files.write_text(run.experiment_file, experiment_text(experiment))
         os.utime(run.experiment_file, ns=(made.st_atime_ns, made.st_mtime_ns))  # by which runs are in the order of their making
-        files.write_json(run.path / "plan.json", plan.as_dict())
+        files.write_sealed(run.path / "plan.json", plan.as_dict())
         about = dataclasses.replace(about, trial=trial.number, values=values)
         files.write_json(run.sweep_file, about.as_dict())  # the last: the other ranks wait for it
         print(f"sweep: {said}", flush=True)

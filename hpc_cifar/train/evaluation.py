@@ -87,7 +87,7 @@ def evaluate(
             )
     if maps_of is not None:
         _draw_maps(trained, arrays, indices[maps_of : maps_of + 1], maps_of, folder)
-    files.write_json(folder / "evaluation.json", result)
+    files.write_sealed(folder / "evaluation.json", result)
     return result, folder
 
 

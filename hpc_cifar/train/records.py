@@ -193,7 +193,7 @@ class Records:
         state = self._state(result["state"], reason=result.get("reason"))
         result |= {key: state[key] for key in ("restarts", "lost_steps", "gpu_hours", "seconds", "precision")}
         if self._world.main and result["state"] != "requeued":
-            files.write_json(self._run.result_file, result)
+            files.write_sealed(self._run.result_file, result)
         self._write_state(state)
 
     def finish(self, result: dict[str, Any]) -> None:

@@ -122,7 +122,11 @@ def load(run: Run, data_root: Path, which: str = "") -> Trained:
         run, experiment, prepared, network, world.device, precision, channels_last, which, epoch, step, state["history"]
     )
     if experiment.training.batch_norm_images is not None:
-        statistics.put(network, state.get("statistics") or _statistics_of(found))
+        known = state.get("statistics")
+        buffers = dict(network.named_buffers())
+        if known and (unlike := contents.difference(known, {name: buffers[name] for name in known if name in buffers})):
+            raise CheckpointError(f"{saved.folder} does not fit the run's network: {unlike}")
+        statistics.put(network, known or _statistics_of(found))
     return found
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from reported import EVALUATED, left_behind
 
+from hpc_cifar import files
 from hpc_cifar.cli.main import main
 from hpc_cifar.report.charts import charts
 from hpc_cifar.report.facts import gather, shown
@@ -190,6 +191,42 @@ def test_the_run_that_is_shown_is_not_chosen_by_the_test(tmp_path: Path) -> None
         (run.path / "evaluation" / "test" / "evaluation.json").write_text(json.dumps(EVALUATED))
     found = shown([gather(better), gather(luckier)])
     assert found is not None and found.id == better.id
+
+
+def test_one_run_with_a_link_out_of_it_is_left_out_of_a_report_on_several(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, bad = left_behind(tmp_path, seed=0), left_behind(tmp_path, seed=5)
+    (bad.path / "evaluation" / "test").mkdir(parents=True)
+    (bad.path / "evaluation" / "test" / "confusion.png").symlink_to("/etc/hostname")
+    typed(tmp_path, "report", good.id, bad.id, "--format", "csv")
+    told = capsys.readouterr()
+    assert good.id in told.out and bad.id not in told.out
+    assert (
+        "warning: left out: " in told.err and f"{bad.id}: 'evaluation/test/confusion.png' is a link that leads out" in told.err
+    )
+    typed(tmp_path, "report", bad.id, "--format", "csv", code=1)
+
+
+@pytest.mark.parametrize(("file", "old", "new"), [("result.json", "0.9", "0.8"), ("state.json", '"step": 45', '"step": 46')])
+def test_a_digit_that_changed_in_a_sealed_record_is_no_figure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, old: str, new: str
+) -> None:
+    run = left_behind(tmp_path, test=0.9)
+    result = files.read_object(run.result_file)
+    files.write_sealed(run.result_file, result)
+    assert "crc32" not in run.result_file.read_text(), "what an older version's code wrote, and may change again, gets none"
+    run.result_file.unlink()
+    files.write_sealed(run.result_file, result)
+    assert files.read_object(run.result_file) == result and '"crc32": "' in run.result_file.read_text()
+    path = run.path / file
+    path.write_text(path.read_text().replace(old, new, 1))
+    typed(tmp_path, "status", "--json")
+    [row] = json.loads(capsys.readouterr().out)
+    assert f"{file}: was changed after it was written" in row["reason"]
+    assert row["test_accuracy"] != 0.8 and row["step"] != 46
+    files.write_json(path, result)  # as an older version wrote it
+    assert files.read_object(path) == result
 
 
 def test_what_one_experiment_changes_is_shown_beside_the_defaults(tmp_path: Path) -> None:
