@@ -108,6 +108,8 @@ class _Drawing:
         return cast(int, getattr(stream, "drawn", stream.write)(text))
 
     def __getattr__(self, name: str) -> Any:
+        if name == "rich_proxied_file":  # by which Rich would write past this while a bar is shown
+            raise AttributeError(name)
         return getattr(getattr(sys, self._name), name)
 
 

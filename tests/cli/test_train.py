@@ -72,7 +72,7 @@ def test_fresh_starts_over_on_every_rank(site: Site) -> None:
 def test_the_plan_says_what_was_adapted(site: Site) -> None:
     ranks(site, site.job(), "--set", "resources.gpus_per_node=8", "--set", "resources.processes_per_node=8")
     notes = only_run(site).plan().notes  # the training loop prints what it does differently
-    assert notes == ["the file asks for 1 node x 8 GPUs; here: 1 node x 2 CPU processes"]
+    assert notes == ("the file asks for 1 node x 8 GPUs; here: 1 node x 2 CPU processes",)
 
 
 def test_a_problem_ends_every_rank_and_is_said_once(site: Site) -> None:
