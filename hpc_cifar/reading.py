@@ -119,7 +119,7 @@ def parse_json(data: bytes) -> Any:
     try:
         value = _DECODER.decode(data.decode())
         # so deep only if there are so many brackets
-        if data.count(b"[") + data.count(b"{") > MAX_DEPTH and not _is_shallow(value):
+        if len(data) > MAX_DEPTH and data.count(b"[") + data.count(b"{") > MAX_DEPTH and not _is_shallow(value):
             raise Damaged(f"is nested more than {MAX_DEPTH} levels deep")
     except RecursionError:
         raise Damaged(f"is nested more than {MAX_DEPTH} levels deep") from None
@@ -131,7 +131,7 @@ def parse_json(data: bytes) -> Any:
         raise Damaged(f"is not JSON: {error.msg} in line {error.lineno}" if data.strip() else "is empty") from None
     except ValueError:  # of a whole number of thousands of digits
         raise Damaged("holds a number of thousands of digits") from None
-    if b"\\ud" in data or b"\\uD" in data:  # half of a pair stands for a byte of a name that was not UTF-8
+    if b"\\u" in data and (b"\\ud" in data or b"\\uD" in data):  # half of a pair stands for a byte of a name that was not UTF-8
         return _printable(value)
     return value
 
@@ -159,6 +159,8 @@ def sealed(text: str) -> str:
 
     A digit that has become another one makes a record that is as good as before, and another figure.
     """
+    if not text.endswith("\n}"):  # an empty one, or no object
+        return text
     body = text.removesuffix("\n}")
     return f'{body}{SEAL.decode()}{zlib.crc32(body.encode()):08x}"\n}}'
 
@@ -212,7 +214,7 @@ def json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     """
     rows: list[dict[str, Any]] = []
     damaged = 0
-    for line, ended in lines(path):
+    for line, ended in _at_once(path) or lines(path):
         if (row := row_of(line)) is not None:
             rows.append(row)
         elif ended and (line is None or line.strip()):
@@ -227,6 +229,23 @@ def row_of(line: bytes | None) -> dict[str, Any] | None:
     except Damaged:
         return None
     return row if isinstance(row, dict) else None
+
+
+def _at_once(path: Path) -> list[tuple[bytes | None, bool]]:
+    """As :func:`lines`, of a file that is no longer than a line may be; else nothing."""
+    try:
+        descriptor = _open(path)
+    except FileNotFoundError:
+        return []
+    try:
+        size = _size(descriptor, MAX_LINES)
+        data = os.read(descriptor, size) if size <= MAX_LINE else b""
+    except OSError:
+        return []
+    finally:
+        os.close(descriptor)
+    *whole, rest = data.split(b"\n")
+    return [*((line, True) for line in whole), (rest, False)] if len(data) == size else []
 
 
 def lines(path: Path) -> Iterator[tuple[bytes | None, bool]]:

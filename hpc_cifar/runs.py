@@ -24,6 +24,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ class Run:
     def id(self) -> str:
         return self.path.name
 
-    @property
+    @cached_property
     def experiment_file(self) -> Path:
         return self.path / "experiment.yaml"
 
@@ -65,7 +66,7 @@ class Run:
     def code(self) -> Path:
         return self.path / "code"
 
-    @property
+    @cached_property
     def submitit(self) -> Path:
         return self.path / "submitit"
 
@@ -77,11 +78,11 @@ class Run:
     def metrics_file(self) -> Path:
         return self.path / "metrics.jsonl"
 
-    @property
+    @cached_property
     def result_file(self) -> Path:
         return self.path / "result.json"
 
-    @property
+    @cached_property
     def state_file(self) -> Path:
         return self.path / "state.json"
 

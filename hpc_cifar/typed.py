@@ -135,7 +135,8 @@ def of(kind: type[Record], found: Any) -> Record:
     if type(found) is not dict:
         raise Damaged("is not a JSON object")
     readers, missing = _fields(cast(Any, kind))
-    return kind(**{**missing, **_values(readers, found)})
+    values = _values(readers, found)
+    return kind(**({**missing, **values} if missing else values))
 
 
 def _values(readers: dict[str, Callable[[Any], Any]], found: dict[str, Any]) -> dict[str, Any]:

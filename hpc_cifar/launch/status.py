@@ -178,8 +178,11 @@ def _current(chain: list[Job], answer: slurm.Answer) -> Job:
 
 
 def _status(run: Run, job: Job, answer: slurm.Answer) -> Status:
-    alive = _alive(run, job, answer)  # before the files are read: a process that ends in between has written its last word
-    result, state = run.result() or Result(), run.state()
+    result, alive = run.result() or Result(), None
+    if result.state != "finished":
+        alive = _alive(run, job, answer)  # before the files are read: a process that ends in between has written its last word
+        result = run.result() or Result()
+    state = run.state()
     if result.state == "finished":
         return _row(run, job, state, result, "finished", None)
     known = answer.jobs.get(job.job_id) if job.executor == "slurm" else None
@@ -212,13 +215,13 @@ def _alive(run: Run, job: Job, answer: slurm.Answer) -> bool | None:
     if job.executor == "slurm":
         known = answer.jobs.get(job.job_id)
         return known.alive if known else (False if answer.is_gone(job.job_id) else None)
-    state = run.state()
-    host = job.host or state.host
+    host = job.host or run.state().host
     if host is not None and host != socket.gethostname():
         return None
     who = controller_of(run, job)
     if who:
         return process.is_alive(who) or bool(job.executor == "local" and process.survivors(who))
+    state = run.state()
     if not job.executor and state.state in ENDED:
         return False  # a submission that was refused
     return min(_age_s(job.submitted), _age_s(state.updated), _file_age_s(run)) < START_GRACE_S

@@ -88,8 +88,10 @@ def replaced(run: Run, mark: str | None = None) -> list[str]:
 
 def read(run: Run) -> Open | None:
     """The run's open submission, if there is one."""
+    if not os.path.lexists(f"{run.path}/{FILE}"):  # of nearly all runs
+        return None
     path = run.path / FILE
-    found = records.read(Submission, path) if os.path.lexists(path) else None
+    found = records.read(Submission, path)
     if found is None or not found.mark:
         return None
     if any(job.submission == found.mark for job in run.jobs()):  # cut off between the two
@@ -105,7 +107,7 @@ def read(run: Run) -> Open | None:
 
 def problem(run: Run) -> str:
     """Why nobody can say whether the run has an open submission; "" where it can be said."""
-    if not os.path.lexists(f"{run.path}/{FILE}"):  # of nearly all runs
+    if not os.path.lexists(f"{run.path}/{FILE}"):
         return ""
     found = records.read(Submission, run.path / FILE)
     if found is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -78,3 +80,12 @@ def test_probabilities_are_averaged_over_the_views() -> None:
     plain, _ = probabilities(network, batches, PLAIN)
     assert np.allclose(plain, network(images).double().softmax(1).detach().numpy(), atol=1e-7)
     assert not np.allclose(plain, found)
+
+
+def test_the_name_of_a_class_is_no_formula(tmp_path: Path) -> None:
+    from hpc_cifar.evaluate import figures
+
+    names = [r"$\bad_{$", "a$b", "$", "_^{}"]
+    figures.confusion(np.eye(4, dtype=int), names, tmp_path / "confusion.png")
+    figures.images(np.zeros((4, 8, 8, 3), np.uint8), names, tmp_path / "images.png", names[0])
+    assert (tmp_path / "confusion.png").stat().st_size and (tmp_path / "images.png").stat().st_size
