@@ -6,6 +6,7 @@ Nothing heavy is imported here or at the top of a command's module, so that ``hp
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import sys
@@ -161,7 +162,7 @@ def _check_numbers(arguments: list[str]) -> None:
     Raises:
         UsageError: an option has NaN, which lies within all bounds, as its value.
     """
-    for name, value in zip(arguments, [*arguments[1:], ""], strict=True):
+    for name, value in itertools.pairwise([*arguments, ""]):
         name, sign, after = name.partition("=")
         if name.startswith("--") and re.fullmatch(r"[+-]?nan", after if sign else value, re.IGNORECASE):
             raise UsageError(f"{name}: should be a number, not {after if sign else value}")

@@ -16,4 +16,5 @@ class Store:
         if not (root / dataset).is_dir():
             raise DataError(f"{dataset} is not prepared in {root}; run: hpc-cifar prepare {dataset}")
         classes = tuple("0123456789")
-        return SimpleNamespace(train=SimpleNamespace(labels=range(1000)), classes=classes, image_shape=(3, 32, 32))
+        train = SimpleNamespace(labels=range(1000))
+        return SimpleNamespace(train=train, classes=classes, image_shape=(3, 32, 32), verify_once=lambda: None)

@@ -45,7 +45,7 @@ def test_measured_and_modelled(
 def test_what_cannot_be_measured_is_said(tmp_path: Path, digits_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = ["--root", str(digits_data)]
     for arguments, words in (
-        (["--world-size", "1,x"], "--world-size 1,x: should be whole numbers from 1 on"),
+        (["--world-size", "1,x"], "--world-size 1,x: should be whole numbers from 1 to 1024"),
         (["--world-size", "65"], "--world-size 65: the job's batch of 64 images is smaller"),
         (["--world-size", "1", "--json", str(tmp_path / "no" / "x.json")], "there is no folder"),
     ):

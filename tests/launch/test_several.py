@@ -257,7 +257,7 @@ def test_requests_that_differ_are_arrays_of_their_own_and_none_is_too_large(
     path = Path(site.job())
     small, other = load_experiment(path), load_experiment(path, ["name=other", "seed=50"])
     wide = load_experiment(path, ["resources.nodes=2"])
-    planned = submit_many.plan_all(expand([small, wide, other], seeds=2), SLURM, site.data, prepared=False)
+    planned = submit_many.plan_all(expand([small, wide, other], seeds=2), SLURM, site.folder / "not prepared", prepared=False)
     groups = submit_many.groups_of(planned, SLURM)
     assert [[one.experiment.seed for one in group] for group in groups] == [[1, 2, 50, 51], [1, 2]]
     monkeypatch.setattr(array, "LARGEST_ARRAY", 3)
