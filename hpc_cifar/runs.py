@@ -102,7 +102,7 @@ class Run:
             RunError: it is missing, damaged, or of another version; the message is one line.
         """
         try:
-            return Experiment.model_validate(_tree(self.experiment_file))
+            return Experiment.model_validate(tree(self.experiment_file))
         except FileNotFoundError:
             raise RunError(f"{self.path}: not a run directory (no experiment.yaml)") from None
         except files.Damaged as error:
@@ -178,7 +178,7 @@ class Run:
     def campaign(self) -> str | None:
         """The group of runs it belongs to, by its job file or ``submit --campaign``; in W&B as well."""
         try:
-            found = _tree(self.experiment_file)
+            found = tree(self.experiment_file)
         except (OSError, files.Damaged):
             return None
         tracking = found.get("tracking") if isinstance(found, dict) else None
@@ -190,7 +190,7 @@ class Run:
         return result is not None and result.state == "finished"
 
 
-def _tree(path: Path) -> Any:
+def tree(path: Path) -> Any:
     """The plain value of a YAML file of bounded size, depth and number of values; no tag is resolved.
 
     Raises:

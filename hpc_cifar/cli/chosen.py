@@ -41,8 +41,24 @@ def everything(root: Path, whose: str | None = None, campaign: str | None = None
 
     user = user_of(whose, "--owner")
     chosen = runs.all_runs(root, user) if campaign is None else runs.of_campaign(campaign, root, user)
+    if campaign is not None:
+        _say_unknown(runs.all_runs(root, user), campaign)
     say_left_out(root, user)
     return sound(chosen, some=True)
+
+
+def _say_unknown(every: Sequence[Run], campaign: str) -> None:
+    """Name the runs of which nobody can say whether they are of the campaign: its figures may be without theirs."""
+    from .. import files, runs
+
+    for run in every:
+        if run.campaign is None:
+            try:
+                found = runs.tree(run.experiment_file)
+            except (OSError, files.Damaged):
+                found = None
+            if not isinstance(found, dict) or "tracking" not in found:  # which every experiment has that a command wrote
+                typer.echo(f"warning: {run.id}: experiment.yaml is damaged; it may be of campaign {campaign}", err=True)
 
 
 def to_act_on(tokens: Sequence[str] | str, root: Path, code_of: str | None) -> list[Run]:

@@ -14,6 +14,7 @@ import io
 import os
 import secrets
 import shutil
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,11 @@ def read(saved: Saved) -> dict[str, Any]:
     if saved.manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path}: format {saved.manifest.get('format')!r}, this version reads {FORMAT}")
     try:
+        facts = path.stat()  # before it is read: a FIFO would be waited for, and what is too long would fill the memory
+        if not stat.S_ISREG(facts.st_mode):
+            raise DamagedCheckpoint(f"{path}: is not a regular file")
+        if facts.st_size != saved.manifest.get("bytes"):
+            raise DamagedCheckpoint(f"{path}: {facts.st_size} bytes, should be {saved.manifest.get('bytes')}")
         data = path.read_bytes()
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{path}: is missing") from None

@@ -68,6 +68,8 @@ def judge(case: Case, damage: str, now: Outcome, before: Outcome) -> list[Findin
         ended = case.run is not None and case.run.startswith(("fin", "swept"))
         unknown = UNKNOWN if ended else (*UNKNOWN, "a figure changed silently")
         found = [one for one in found if one.kind not in unknown]
+        if case.file.name == "experiment.yaml" and case.run in case.argv:  # the name of no run: refused
+            found = [one for one in found if not one.kind.startswith("one damaged run ends")]
     return found
 
 

@@ -29,7 +29,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 import fuzz_damage  # noqa: E402
 from fuzz_cases import HEAVY, Case, case  # noqa: E402
 from fuzz_judge import Finding, Outcome, judge  # noqa: E402
-from fuzz_site import Fuzzed  # noqa: E402
+from fuzz_site import CAMPAIGN, Fuzzed  # noqa: E402
 
 LIGHT_S, HEAVY_S, COMMAND_S = 5.0, 40.0, 90.0
 MEMORY_MIB = 1024
@@ -113,6 +113,9 @@ class Player:
     def make(self, data: Path | None = None, *, weights: bool = False) -> None:
         self.site.make(self.succeed, data, weights=weights)
         self.stamps = dict(self._look())
+        listed = self.run(Case(0, Path(), None, ("list", "--campaign", CAMPAIGN), None, ""), False)
+        if listed.code != 0 or listed.err or "damaged" in listed.out:
+            raise RuntimeError(f"the site is not as a user's: {listed.out}\n{listed.err}")
 
     def succeed(self, argv: list[str]) -> None:
         """Run a command in the heavy worker, where it starts at once."""

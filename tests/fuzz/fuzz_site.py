@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,16 @@ SECOND = JOB.replace("tiny", "other").replace(
 SQUEUE = "4711|PENDING|Priority|2030-01-01T00:00:00|\n4712_0|RUNNING|None|2026-01-01T00:00:00|n1\n"
 TESTED = "sbatch: Job 1 to start at 2030-01-01T00:00:00 using 2 processors on nodes n1 in partition x"
 CAMPAIGN = "camp"
+
+
+def resealed(text: str) -> str:
+    """A record as the package would write it: with the checksum of its text, if it has one."""
+    if '"crc32": "' not in text:
+        return text
+    values = json.loads(text)
+    del values["crc32"]
+    body = json.dumps(values, indent=2).removesuffix("\n}")
+    return f'{body},\n  "crc32": "{zlib.crc32(body.encode()):08x}"\n}}\n'
 
 
 class Fuzzed:
@@ -167,21 +178,21 @@ class Fuzzed:
         shutil.copytree(self.here, self.pristine, symlinks=True)
 
     def _moved(self, path: Path, name: str) -> None:
-        old, new = path.name, self.runs / name
-        path.rename(new)
-        for one in new.rglob("*.json*"):
-            if "code" not in one.parts:
-                one.write_text(one.read_text().replace(old, name))
+        path.rename(self.runs / name)
+        self._renamed(path.name, name)
 
     def _copied(self, source: str, name: str) -> None:
         shutil.copytree(self.runs / source, self.runs / name, symlinks=True)
+        self._renamed(source, name)
+
+    def _renamed(self, old: str, name: str) -> None:
         for one in (self.runs / name).rglob("*.json*"):
             if "code" not in one.parts:
-                one.write_text(one.read_text().replace(source, name))
+                one.write_text(resealed(one.read_text().replace(old, name)))
 
     def _edit(self, name: str, file: str, **values: Any) -> None:
         path = self.runs / name / file
-        path.write_text(json.dumps({**json.loads(path.read_text()), **values}, indent=2) + "\n")
+        path.write_text(resealed(json.dumps({**json.loads(path.read_text()), **values}, indent=2) + "\n"))
 
     def _jobs(self, name: str, **values: Any) -> None:
         row = {

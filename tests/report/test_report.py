@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import statistics
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,17 @@ def test_one_run_with_a_link_out_of_it_is_left_out_of_a_report_on_several(
         "warning: left out: " in told.err and f"{bad.id}: 'evaluation/test/confusion.png' is a link that leads out" in told.err
     )
     typed(tmp_path, "report", bad.id, "--format", "csv", code=1)
+
+
+@pytest.mark.parametrize("left", [0, 40])
+def test_a_run_whose_campaign_cannot_be_read_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], left: int) -> None:
+    good, bad = (left_behind(tmp_path, seed=seed, tracking={"group": "one"}) for seed in (0, 5))
+    os.truncate(bad.experiment_file, left)
+    for command in (["report", "--campaign", "one", "--format", "csv"], ["list", "--campaign", "one"]):
+        typed(tmp_path, *command)
+        told = capsys.readouterr()
+        assert good.id in told.out
+        assert f"warning: {bad.id}: experiment.yaml is damaged; it may be of campaign one" in told.err
 
 
 @pytest.mark.parametrize(("file", "old", "new"), [("result.json", "0.9", "0.8"), ("state.json", '"step": 45', '"step": 46')])

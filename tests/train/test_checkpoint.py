@@ -100,6 +100,21 @@ def test_what_cannot_be_read_now_is_not_taken_for_damaged(tmp_path: Path, monkey
     assert len(list(tmp_path.glob("step-*"))) == 2
 
 
+@pytest.mark.timeout(60)
+def test_a_fifo_is_not_waited_for_and_a_file_without_end_not_read(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    fifo, endless = (save(tmp_path, step) / "state.pt" for step in (2, 3))
+    fifo.unlink()
+    os.mkfifo(fifo)
+    os.truncate(endless, 2**43)
+    saved, damaged = checkpoint.newest_good(tmp_path)
+    assert saved is not None and saved.step == 1
+    assert [line.partition(": ")[2] for line in damaged] == [
+        f"{2**43} bytes, should be {checkpoint.stored(tmp_path)[0].manifest['bytes']}",
+        "is not a regular file",
+    ]
+
+
 def test_another_format_is_refused_and_kept(tmp_path: Path) -> None:
     save(tmp_path, 1)
     manifest = save(tmp_path, 2) / "manifest.json"
