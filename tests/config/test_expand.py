@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from pathlib import Path
 from typing import Any
@@ -82,5 +83,5 @@ def test_no_run_gets_the_name_of_another(tmp_path: Path, monkeypatch: pytest.Mon
     """In whatever second: four hex digits are soon drawn twice."""
     drawn = iter(["aaaa", "aaaa", "bbbb"])
     monkeypatch.setattr(secrets, "token_hex", lambda _: next(drawn))
-    monkeypatch.setattr(Path, "exists", lambda path: path.name.endswith("aaaa"))
+    monkeypatch.setattr(os.path, "lexists", lambda path: str(path).endswith("aaaa"))
     assert new_run_id("net", tmp_path).endswith("-bbbb")
