@@ -25,12 +25,12 @@ FORCED = "forced.json"
 
 
 def manifest(run: Run, name: str = "") -> dict[str, Any]:
-    """Of a checkpoint (``best``, ``latest``, a folder's name), of the newest one by default; ``{}`` without any."""
+    """Of a checkpoint (``best``, ``latest``, a folder's name), by default of the newest one that has any; else ``{}``."""
+    if name:
+        return files.read_object(run.checkpoints / name / "manifest.json")
     folders = [path for path in run.checkpoints.glob("step-*") if files.whole(path.name.removeprefix("step-")) is not None]
-    newest = max(folders, key=lambda path: int(path.name.removeprefix("step-")), default=None)
-    folder = run.checkpoints / name if name else newest
-    found = files.read_json(folder / "manifest.json") if folder is not None else None
-    return found if isinstance(found, dict) else {}
+    newest_first = sorted(folders, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+    return next(filter(None, (files.read_object(folder / "manifest.json") for folder in newest_first)), {})
 
 
 def experiment_of(manifest: dict[str, Any]) -> Experiment | None:

@@ -217,9 +217,12 @@ def _figures(case: Case, now: Outcome, before: Outcome) -> Iterator[Finding]:
         if re.search(r"(?<![A-Za-z])(nan|inf)\s*%?(?![A-Za-z])", now.out) and not re.search(r"\b(nan|inf)\b", before.out):
             yield Finding("NaN in a report", "")
         old, new = (re.findall(r"\d+\.\d+ ?%|\d\.\d{3,}", one.out) for one in (before, now))
-        if old != new and not warned and case.argv[0] != "export":
-            changed = [pair for pair in zip(old, new, strict=False) if pair[0] != pair[1]]
-            yield Finding("a figure changed silently", f"in {case.argv[0]}: {changed[:1] or [len(old), len(new)]}")
+        if warned or case.argv[0] == "export":
+            return
+        if others := [number for number in new if number not in old]:
+            yield Finding("a figure changed silently", f"in {case.argv[0]}: {others[0]}")
+        elif len(new) < len(old):
+            yield Finding("a figure lost silently", f"in {case.argv[0]}: {len(old) - len(new)} of {len(old)}")
         return
     try:
         value = json.loads(now.out, parse_constant=_constant)

@@ -27,7 +27,7 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 import fuzz_damage  # noqa: E402
-from fuzz_cases import HEAVY, Case, case  # noqa: E402
+from fuzz_cases import Case, case  # noqa: E402
 from fuzz_judge import Finding, Outcome, judge  # noqa: E402
 from fuzz_site import CAMPAIGN, Fuzzed  # noqa: E402
 
@@ -130,7 +130,7 @@ class Player:
     # ---- the site
 
     def _look(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Every file of the site, with what changes when it is written."""
+        """Every file of the site, with what changes when it is written, and every folder."""
         pending = [str(self.site.here)]
         while pending:
             with os.scandir(pending.pop()) as entries:
@@ -138,6 +138,7 @@ class Player:
                     if entry.is_dir(follow_symlinks=False):
                         if entry.name != "code":
                             pending.append(entry.path)
+                            yield entry.path, ()
                         continue
                     facts = entry.stat(follow_symlinks=False)
                     yield entry.path, (facts.st_ino, facts.st_size, facts.st_ctime_ns, facts.st_mode)
@@ -146,10 +147,12 @@ class Player:
         """Put back what was damaged, and what the command changed."""
         now = dict(self._look())
         for path in now.keys() - self.stamps.keys():
-            with contextlib.suppress(FileNotFoundError):
-                Path(path).unlink()
+            if now[path]:
+                Path(path).unlink(missing_ok=True)
+            else:
+                shutil.rmtree(path, ignore_errors=True)
         for path, stamp in self.stamps.items():
-            if now.get(path) != stamp:
+            if stamp and now.get(path) != stamp:
                 here = Path(path)
                 fuzz_damage.restore(self.site.pristine / here.relative_to(self.site.here), here)
                 facts = here.lstat()
@@ -162,7 +165,7 @@ class Player:
         limit_s = COMMAND_S if as_process else HEAVY_S if one.heavy else LIGHT_S
         later = (one.later, str(self.site.here / one.file)) if one.later is not None else None
         if as_process:
-            facts = self._process(one.argv, limit_s, later)
+            facts = self._process(one.argv, limit_s, later, one.heavy)
         else:
             facts = self.workers["heavy" if one.heavy else "light"].ask(
                 {
@@ -184,7 +187,7 @@ class Player:
         names = ("code", "signal", "hung", "seconds", "grown_mib")
         return Outcome(**{name: facts[name] for name in names}, out=texts[0], err=texts[1], cancelled=words)
 
-    def _process(self, argv: Sequence[str], limit_s: float, later: tuple[float, str] | None) -> dict[str, Any]:
+    def _process(self, argv: Sequence[str], limit_s: float, later: tuple[float, str] | None, heavy: bool) -> dict[str, Any]:
         began = time.monotonic()
         with self.out.open("wb") as out, self.err.open("wb") as err:
             child = subprocess.Popen(
@@ -216,7 +219,7 @@ class Player:
             "signal": None if ended >= 0 or hung else -ended,
             "hung": hung,
             "seconds": round(time.monotonic() - began, 3),
-            "grown_mib": max(0, most - (900 if argv[0] in HEAVY or "--campaign" in argv else 150)),
+            "grown_mib": max(0, most - (900 if heavy else 150)),
         }
 
     def undamaged(self, one: Case, as_process: bool) -> Outcome:

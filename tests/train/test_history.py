@@ -116,6 +116,14 @@ def test_a_checkpoint_that_is_damaged_too_is_no_witness(run: Run) -> None:
     assert "its checkpoints cannot be read" in warning and "figures may be wrong" in warning
 
 
+def test_the_newest_checkpoint_without_a_manifest_leaves_the_word_to_the_one_before(run: Run) -> None:
+    write(run, [row for row in lines(run) if row["kind"] != "epoch"])
+    newest = checkpoint.stored(run.checkpoints)[0].folder
+    (newest / "manifest.json").unlink()
+    [warning] = gather(run).warnings
+    assert "metrics.jsonl does not have the epochs 1 to 3 that the checkpoint of step" in warning
+
+
 def test_the_checkpoint_of_another_user_is_not_unpickled(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     damage(run, "torn")
     monkeypatch.setattr("hpc_cifar.report.history.os.getuid", lambda: 12345)
