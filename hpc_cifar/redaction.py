@@ -127,7 +127,13 @@ def may_name_a_secret(name: str) -> bool:
         return True
     last = words[-1] if words else ""
     before = words[-2] if len(words) > 1 else ""
-    return (last.endswith(("key", "keys")) and before not in _FOR_SORTING and last not in ("monkey", "hotkey", "turkey")) or (
+    is_key = last.endswith(("key", "keys")) and last not in (
+        "monkey",
+        "hotkey",
+        "turkey",
+        "wckey",
+    )  # Slurm's name of a workload
+    return (is_key and before not in _FOR_SORTING) or (
         last in ("pass", "pw", "token", "tokens", "pin", "cookies") and len(words) > 1
     )
 

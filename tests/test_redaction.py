@@ -57,6 +57,7 @@ ORDINARY = (
         "the bearer of good news",
         "bearer certificates",
         "passing: true",
+        "--wckey=project1",
     ),
     *(
         "use --token to log in",

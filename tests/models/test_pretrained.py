@@ -315,7 +315,7 @@ def test_prepare_names_what_it_cannot_fetch(
 
 def test_submit_copies_weights_to_where_all_nodes_see_them(resnet: Path, tmp_path: Path, digits_data: Path) -> None:
     root = tmp_path / "data"
-    shutil.copytree(digits_data, root)
+    shutil.copytree(digits_data, root, ignore=shutil.ignore_patterns("weights"))  # of other tests
     values = experiment_with(resnet)
     [one, two] = with_weights([values, values.model_copy(update={"seed": 3})], root)
     assert isinstance(one.model, PretrainedModel) and one.model.weights is not None

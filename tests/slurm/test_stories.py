@@ -30,7 +30,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800), pytest.mark.component
 
 NODES = ("n1", "n2", "n3")
 LINKS = CHAIN.replace("chain_links: 10", "chain_links: 2") + "preemptible: true\nsignal_delay_s: 30\n"
-STEP_S = 0.3  # at least; so that even the fourth start comes before the last step
+STEP_S = 0.3  # in virtual time
+QUICK_S, SLOW_S = 0.05, 3.0  # a step of the first epoch of a start, and a later one: no run ends before all is done to it
 HANG_S, APART_S = 10, 30.0  # APART_S: between two acts, in virtual time
 NO_CHECKPOINT = ("--set", "checkpoint.every_epochs=3000", "--set", "data.validation=test")
 
@@ -136,7 +137,7 @@ class Player:
         folder.mkdir()
         self.told, self.node = told, node
         self.site = Site(cluster, folder, digits)
-        self.site.step_takes(STEP_S)
+        self.site.step_takes(QUICK_S, after_an_epoch=SLOW_S)
         pinned = f"partition: {told.partition}\nsbatch_extra: {{nodelist: {node}}}\n"
         self.site.profile("testbed", (LINKS if told.chain else PROFILE).replace("partition: low\n", pinned))
         endless = () if told.state == "finished" else ("--set", "epochs=3000")
@@ -178,7 +179,7 @@ class Player:
 
     def _trains(self, steps: int | None = None) -> None:
         """Until all ranks have made so many steps (enough for a checkpoint) of a start in which nothing was done yet."""
-        wanted = steps or (EPOCH_STEPS + 1 if self.told.checkpoints else 2)
+        wanted = steps or (EPOCH_STEPS if self.told.checkpoints else 2)  # the end of an epoch is among so many
 
         def do() -> bool:
             beats = [self._beat(rank) for rank in range(self.told.ranks)]

@@ -113,7 +113,7 @@ def test_the_tail_of_a_growing_file(tmp_path: Path) -> None:
     log.write("event", epoch=0, step=0, event="started")
     log.write("step", epoch=0, step=1)
     assert [(number, row["step"]) for number, row in tail.new()] == [(1000, 1)]
-    path.open("a").write('{"kind": "step", "st')
+    path.open("a").write('{"kind": "step", "epoch": 0, "st')
     assert list(tail.new()) == []
     path.open("a").write('ep": 2}\n')
     assert [(number, row["step"]) for number, row in tail.new()] == [(2000, 2)]
