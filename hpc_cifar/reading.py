@@ -32,10 +32,15 @@ def _open(path: Path) -> int:
     try:
         return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOCTTY)
     except OSError as error:
-        if error.errno in GONE:
-            raise FileNotFoundError(errno.ENOENT, "no such file", str(path)) from None
-        kinds = {errno.ELOOP: "is a link, not a file of its own", errno.ENXIO: "is not a regular file"}
-        raise Damaged(kinds.get(error.errno or 0, f"cannot be read: {error.strerror or 'input/output error'}")) from None
+        raise _unreadable(error, path) from None
+
+
+def _unreadable(error: OSError, path: Path) -> FileNotFoundError | Damaged:
+    """What is raised in the place of an error of the system."""
+    if error.errno in GONE:
+        return FileNotFoundError(errno.ENOENT, "no such file", str(path))
+    kinds = {errno.ELOOP: "is a link, not a file of its own", errno.ENXIO: "is not a regular file"}
+    return Damaged(kinds.get(error.errno or 0, f"cannot be read: {error.strerror or 'input/output error'}"))
 
 
 def _size(descriptor: int, limit: int) -> int:
@@ -60,9 +65,7 @@ def opened(path: Path, limit: int) -> Iterator[int]:
         _size(descriptor, limit)
         yield descriptor
     except OSError as error:
-        if error.errno == errno.ESTALE:
-            raise FileNotFoundError(errno.ENOENT, "no such file", str(path)) from None
-        raise Damaged(f"cannot be read: {error.strerror or 'input/output error'}") from None
+        raise _unreadable(error, path) from None
     finally:
         os.close(descriptor)
 
@@ -80,9 +83,7 @@ def read_bytes(path: Path, limit: int = MAX_JSON) -> bytes:
         while len(data) < size and (more := os.read(descriptor, size - len(data))):
             data += more
     except OSError as error:
-        if error.errno == errno.ESTALE:
-            raise FileNotFoundError(errno.ENOENT, "no such file", str(path)) from None
-        raise Damaged(f"cannot be read: {error.strerror or 'input/output error'}") from None
+        raise _unreadable(error, path) from None
     finally:
         os.close(descriptor)
     return data

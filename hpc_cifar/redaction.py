@@ -51,6 +51,7 @@ _OF_LANGUAGE = frozenset(
 _FOR_SORTING = frozenset(
     {"sort", "primary", "foreign", "public", "cache", "group", "partition", "order", "index", "unique", "dict"}
 )
+_NO_KEYS = ("monkey", "hotkey", "turkey", "wckey")  # the last one is Slurm's name for a workload
 _HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 _PART = re.compile(r"[A-Za-z]+")
 
@@ -127,12 +128,7 @@ def may_name_a_secret(name: str) -> bool:
         return True
     last = words[-1] if words else ""
     before = words[-2] if len(words) > 1 else ""
-    is_key = last.endswith(("key", "keys")) and last not in (
-        "monkey",
-        "hotkey",
-        "turkey",
-        "wckey",
-    )  # Slurm's name of a workload
+    is_key = last.endswith(("key", "keys")) and last not in _NO_KEYS
     return (is_key and before not in _FOR_SORTING) or (
         last in ("pass", "pw", "token", "tokens", "pin", "cookies") and len(words) > 1
     )

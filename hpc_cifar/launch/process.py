@@ -1,4 +1,4 @@
-"""Sessions of processes: what a controller started, and all that its ranks left behind. Single ones are ``processes``."""
+"""Processes as the records of a run name them, and their sessions: what a controller started, and all that its ranks left."""
 
 from __future__ import annotations
 

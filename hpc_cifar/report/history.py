@@ -6,10 +6,10 @@ of its checkpoints say what the rows have to agree with; only where they do not 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
+from .. import owner
 from ..config.experiment import Experiment
 from ..errors import HpcCifarError, first_line
 from ..runs import Run
@@ -35,7 +35,7 @@ def epochs_of(
     what = "; ".join(filter(None, (lines, problem)))
     if not manifest:
         return epochs, best, [f"{what}, and no checkpoint says what is missing: its figures may be those of another epoch"]
-    if run.path.stat().st_uid != os.getuid():
+    if not owner.is_own(run.path):
         return epochs, best, [f"{what}; its checkpoint is another user's and is not read: its figures may be wrong"]
     from ..train import checkpoint  # with torch
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from .. import files, planted, reading, records
+from .. import files, planted, processes, reading, records
 from ..errors import LockHeld, RunBusy, RunError
 from ..records import Holder
 from ..runs import Run
@@ -212,7 +212,7 @@ class RunLock:
 
     def _who(self) -> dict[str, Any]:
         who = {"job": self._job, "segment": self._segment, "host": os.uname().nodename, "pid": os.getpid()}
-        return {**who, "pid_started": _started()}
+        return {**who, "pid_started": processes.start_time(os.getpid())}
 
     def _busy(self, beat: Beat, silent: bool) -> RunBusy:
         holder = str(beat)
@@ -276,8 +276,3 @@ def _link(mine: Path, path: Path) -> None:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
         with os.fdopen(descriptor, "wb") as stream:
             stream.write(mine.read_bytes())
-
-
-def _started() -> int:
-    """Clock ticks after boot at which this process began: field 22 of proc_pid_stat(5)."""
-    return int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
