@@ -76,7 +76,7 @@ def sessions(full: bool, versions: list[str]) -> list[Session]:
             alone = ("tests/slurm", "-m", "alone")
             made.append(Session(f"slurm {version} alone", alone, frozenset({"slurm"}), version))
     workers = min(8, len(os.sched_getaffinity(0)))  # one a processor: each imports torch
-    others = ("ffcv", "dali", "wandb", "browser", "gpu", "archive")
+    others = ("ffcv", "dali", "wandb", "browser", "gpu", "archive", "users", "root")
     spread = ("--ignore", "tests/slurm", "-m", "not alone", "-n", str(workers), "--dist", "worksteal")
     made.append(Session("others", spread, frozenset(others)))
     made.append(Session("alone", ("-m", "alone"), frozenset({"slurm", "browser"})))

@@ -25,9 +25,11 @@ import pytest
 import wandb_server
 
 SLURMS = ("slurm-22.05", "slurm-24.11", "slurm-26.05")
-COMPONENTS = ("slurm", *SLURMS, "accounting", "ffcv", "dali", "wandb", "browser", "gpu", "archive", "modules")
+COMPONENTS = ("slurm", *SLURMS, "accounting", "ffcv", "dali", "wandb", "browser", "gpu", "archive", "modules", "users", "root")
 # a test that asks for one of these fixtures exercises the component, without a word about it in the test
 COMPONENT_OF_FIXTURE = {"browser": "browser", "cifar_archive": "archive", "cifar_data": "archive"}
+# users: two of this machine; root: what is mounted
+COMPONENT_OF_FIXTURE |= {"two_users": "users", "small_disk": "root"}
 COMPONENT_OF_FIXTURE |= {"slurm_cluster_session": "slurm", "accounting_session": "accounting", "module_program": "modules"}
 OTHERS = "others"  # tests of no component
 OF_ALL_WORKERS = ("NUMBA_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")  # caches that processes may share

@@ -7,11 +7,14 @@ namespace of their own, at the same path.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import pwd
+import re
 import secrets
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,6 +27,8 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PROGRAMS = ("useradd", "userdel", "setpriv", "unshare", "mount")
+PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+FOLDER, ALIVE = "hpc-cifar-users-", ".alive"  # of the tests of one process, with a lock that lives as long as it
 TRIES = 50  # another worker may be making users
 
 
@@ -95,7 +100,7 @@ class Site:
 
 def _program(*command: str) -> subprocess.CompletedProcess[str]:
     for _ in range(TRIES):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PATH": PATH})
         if "cannot lock" not in done.stderr:
             break
         time.sleep(0.2)
@@ -107,10 +112,13 @@ def two_users() -> Iterator[Site]:
     """Two users of this machine as long as the tests last."""
     if os.geteuid() != 0:
         pytest.skip("two users can only be made by root")
-    if missing := [name for name in PROGRAMS if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None]:
+    if missing := [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]:
         pytest.skip(f"two users need {', '.join(missing)}")
-    folder = Path(tempfile.mkdtemp(prefix="hpc-cifar-users-", dir="/tmp"))
+    folder = Path(tempfile.mkdtemp(prefix=FOLDER, dir="/tmp"))
     folder.chmod(0o755)
+    alive = (folder / ALIVE).open("w")
+    fcntl.flock(alive, fcntl.LOCK_EX)
+    _remove_left_behind()
     names = [f"hpcc{secrets.token_hex(3)}{end}" for end in "ab"]
     try:
         users = []
@@ -122,14 +130,45 @@ def two_users() -> Iterator[Site]:
             (folder / name).mkdir(mode=0o700)
             os.chown(folder / name, facts.pw_uid, facts.pw_gid)
             users.append(User(name, facts.pw_uid, facts.pw_gid, folder / name, folder / "views"))
-        tried = users[0].types("--version")
+        tried = users[0].runs(sys.executable, "-c", "")
         if tried.returncode != 0:
-            pytest.skip(f"the commands of another user cannot be run here: {tried.stderr.strip()[-300:]}")
+            pytest.skip(f"the Python of these tests cannot be run by another user: {tried.stderr.strip()[-300:]}")
+        tried = users[0].types("--version")
+        assert tried.returncode == 0, f"no command runs as another user: {tried.stderr}"
         yield Site(*users, folder)
     finally:
         for name in names:
+            _remove(name)
+        shutil.rmtree(folder, ignore_errors=True)
+        alive.close()
+
+
+def _remove(name: str) -> None:
+    """Remove a user, and end what it still runs."""
+    with contextlib.suppress(KeyError):
+        user = pwd.getpwnam(name).pw_uid
+        for entry in Path("/proc").iterdir():
             with contextlib.suppress(OSError):
-                _program("userdel", name)
+                if entry.name.isdecimal() and entry.stat().st_uid == user:
+                    os.kill(int(entry.name), signal.SIGKILL)
+        done = _program("userdel", "--force", name)
+        assert done.returncode == 0, done.stderr
+
+
+def _remove_left_behind() -> None:
+    """Users of tests that were killed: nobody holds the lock in their folder any more."""
+    for user in pwd.getpwall():
+        folder = Path(user.pw_dir).parent
+        if not re.fullmatch(r"hpcc[0-9a-f]{6}[ab]", user.pw_name) or not folder.name.startswith(FOLDER):
+            continue
+        try:
+            with (folder / ALIVE).open("a") as stream:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            continue
+        except OSError:  # the folder is gone, or of a version without it
+            pass
+        _remove(user.pw_name)
         shutil.rmtree(folder, ignore_errors=True)
 
 

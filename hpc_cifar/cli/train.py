@@ -281,9 +281,8 @@ def _print_result(found: Run, remark: str | None) -> None:
         typer.echo(f"{found.id}: {remark}")
     seen = status(found)
     result = found.result()
-    if (
-        seen.state == "failed" and result is not None and result.state
-    ):  # this very process still lives: the result is the last word
+    # this very process still lives: the result is the last word
+    if seen.state == "failed" and result is not None and result.state:
         import dataclasses
 
         seen = dataclasses.replace(seen, state=result.state, reason=result.reason)

@@ -16,9 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .. import caches, files
-
-BOOT = Path("/proc/sys/kernel/random/boot_id")
+from .. import caches, files, processes
 
 Seen = dict[str, list[int]]
 
@@ -73,8 +71,4 @@ def _record(folder: Path) -> Path | None:
 
 
 def _entry(digest: str, now: Seen) -> dict[str, Any]:
-    try:
-        boot = BOOT.read_text(encoding="ascii").strip()
-    except OSError:
-        boot = ""
-    return {"boot": boot, "store": digest, "files": now}
+    return {"boot": processes.boot_id(), "store": digest, "files": now}

@@ -174,7 +174,7 @@ def test_no_command_ends_by_a_damaged_file(
 
 @pytest.mark.parametrize("name", ["state.json", "result.json", "plan.json", "jobs.jsonl", "experiment.yaml"])
 def test_a_damaged_record_is_the_reason(
-    pair: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    pair: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], bounded: None
 ) -> None:
     shutil.copytree(pair, tmp_path / "runs", symlinks=True)
     monkeypatch.setenv("HPC_CIFAR_RUNS", str(tmp_path / "runs"))

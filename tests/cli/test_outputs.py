@@ -182,7 +182,7 @@ def test_commands_end_quietly(command: list[str], redirected: str, tmp_path: Pat
     if "full" in redirected and "2>&1" not in redirected and done.returncode == 1:
         assert len(done.stderr.splitlines()) <= 1
     if redirected == ">&-" and command != ["nonsense"]:
-        assert (done.returncode, done.stderr) in ((0, ""), (2, done.stderr), (1, done.stderr))
+        assert done.stderr.count("\n") <= (done.returncode != 0)
 
 
 @pytest.mark.slow

@@ -135,6 +135,7 @@ def test_a_killed_worker_process_is_an_error(arrays: Arrays) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.component("root")
 @pytest.mark.skipif(os.geteuid() != 0, reason="a small /dev/shm needs root")
 @pytest.mark.parametrize("name", ["resident", "reference", FFCV, DALI])
 def test_no_room_in_shared_memory(name: str, readable: Callable[[str], Arrays], tmp_path: Path) -> None:

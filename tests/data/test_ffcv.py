@@ -150,6 +150,7 @@ def test_one_processor_is_enough(own: Arrays) -> None:
     assert done.stdout.split() == [str(COUNT), "1", "1"]
 
 
+@pytest.mark.component("root")
 @pytest.mark.skipif(os.geteuid() != 0, reason="hiding a library needs root")
 def test_a_missing_library_is_one_clear_line() -> None:
     code = "from hpc_cifar.data.choice import problem; print(problem('ffcv'))"
@@ -205,6 +206,7 @@ def test_the_file_of_another_store_is_none(tmp_path: Path, readable: Callable[[s
     assert Store.open(tmp_path, "digits").train.beton is None
 
 
+@pytest.mark.component("root")
 @pytest.mark.skipif(os.geteuid() != 0, reason="a small file system needs root")
 def test_a_full_disk_leaves_the_store_and_no_half_file(tmp_path: Path, readable: Callable[[str], Arrays]) -> None:
     readable("ffcv")

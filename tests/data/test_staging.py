@@ -242,9 +242,9 @@ def test_a_damaged_store_is_not_staged(data: Path, scratch: Path, tmp_path: Path
 
 @pytest.fixture
 def small_disk(scratch: Path) -> Iterator[Path]:
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small file system needs root")
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "small", str(scratch)], check=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "small", str(scratch)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no small file system can be mounted here")
     yield scratch
     subprocess.run(["umount", str(scratch)], check=True)
 

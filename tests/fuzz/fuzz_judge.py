@@ -132,7 +132,8 @@ def _others(case: Case) -> bool:
 
 
 def _told(case: Case, err: str) -> bool:
-    return case.run is not None and case.run in err
+    """Whether it names the run; some are called as a state is, so that the word alone is not enough."""
+    return case.run is not None and re.search(rf"(?<![\w-]){re.escape(case.run)}(?=[:/'\"]|$)", err, re.MULTILINE) is not None
 
 
 def _table(case: Case, now: Outcome, before: Outcome) -> Iterator[Finding]:
@@ -211,7 +212,7 @@ def _numbers(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def _figures(case: Case, now: Outcome, before: Outcome) -> Iterator[Finding]:
     """A report or an evaluation with other figures than before must have said of which run it doubts."""
-    warned = _told(case, now.err) or "warning" in now.err
+    warned = _told(case, now.err) or now.err.count("warning") > before.err.count("warning")
     json_form = "json" in case.argv or "--json" in case.argv
     if not json_form:
         if re.search(r"(?<![A-Za-z])(nan|inf)\s*%?(?![A-Za-z])", now.out) and not re.search(r"\b(nan|inf)\b", before.out):

@@ -143,7 +143,7 @@ def test_a_rank_leaves_with_its_exit_code_and_all_that_was_printed(tmp_path: Pat
     """Only where the process is for the job alone, after all exit handlers, and never instead of a failure."""
     script = """
 import atexit, ctypes, sys
-from hpc_cifar import lifetime, records
+from hpc_cifar import lifetime
 atexit.register(print, "handler")
 ctypes.CDLL(None).printf(b"library\\n")
 class Slow:

@@ -177,12 +177,10 @@ def test_a_folder_that_others_can_write_is_refused(shared: Site) -> None:
 
 
 def test_modes_are_by_design_and_not_by_the_umask(shared: Site) -> None:
-    data = shared.folder / "data"
     (shared.folder / "site").mkdir()
     shared.alice.owns(shared.folder / "site")
     sweep = shared.alice.home / "sweep.yaml"
     sweep.write_text("method: grid\nparameters: {optimizer.lr: [0.1, 0.2]}\n")
-    seen = []
     for umask in (0o000, 0o002, 0o077):
         root = shared.folder / "site" / f"runs-{umask:03o}"
         places = {"HPC_CIFAR_RUNS": str(root), "HPC_CIFAR_DATA": str(shared.folder / "site" / f"data-{umask:03o}")}
@@ -198,12 +196,10 @@ def test_modes_are_by_design_and_not_by_the_umask(shared: Site) -> None:
         [run, _] = [one for one in root.iterdir() if not one.name.startswith(".")]
         modes = [one.stat().st_mode & 0o777 for one in (root, root / ".sweeps", run, run / "submitit", run / "checkpoints")]
         assert modes == [0o755, 0o700, 0o700, 0o700, 0o700], [oct(mode) for mode in modes]
-        seen.append(modes)
         store = Path(places["HPC_CIFAR_DATA"])
         assert {one.stat().st_mode & 0o777 for one in (store / "digits").iterdir()} == {0o644}
         assert [(one.stat().st_mode & 0o777) for one in (store, store / "digits")] == [0o755, 0o755]
         assert shared.bob.types("status", HPC_CIFAR_RUNS=str(root)).returncode == 0
-    del data
 
 
 @pytest.mark.parametrize("folder_mode", [0o777, 0o1777, 0o775])

@@ -315,7 +315,7 @@ def test_prepare_names_what_it_cannot_fetch(
 
 def test_submit_copies_weights_to_where_all_nodes_see_them(resnet: Path, tmp_path: Path, digits_data: Path) -> None:
     root = tmp_path / "data"
-    shutil.copytree(digits_data, root, ignore=shutil.ignore_patterns("weights"))  # of other tests
+    shutil.copytree(digits_data, root)
     values = experiment_with(resnet)
     [one, two] = with_weights([values, values.model_copy(update={"seed": 3})], root)
     assert isinstance(one.model, PretrainedModel) and one.model.weights is not None
@@ -346,8 +346,9 @@ def test_submit_finds_bad_weights_before_anything_is_made(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    shutil.copytree(digits_data, tmp_path / "data")
     monkeypatch.setenv("HPC_CIFAR_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setenv("HPC_CIFAR_DATA", str(digits_data))
+    monkeypatch.setenv("HPC_CIFAR_DATA", str(tmp_path / "data"))
     path = resnet
     if how == "missing":
         path = tmp_path / "nowhere.pth"

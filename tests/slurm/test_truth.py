@@ -293,7 +293,7 @@ def test_no_free_text_of_a_profile_is_run(slurm_cluster: SlurmCluster, site: Sit
 
 def test_accounting_knows_what_squeue_has_forgotten(accounting_cluster: SlurmCluster, tmp_path: Path) -> None:
     site = user(tmp_path)
-    no_restart = ("--set", "resources.fault_restarts=0")
+    no_restart = ("--set", "resources.fault_restarts=0")  # it ends with the first kill; the restarts are in test_faults.py
     killed, gone = (submit(site, *no_restart, tags=("die=0",)) for _ in range(2))  # at once: no rank writes a last word
     fine = submit(site)
     site.running(fine)

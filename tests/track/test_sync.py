@@ -117,6 +117,8 @@ def test_the_tail_of_a_growing_file(tmp_path: Path) -> None:
     assert list(tail.new()) == []
     path.open("a").write('ep": 2}\n')
     assert [(number, row["step"]) for number, row in tail.new()] == [(2000, 2)]
+    path.open("a").write('{"kind": "step", "step": 3}\n')  # no row has been without an epoch
+    assert (list(tail.new()), tail.damaged) == ([], 1)
     log.close()
     MetricsLog(path, 1).write("step", epoch=0, step=2)  # a resume replaces the file
     assert [(number, row["step"]) for number, row in tail.new()] == [(1000, 1), (2000, 2)]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import ranks
 
-from hpc_cifar import files
+from hpc_cifar import files, owner
 from hpc_cifar.report.facts import gather
 from hpc_cifar.runs import Run
 from hpc_cifar.train import checkpoint, loop
@@ -126,7 +126,7 @@ def test_the_newest_checkpoint_without_a_manifest_leaves_the_word_to_the_one_bef
 
 def test_the_checkpoint_of_another_user_is_not_unpickled(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     damage(run, "torn")
-    monkeypatch.setattr("hpc_cifar.report.history.os.getuid", lambda: 12345)
+    monkeypatch.setattr(owner, "uid", lambda: 12345)
     monkeypatch.setattr(checkpoint, "read", lambda _: pytest.fail("it was read"))
     assert "another user's" in gather(run).warnings[0]
 

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import ranks
+from pipelines import NAMES
 
 from hpc_cifar import files
+from hpc_cifar.data import choice
 from hpc_cifar.launch.status import status
 from hpc_cifar.runs import Run
 from hpc_cifar.train import loop, step
@@ -37,10 +39,10 @@ def check(run: Run) -> list[dict[str, Any]]:
     return rows
 
 
-@pytest.mark.parametrize("pipeline", ["resident", "reference", "ffcv", "dali"])
+@pytest.mark.parametrize("pipeline", NAMES)
 def test_a_small_last_batch_counts_as_what_it_has(tmp_path: Path, digits_data: Path, pipeline: str) -> None:
-    for library in {"ffcv": ("ffcv",), "dali": ("nvidia.dali",)}.get(pipeline, ()):
-        pytest.importorskip(library)
+    if why := choice.problem(pipeline):
+        pytest.skip(why)
     config = ranks.experiment(**ranks.merge(FIELDS, {"training": {"log_every_steps": 6}, "data": {"pipeline": pipeline}}))
     run = ranks.new_run(tmp_path, config)
     loop.train(run, data_root=digits_data, console=False)

@@ -56,12 +56,13 @@ def hold(path: Path, locks: bool, ready: object) -> None:
 
 @pytest.mark.parametrize("locks", [True, False], ids=["locks", "no locks"])
 def test_a_process_that_was_killed_or_stopped_keeps_nobody_for_long(
-    tmp_path: Path, locks: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, locks: bool, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     context = multiprocessing.get_context("fork")
     ready = context.Event()
-    holder = context.Process(target=hold, args=(tmp_path, locks, ready))
+    holder = context.Process(target=hold, args=(tmp_path, locks, ready), daemon=True)
     holder.start()
+    request.addfinalizer(holder.kill)  # nobody waits for one that is stopped
     assert ready.wait(60) and holder.pid is not None
     if not locks:
         monkeypatch.setattr(fcntl, "flock", refuse)
