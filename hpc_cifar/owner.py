@@ -167,13 +167,17 @@ class Listing:
     left_out: Counter[int] = field(default_factory=Counter)
     unreadable: int = 0
 
-    def words(self) -> str:
-        """How many are left out, and whose; "" if none is."""
+    def words(self, option: str = "--owner") -> str:
+        """How many are left out, and whose; "" if none is.
+
+        Args:
+            option: by which the command takes them; "" if it does not.
+        """
         said = []
         if self.left_out:
             number = sum(self.left_out.values())
             whose = f"{number} run{'s' if number > 1 else ''} of {names_of(self.left_out)}"
-            said.append(f"{whose} left out (--owner USER shows what you may read)")
+            said.append(f"{whose} left out ({option} USER takes them)" if option else f"{whose} left out")
         if self.unreadable:
             said.append(f"{self.unreadable} that cannot be read left out")
         return ", ".join(said)
@@ -297,6 +301,8 @@ def check_own(path: Path, code_of: str | None = None, *, code: bool = False) -> 
             loose = next((Path(entry.path) for entry in entries if _is_loose(entry, whose)), None)
     except OSError as error:
         raise RunError(f"{error.filename or path}: {cannot_be_read(path, error)}") from None
+    if loose is not None and loose.is_symlink():
+        raise RunError(f"{loose}: is a link, by which something else would be run; look at it, and remove it")
     if loose is not None:
         raise RunError(
             f"{loose}: others than {name_of(whose)} can write here, and so change what is run; look at it, then: "

@@ -43,7 +43,7 @@ def identity(pid: int) -> dict[str, int | str]:
 def is_there(who: Mapping[str, object]) -> bool:
     """Whether exactly the recorded process is on this machine, ended or not."""
     pid = who.get("pid")
-    if type(pid) is not int or pid <= 1 or who.get("boot") != boot_id():
+    if type(pid) is not int or pid < 1 or who.get("boot") != boot_id():
         return False
     return start_time(pid) == who.get("pid_started")
 
@@ -51,8 +51,10 @@ def is_there(who: Mapping[str, object]) -> bool:
 def is_alive(who: Mapping[str, object]) -> bool:
     """Whether exactly the recorded process runs on this machine."""
     pid = who.get("pid")
-    fields = stat(pid) if isinstance(pid, int) else None
-    return fields is not None and fields[0] not in ENDED and is_there(who)
+    if type(pid) is not int or pid < 1 or who.get("boot") != boot_id():
+        return False
+    fields = stat(pid)
+    return fields is not None and fields[0] not in ENDED and int(fields[19]) == who.get("pid_started")
 
 
 def signal_exactly(who: Mapping[str, object], number: signal.Signals) -> bool:

@@ -165,7 +165,7 @@ def redact_beginning(text: str, limit: int) -> tuple[str, bool]:
     end = kept.rfind("\n")
     if end < 0:  # one long line: up to its last blank
         end = max(kept.rfind(" "), kept.rfind("\t"), 0)
-    return redact(kept[:end]), True
+    return (redact(kept[:end]) if end else f"({len(text):,} characters without a blank)"), True
 
 
 def redact(text: str, known: Sequence[str] | None = None) -> str:

@@ -108,7 +108,7 @@ class Run:
         except files.Damaged as error:
             raise RunError(f"{self.experiment_file}: {error}") from None
         except ValidationError as error:
-            raise RunError(f"{self.experiment_file}: cannot be read back: {first_problem(error)}") from None
+            raise RunError(f"{self.experiment_file}: cannot be read back: {in_one_line(error)}") from None
         except (ValueError, RecursionError) as error:
             raise RunError(f"{self.experiment_file}: cannot be read back: {first_line(error)}") from None
 
@@ -212,7 +212,7 @@ def _parsed(data: bytes) -> Any:
     return root.value()
 
 
-def first_problem(error: ValidationError) -> str:
+def in_one_line(error: ValidationError) -> str:
     """One line of pydantic's many."""
     first, *others = error.errors(include_url=False, include_context=False)
     where = ".".join(map(str, first["loc"]))
@@ -318,8 +318,9 @@ def all_runs(root: Path, user: int | None = None) -> list[Run]:
     return [Run(path) for _, path in sorted(owner.listing(root, user).runs, key=lambda one: (one[0], one[1].name))]
 
 
-def find(token: str, root: Path, user: int | None = None) -> Run:
+def find(token: str, root: Path, user: int | None = None, option: str = "--owner") -> Run:
     """The run at a path, whoever's it is; or one of one's own, or of ``user``, by an id, a unique prefix, a job id or ``last``.
+    For messages, ``option`` is by which the command takes runs of others; "" if it does not.
 
     Raises:
         UsageError: nothing or more than one run fits; the message lists what there is.
@@ -328,10 +329,9 @@ def find(token: str, root: Path, user: int | None = None) -> Run:
         return found
     runs = all_runs(root, user)
     if not runs:
-        whose, others = ("" if user is None else f" of {owner.name_of(user)}"), owner.listing(root, user).words()
-        raise UsageError(
-            f"{root}: there are no runs{whose} here{f' ({others})' if others else ''}; submit one first, or set HPC_CIFAR_RUNS"
-        )
+        whose, others = ("" if user is None else f" of {owner.name_of(user)}"), owner.listing(root, user).words(option)
+        others = f" ({others})" if others else ""
+        raise UsageError(f"{root}: there are no runs{whose} here{others}; submit one first, or set HPC_CIFAR_RUNS")
     if token == "last":
         return runs[-1]
     exact = [run for run in runs if run.id == token]
@@ -346,7 +346,8 @@ def find(token: str, root: Path, user: int | None = None) -> Run:
     if elements := _of_array(token, runs):
         raise UsageError(f"run {token!r} is a job array of {len(elements)} runs; name one of them, such as {elements[0].id}")
     if owner.is_run_of_another(root / token, user):
-        raise UsageError(f"run {token!r} is of {owner.name_of(owner.of(root / token))}: name it by its path, or by --owner")
+        advice = f"; to take it: {option} USER" if option else ", and no run of yours"
+        raise UsageError(f"run {token!r} is of {owner.name_of(owner.of(root / token))}{advice}")
     hint = _meant(token, runs) or f"the latest are {', '.join(run.id for run in runs[-3:])}"
     raise UsageError(f"run {token!r}: no such run or job id in {root}; {hint}")
 
@@ -386,11 +387,11 @@ def of_campaign(name: str, root: Path, user: int | None = None) -> list[Run]:
     raise UsageError(f"--campaign {name}: no run in {root} belongs to it; {did_you_mean(name, known, 'campaigns')}")
 
 
-def find_all(tokens: Iterable[str], root: Path, user: int | None = None) -> list[Run]:
+def find_all(tokens: Iterable[str], root: Path, user: int | None = None, option: str = "--owner") -> list[Run]:
     """The runs meant by tokens, each once: every element of a job array by its number, else the one run of :func:`find`."""
     tokens = list(tokens)
     array = {token: _of_array(token, all_runs(root, user)) for token in tokens if token.isdecimal()}
-    return list(dict.fromkeys(run for token in tokens for run in array.get(token) or [find(token, root, user)]))
+    return list(dict.fromkeys(run for token in tokens for run in array.get(token) or [find(token, root, user, option)]))
 
 
 def _of_array(token: str, runs: list[Run]) -> list[Run]:

@@ -55,8 +55,12 @@ def step(
     sets: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a field, such as training.graph=true.")
     ] = None,
-    link_gbytes: Annotated[float, typer.Option(min=0.001, max=1e6, help="GB/s between modelled processes.")] = 100.0,
-    link_latency_us: Annotated[float, typer.Option(min=0.0, max=1e6, help="Microseconds of each message between them.")] = 10.0,
+    link_gbytes: Annotated[
+        float, typer.Option(min=0.001, max=1e6, callback=options.number, help="GB/s between modelled processes.")
+    ] = 100.0,
+    link_latency_us: Annotated[
+        float, typer.Option(min=0.0, max=1e6, callback=options.number, help="Microseconds of each message between them.")
+    ] = 10.0,
     root: options.DataRoot = None,
     json: options.FiguresFile = None,
 ) -> None:

@@ -25,26 +25,30 @@ def user_of(name: str | None, option: str) -> int | None:
     return None if name is None else owner.number_of(name, option)
 
 
-def to_read(tokens: Sequence[str] | str, root: Path, whose: str | None = None) -> list[Run]:
+def to_read(tokens: Sequence[str] | str, root: Path, whose: str | None = None, *, quiet: bool = False) -> list[Run]:
     """The runs meant by tokens, or the one run meant by a text; a colleague's is read only if nothing in it leads elsewhere.
+
+    Args:
+        quiet: say nothing about runs that are left out: it was said before.
 
     Raises:
         UsageError: there is no such run.
         RunError: none of them may be read; the first of several that may not is a warning.
     """
-    return sound(_found(tokens, root, user_of(whose, "--owner")))
+    return sound(_found(tokens, root, whose, "--owner", quiet), quiet=quiet)
 
 
-def everything(root: Path, whose: str | None = None, campaign: str | None = None) -> list[Run]:
+def everything(root: Path, whose: str | None = None, campaign: str | None = None, *, quiet: bool = False) -> list[Run]:
     """All runs of one's own, or of a colleague's, or those of a campaign; says on standard error how many others there are."""
     from .. import runs
 
     user = user_of(whose, "--owner")
+    if not quiet:
+        say_left_out(root, user, "--owner")
     chosen = runs.all_runs(root, user) if campaign is None else runs.of_campaign(campaign, root, user)
     if campaign is not None:
         _say_unknown(runs.all_runs(root, user), campaign)
-    say_left_out(root, user)
-    return sound(chosen, some=True)
+    return sound(chosen, some=True, quiet=quiet)
 
 
 def _say_unknown(every: Sequence[Run], campaign: str) -> None:
@@ -70,27 +74,28 @@ def to_act_on(tokens: Sequence[str] | str, root: Path, code_of: str | None) -> l
     """
     from .. import owner
 
-    found = _found(tokens, root, user_of(code_of, "--code-of"))
+    found = _found(tokens, root, code_of, "--code-of")
     for run in found:
         owner.check_own(run.path, code_of)
     return found
 
 
-def _found(tokens: Sequence[str] | str, root: Path, user: int | None) -> list[Run]:
+def _found(tokens: Sequence[str] | str, root: Path, whose: str | None, option: str, quiet: bool = False) -> list[Run]:
     from .. import runs
 
-    one = isinstance(tokens, str)
-    found = [runs.find(str(tokens), root, user)] if one else runs.find_all(tokens, root, user)
-    if any(os.sep not in token for token in ([str(tokens)] if one else tokens)):
-        say_left_out(root, user)
+    one, user = isinstance(tokens, str), user_of(whose, option)
+    found = [runs.find(str(tokens), root, user, option)] if one else runs.find_all(tokens, root, user, option)
+    if not quiet and any(os.sep not in token for token in ([str(tokens)] if one else tokens)):
+        say_left_out(root, user, option)
     return found
 
 
-def sound(found: list[Run], *, some: bool = False) -> list[Run]:
+def sound(found: list[Run], *, some: bool = False, quiet: bool = False) -> list[Run]:
     """Without runs of others in which a link leads elsewhere, or the like; each is a warning.
 
     Args:
         some: whether it is no error if none is left.
+        quiet: without the warnings.
 
     Raises:
         RunError: none is left.
@@ -109,14 +114,14 @@ def sound(found: list[Run], *, some: bool = False) -> list[Run]:
             problems.append(error)
     if problems and not kept and not some:
         raise problems[0]
-    for problem in problems:
+    for problem in () if quiet else problems:
         typer.echo(f"warning: left out: {problem}", err=True)
     return kept
 
 
-def say_left_out(root: Path, user: int | None) -> None:
-    """How many runs of others lie in the folder, and whose, on standard error."""
+def say_left_out(root: Path, user: int | None, option: str) -> None:
+    """How many runs of others lie in the folder, and whose, on standard error; ``option`` is how the command takes them."""
     from .. import owner
 
-    if words := owner.listing(root, user).words():
+    if words := owner.listing(root, user).words(option):
         typer.echo(f"hpc-cifar: {words}", err=True)

@@ -27,7 +27,9 @@ def status(
     ] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Look again every few seconds until all have ended.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="A list of objects, one a run.")] = False,
-    every: Annotated[float, typer.Option(min=0.2, max=86_400, help="Seconds between looks with --watch.")] = 5.0,
+    every: Annotated[
+        float, typer.Option(min=0.2, max=86_400, callback=options.number, help="Seconds between looks with --watch.")
+    ] = 5.0,
     owner: options.Owner = None,
 ) -> None:
     """Show the state of a run, or of the latest runs.
@@ -45,7 +47,11 @@ def status(
 
     root, first, screen = files.runs_root(), True, watch and sys.stdout.isatty()
     while True:
-        wanted = chosen.to_read([run], root, owner) if run is not None else chosen.everything(root, owner)
+        again = not first  # what is left out was said at the first look
+        if run is not None:
+            wanted = chosen.to_read([run], root, owner, quiet=again)
+        else:
+            wanted = chosen.everything(root, owner, quiet=again)
         hidden = 0 if as_json or run is not None else max(0, len(wanted) - RECENT)
         seen = there(statuses(wanted[hidden:]))
         if as_json:
@@ -198,7 +204,13 @@ def resume(
     ] = None,
     max_gpu_hours: Annotated[
         float | None,
-        typer.Option(min=0, max=options.MOST_HOURS, help="Refuse a job that may use more GPU-hours.", show_default=False),
+        typer.Option(
+            min=0,
+            max=options.MOST_HOURS,
+            callback=options.number,
+            show_default=False,
+            help="Refuse a job that may use more GPU-hours.",
+        ),
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Begin at step 0; what a run has so far is set aside in it.")] = False,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Watch the run to its end and print the result.")] = False,

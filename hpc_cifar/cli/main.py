@@ -6,7 +6,6 @@ Nothing heavy is imported here or at the top of a command's module, so that ``hp
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import re
 import sys
@@ -112,9 +111,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _with_output(code: int, lost: OSError | None, arguments: list[str]) -> int:
     """The exit code of a command some of whose output is lost: 1, unless it was there for more than that."""
-    if lost is None or code or arguments[:1] == ["train"]:
+    gone = isinstance(lost, BrokenPipeError)  # the reader has all that it wanted
+    if lost is None or code or arguments[:1] == ["train"] or (gone and arguments[0] in ACTING):
         return code
-    if not isinstance(lost, BrokenPipeError):
+    if not gone:
         _error(f"standard output: {lost.strerror or lost}; some of what the command printed is lost")
     return 1
 
@@ -122,7 +122,6 @@ def _with_output(code: int, lost: OSError | None, arguments: list[str]) -> int:
 def _run(arguments: list[str]) -> int:
     try:
         _check_folder()
-        _check_numbers(arguments)
         code = app(args=arguments or ["--help"], prog_name="hpc-cifar", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except HpcCifarError as error:
@@ -155,17 +154,6 @@ def _unexpected(error: Exception) -> None:
         return
     text = str(error).strip().splitlines() or [""]
     _error(f"unexpected {type(error).__name__}: {text[0][:500]} (HPC_CIFAR_DEBUG=1 shows the traceback)")
-
-
-def _check_numbers(arguments: list[str]) -> None:
-    """
-    Raises:
-        UsageError: an option has NaN, which lies within all bounds, as its value.
-    """
-    for name, value in itertools.pairwise([*arguments, ""]):
-        name, sign, after = name.partition("=")
-        if name.startswith("--") and re.fullmatch(r"[+-]?nan", after if sign else value, re.IGNORECASE):
-            raise UsageError(f"{name}: should be a number, not {after if sign else value}")
 
 
 def _either(names: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -24,3 +25,10 @@ CodeOf = Annotated[
 Job = Annotated[str, typer.Argument(help="A job file, or the name of a packaged one.", autocompletion=complete.jobs)]
 DataRoot = Annotated[Path | None, typer.Option(help="Folder of all datasets; HPC_CIFAR_DATA, else ./data.", show_default=False)]
 FiguresFile = Annotated[Path | None, typer.Option("--json", help="Also write the figures there.", show_default=False)]
+
+
+def number(value: float | None) -> float | None:
+    """Refuse NaN, which lies within all bounds; a callback of options."""
+    if value is not None and math.isnan(value):
+        raise typer.BadParameter("should be a number, not nan")
+    return value

@@ -98,6 +98,8 @@ def _checked(chosen: list[Run], *, changes: bool) -> list[Run]:
 
     kept = []
     for run in chosen:
+        if changes and not owner.is_own(run.path):
+            raise RunError(f"{run.path}: is a run of {owner.name_of(owner.of(run.path))}: leave out --evaluate and --wandb")
         if changes:
             owner.check_own(run.path)
         try:

@@ -66,7 +66,11 @@ def submit(
     max_gpu_hours: Annotated[
         float | None,
         typer.Option(
-            min=0, max=options.MOST_HOURS, help="Refuse jobs that together may use more GPU-hours.", show_default=False
+            min=0,
+            max=options.MOST_HOURS,
+            callback=options.number,
+            show_default=False,
+            help="Refuse jobs that together may use more GPU-hours.",
         ),
     ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Return when the runs have ended; exit code 1 if one failed.")] = False,
@@ -119,14 +123,14 @@ def submit(
         campaign = f"{sweep.stem}-{datetime.datetime.now(datetime.UTC):%Y%m%d-%H%M%S}"
     changes = [*(sets or []), *([f"tracking.group={json.dumps(campaign, ensure_ascii=False)}"] if campaign is not None else [])]
     paths = [find_job(name) for name in job]
-    elements = []
+    elements: list[Element] = []
     for label, point, more in _points(sweep, paths, changes, bool(seeds or kfold)):
         experiments = [
             with_resources(experiment, nodes=nodes, gpus_per_node=gpus_per_node, time=time)
             for experiment in _load(paths, [*changes, *more])
         ]
         experiments = _with_weights(experiments, data_root, dry_run)
-        elements += expand(experiments, seeds=seeds, folds=kfold, label=label, point=point)
+        elements += expand(experiments, seeds=seeds, folds=kfold, label=label, point=point, before=len(elements))
     chosen = with_overrides(
         chosen_cluster(cluster, dry_run),
         partition=partition, account=account, qos=qos, constraint=constraint, exclude=exclude,

@@ -47,6 +47,7 @@ def expand(
     folds: int | None = None,
     label: str = "",
     point: Point | None = None,
+    before: int = 0,
 ) -> list[Element]:
     """Every experiment with ``seeds`` seeds (its own and those after it) and each of ``folds`` folds held out in turn.
 
@@ -55,13 +56,14 @@ def expand(
     Args:
         label: what the labels of all of them begin with.
         point: the place of all of them in a sweep.
+        before: elements that the submission has already.
 
     Raises:
         UsageError: a seed would be too large, or the experiment cannot be split into that many folds.
     """
-    if (runs := len(experiments) * (seeds or 1) * (folds or 1)) > MOST_RUNS:
-        asked = " ".join([f"--seeds {seeds}"] * bool(seeds) + [f"--kfold {folds}"] * bool(folds))
-        raise UsageError(f"{asked}: {runs:,} runs are more than {MOST_RUNS:,}, the most of one submission")
+    if (runs := before + len(experiments) * (seeds or 1) * (folds or 1)) > MOST_RUNS:
+        every = "experiments x seeds x folds x points of a sweep"
+        raise UsageError(f"{runs:,} runs ({every}) are more than {MOST_RUNS:,}, the most of one submission")
     return [element for experiment in experiments for element in _expand(experiment, seeds, folds, label, point)]
 
 

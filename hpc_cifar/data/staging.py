@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from .. import owner
 from ..errors import DataError
 from . import beton
 from .store import MANIFEST, PARTS, SPLITS, Store
@@ -91,7 +92,7 @@ def _own_folder(scratch: str) -> Path:
     folder = Path(expanded)
     if not folder.is_absolute() or not folder.is_dir():
         raise NotStaged(f"there is no folder {expanded} on {os.uname().nodename}")
-    return folder / f"hpc-cifar-{os.getuid()}"
+    return folder / f"hpc-cifar-{owner.uid()}"
 
 
 class _Use:
@@ -237,7 +238,7 @@ def _only_one(base: Path, wait_s: float) -> Iterator[None]:
         descriptor = -1
         try:
             about = base.lstat()  # in /dev/shm or /tmp anybody may have made it
-            if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid() or about.st_mode & 0o022:
+            if not stat.S_ISDIR(about.st_mode) or about.st_uid != owner.uid() or about.st_mode & 0o022:
                 raise NotStaged(f"{base} is not a folder that only you can write")
             descriptor = _open(path)
             # the file may have been removed, and another one made, between the opening and the lock

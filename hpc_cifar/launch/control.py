@@ -19,7 +19,7 @@ from .. import files, owner, planted, reading
 from ..config.cluster import Cluster
 from ..errors import LaunchError, RunError
 from ..records import Job
-from ..runs import Run, begin_again, first_problem, now
+from ..runs import Run, begin_again, in_one_line, now
 from ..train import begun, saved
 from . import handover, process, slurm, submission
 from .status import ENDED, chain_of, controller_of, elsewhere, is_live, status
@@ -149,7 +149,7 @@ def cancel(run: Run, grace_s: float = CANCEL_GRACE_S, code_of: str | None = None
     if before.ended and is_live(run) is False:
         return f"{run.id} is not running: it is {before.state}"
     job = run.last_job()
-    if damaged := _damaged_jobs(run):
+    if damaged := damaged_jobs(run):
         raise LaunchError(f"{run.id}: {damaged}: nobody can say which job to cancel")
     if job.executor != "slurm":
         host = job.host or run.state().host
@@ -190,7 +190,7 @@ def _who(left: handover.Unsettled) -> str:
     return f"process {who.pid} on {who.host}" if who else "another command"
 
 
-def _damaged_jobs(run: Run) -> str:
+def damaged_jobs(run: Run) -> str:
     """Why its jobs are not all known; "" if they are."""
     return next((job.problem for job in run.jobs() if job.problem), "") or submission.problem(run)
 
@@ -276,7 +276,7 @@ def resume(
     owner.check_root(run.path.parent)
     if run.finished():
         return Resumed(run, None)
-    if damaged := _damaged_jobs(run):
+    if damaged := damaged_jobs(run):
         raise RunError(f"{run.id}: {damaged}: nobody can say whether it has a job already; remove what is damaged, then resume")
     with _alone(run):
         was_open = submission.read(run)
@@ -344,7 +344,7 @@ def last_cluster(run: Run) -> Cluster:
     except files.Damaged as error:
         words = str(error)
     except ValidationError as error:
-        words = f"cannot be read back: {first_problem(error)}"
+        words = f"cannot be read back: {in_one_line(error)}"
     raise RunError(f"{path}: {words}; name the profile with --cluster")
 
 

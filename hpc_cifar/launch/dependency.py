@@ -22,7 +22,7 @@ def resolve(tokens: Sequence[str], root: Path, executor: str) -> list[Run]:
     """
     from .status import statuses
 
-    wanted = runs.find_all(tokens, root)
+    wanted = runs.find_all(tokens, root, option="")
     waiting = []
     for run in wanted:
         if not owner.is_own(run.path):

@@ -74,7 +74,7 @@ def look(marks: Collection[str], age_s: float = 0.0) -> dict[str, list[str]] | N
     Args:
         age_s: since when the oldest of them may be there.
     """
-    reply = slurm.ask(["squeue", "--all", "--noheader", f"--user={os.getuid()}", "--states=all", "--format=%F|%T|%o|%k"])
+    reply = slurm.ask(["squeue", "--all", "--noheader", f"--user={owner.uid()}", "--states=all", "--format=%F|%T|%o|%k"])
     if reply.code != 0 and not reply.unanswered:  # some sites do without squeue
         reply = slurm.ask(["scontrol", "--all", "--oneliner", "show", "jobs"])
     if reply.code != 0:
@@ -349,7 +349,7 @@ def _is_ours(run: Run, opened: Open) -> bool:
     """Whether this user's queue on this cluster is where its job would be."""
     with contextlib.suppress(OSError):
         here, name = slurm.configuration().get("ClusterName"), opened.row.get("slurm_cluster")
-        return run.path.stat().st_uid == os.getuid() and (not name or not here or name == here)
+        return owner.is_own(run.path) and (not name or not here or name == here)
     return False
 
 

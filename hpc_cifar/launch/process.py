@@ -63,7 +63,7 @@ def kill_survivors(leader: Process) -> None:
     """End what is left of the session that the recorded process leads."""
     left = survivors(leader)
     for pid in left:
-        send(pid, signal.SIGKILL, lambda pid: pid in survivors(leader))
+        send(pid, signal.SIGKILL, lambda pid: _is_its_session(leader) and in_session(pid, leader.pid or 0))
 
 
 def kill_session(session: int, spared: int) -> None:

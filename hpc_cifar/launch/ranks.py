@@ -35,9 +35,9 @@ def described(found: Mapping[str, str], parent: int) -> dict[str, str]:
     """
     told = {name: found[name] for name in _ORDER if found.get(name)}
     size = _whole(told, "WORLD_SIZE")
-    if size == 1 or (size is None and not _whole(told, "RANK") and not _several(found)):
+    known = _of_mpi(found) or _of_step(found)  # one of several by a launcher's word, though nothing says so in torchrun's
+    if size == 1 or (size is None and not _whole(told, "RANK") and not known):
         return {}
-    known = _of_mpi(found) or _of_step(found)
     if (known_size := known.get("WORLD_SIZE")) and size is not None and known_size != str(size):
         known = {}  # torchrun in a step of one task a node, or the like: its own word counts
     told = {**known, **told}
@@ -65,11 +65,6 @@ def _whole(told: Mapping[str, str], name: str) -> int | None:
     if not re.fullmatch(r"[0-9]{1,12}", text):
         raise UsageError(f"{name}: should be a whole number as torchrun sets it, not {text[:60]!r}")
     return int(text)
-
-
-def _several(found: Mapping[str, str]) -> bool:
-    """Whether a launcher says that this process is one of several, though nothing says so in torchrun's words."""
-    return bool(_of_mpi(found) or _of_step(found))
 
 
 def _of_mpi(found: Mapping[str, str]) -> dict[str, str]:
@@ -142,12 +137,10 @@ def _fill(told: dict[str, str], found: Mapping[str, str], parent: int) -> None:
             told["MASTER_PORT"] = str(port_for(f"started by {parent}", restart))
 
 
-def settle() -> tuple[int, int]:
-    """Set this process's variables as torchrun does, if it is one of several; its rank and the number of processes.
+def settle() -> None:
+    """Set this process's variables as torchrun does, if it is one of several.
 
     Raises:
         UsageError: as :func:`described`.
     """
-    told = described(os.environ, os.getppid())
-    os.environ.update(told)
-    return int(told.get("RANK", 0)), int(told.get("WORLD_SIZE", 1))
+    os.environ.update(described(os.environ, os.getppid()))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from .. import files, owner
 from ..runs import Run, now
 from . import handover, slurm
-from .control import RARELY_S, cancel, until_news
+from .control import RARELY_S, cancel, damaged_jobs, until_news
 from .status import Status, chain_of, elsewhere, statuses
 
 FIRST_S = 0.5
@@ -42,7 +42,8 @@ def cancel_all(runs: Sequence[Run], code_of: str | None = None) -> Iterator[str]
         owner.check_own(run.path, code_of)
     left = handover.adopt(runs, anew=True)
     states = zip(runs, statuses(runs), strict=True) if len(runs) > 1 else ()
-    together = {run: seen for run, seen in states if not seen.ended and _on_slurm(run) and run not in left}
+    left_alone = {run for run in runs if run in left or damaged_jobs(run)}
+    together = {run: seen for run, seen in states if not seen.ended and _on_slurm(run) and run not in left_alone}
     for run in together:
         files.write_text(run.cancel_marker, now() + "\n", durable=False)  # first: whatever stops now must not requeue
     if together:

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import datetime
 import functools
-import itertools
 import os
 import re
 import subprocess
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
+from .. import owner
 from ..errors import LaunchError
 from ..files import whole
+from ..records import JOB_ID
 from .policy import Word
 
 WAITING = frozenset("PENDING CONFIGURING EXPEDITING REQUEUED REQUEUE_FED REQUEUE_HOLD SPECIAL_EXIT RESV_DEL_HOLD".split())  # noqa: SIM905
 ACTIVE = frozenset("RUNNING COMPLETING SUSPENDED STOPPED SIGNALING STAGE_OUT RESIZING".split())  # noqa: SIM905
 ENDED_ALREADY = ("already completing or completed", "Invalid job id")
-JOB_ID = re.compile(r"[0-9]{1,18}(_[0-9]{1,18})?")  # of a job, or of an element of an array
 TIMEOUT_S = 30
-LONGEST_LIST, MOST_ELEMENTS = 1 << 20, 1 << 20  # characters of a list of elements that are read; elements that are told
+LONGEST_LIST = 1 << 20  # characters of a list of elements that are read
 _SPAN = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?(?::([0-9]{1,9}))?")
 LOOK_TIMEOUT_S = 15  # for a question only; Slurm's own programs give up after 10 s where the site left that as it is
 NO_ANSWER = (
@@ -153,17 +153,11 @@ def _elements(text: str) -> tuple[str, list[range]]:
     return array, found
 
 
-def expand_ids(text: str, wanted: Collection[str] | None = None) -> list[str]:
-    """Every job meant by an id as Slurm prints it.
-
-    Args:
-        wanted: only these; an array may have millions of elements, of which most are not asked for.
-    """
+def expand_ids(text: str, wanted: Collection[str]) -> list[str]:
+    """The jobs of ``wanted`` that are meant by an id as Slurm prints it: an array may have millions of others."""
     if "_[" not in text:
-        return [text] if wanted is None or text in wanted else []
+        return [text] if text in wanted else []
     array, spans = _elements(text)
-    if wanted is None:
-        return [f"{array}_{index}" for index in itertools.islice(itertools.chain(*spans), MOST_ELEMENTS)]
     asked = {one: whole(one.removeprefix(f"{array}_")) for one in wanted if one.startswith(f"{array}_")}
     return [one for one, index in asked.items() if index is not None and any(index in span for span in spans)]
 
@@ -190,7 +184,7 @@ def query(job_ids: Iterable[str], ended: Collection[str] = (), others: Collectio
     # By user, not by id: squeue fails as a whole for a single id that it has forgotten.
     # --all: else jobs in hidden partitions are left out. In a federation it also lists those that another cluster took.
     queue = ["squeue", "--all", "--noheader", "--states=all", "--format=%i|%T|%r|%S|%N"]
-    listing = ask([*queue, f"--user={os.getuid()}"])
+    listing = ask([*queue, f"--user={owner.uid()}"])
     reachable = listing.code == 0
     lines = listing.out.splitlines() if reachable else []
     hidden: set[str] = set()

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .. import files, reading, records
+from .. import files, owner, reading, records
 from ..plan import Plan
 from ..records import Job, Process, Result, RunState, Waiting
 from ..runs import Run
@@ -84,7 +84,7 @@ def statuses(runs: Sequence[Run]) -> list[Status]:
             return _away(run, chains[run.id], away[run.id])
         return _status(run, _current(chains[run.id], answer), answer)
 
-    return [_told(run, seen(run), chains[run.id]) for run in runs]
+    return [_told(run, seen(run), chains[run.id], answer) for run in runs]
 
 
 def there(seen: Sequence[Status]) -> list[Status]:
@@ -92,7 +92,7 @@ def there(seen: Sequence[Status]) -> list[Status]:
     return [row for row in seen if row.reason != GONE]
 
 
-def _told(run: Run, seen: Status, chain: list[Job]) -> Status:
+def _told(run: Run, seen: Status, chain: list[Job], answer: slurm.Answer) -> Status:
     """With a word on what cannot be read in the run directory."""
     problem = next((job.problem for job in chain if job.problem), "") or submission.problem(run)
     if not reading.is_regular(run.experiment_file):
@@ -101,8 +101,13 @@ def _told(run: Run, seen: Status, chain: list[Job]) -> Status:
         problem = f"{run.experiment_file.name}: is not a regular file"
     if not problem:
         return seen
-    state = "failed" if seen.state in ("pending", "requeued") else seen.state
-    return dataclasses.replace(seen, state=state, reason=f"damaged: {problem}")
+    queued = any(job.job_id in answer.jobs for job in chain)
+    return dataclasses.replace(seen, state=_doubted(seen.state, queued), reason=f"damaged: {problem}")
+
+
+def _doubted(word: str, queued: bool) -> str:
+    """The state of a run of which something cannot be read: nobody will start what is in no queue."""
+    return "failed" if word in ("pending", "requeued") and not queued else word
 
 
 def _unsettled(run: Run, left: handover.Unsettled) -> Status:
@@ -147,20 +152,18 @@ def controller_of(run: Run, job: Job) -> Process:
 def chain_of(run: Run) -> list[Job]:
     """The last submission: its job, and the follow-up jobs that wait behind it.
 
-    It has several jobs where Slurm did not answer, was asked again, and has done both.
+    It has several jobs where Slurm did not answer, was asked again, and has done both. Whether a job whose record is damaged
+    was another submission cannot be said; so those before it count.
     """
     jobs = run.jobs()
-    first = max((index for index, job in enumerate(jobs) if not job.follows), default=0)
+    first = max((index for index, job in enumerate(jobs) if not job.follows and not job.problem), default=0)
     mark = jobs[first].submission if jobs else None
     first = next((index for index, job in enumerate(jobs) if mark and job.submission == mark), first)
     return jobs[first:] or [Job()]
 
 
 def _is_ours(run: Run) -> bool:
-    try:
-        return run.path.stat().st_uid == os.getuid()
-    except OSError:
-        return True
+    return owner.is_own(run.path) or not run.path.exists()
 
 
 def _ids(chains: dict[str, list[Job]], which: set[str]) -> list[str]:
@@ -306,17 +309,15 @@ def _vanished(run: Run, job: Job) -> str:
 
 def _age_s(stamp: Any) -> float:
     """How far it is from now: a time to come is one of before the clock was set back, or of a machine with another clock."""
-    try:
-        return abs(time.time() - datetime.datetime.fromisoformat(str(stamp)).timestamp())
-    except (ValueError, OverflowError, OSError):  # no time at all, or of a year that the system does not know
-        return float("inf")
+    seconds = abs(_since_s(stamp))
+    return float("inf") if math.isnan(seconds) else seconds
 
 
 def _since_s(stamp: str | None) -> float:
     """Seconds since then by the clock of this machine; nan without a time."""
     try:
         return time.time() - datetime.datetime.fromisoformat(str(stamp)).timestamp()
-    except (ValueError, OverflowError, OSError):
+    except (ValueError, OverflowError, OSError):  # no time at all, or of a year that the system does not know
         return math.nan
 
 
@@ -346,7 +347,7 @@ def _row(
     waiting = known is not None and known.waiting and word in ("pending", "requeued")
     if problem := state.problem or result.problem or problem:
         reason = f"damaged: {problem}"
-        word = "failed" if word in ("pending", "requeued") and known is None else word
+        word = _doubted(word, known is not None)
     return Status(
         run=run.id,
         state=word,

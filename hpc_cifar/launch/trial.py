@@ -19,7 +19,7 @@ from ..config.expand import Point
 from ..config.sweep import Sweep
 from ..errors import RunBusy, RunError, first_line
 from ..records import SweepPlace
-from ..runs import Run, first_problem
+from ..runs import Run, in_one_line
 from ..track.rows import epochs_of, selected
 from . import study
 
@@ -137,4 +137,4 @@ def sweep_of(run: Run, about: SweepPlace) -> Sweep:
     try:
         return Sweep.model_validate(about.sweep)
     except ValidationError as error:
-        raise RunError(f"{run.sweep_file}: cannot be read back: {first_problem(error)}") from None
+        raise RunError(f"{run.sweep_file}: cannot be read back: {in_one_line(error)}") from None

@@ -61,9 +61,10 @@ def types(shared: Site, root: Path, *words: str, **more: str) -> subprocess.Comp
 def test_runs_of_others_are_left_out_with_a_count(shared: Site, root: Path, mode: int) -> None:
     mine = run_of(shared.alice, root, NAMES[0])
     run_of(shared.bob, root, NAMES[1], mode)
-    told = f"1 run of {shared.bob.name} left out (--owner USER shows what you may read)"
     for command in (["status"], ["list"], ["logs"], ["report", "--format", "csv"], ["wait"], ["resume"], ["sync", "last"]):
         done = types(shared, root, *command, WANDB_API_KEY="0" * 40)
+        option = "--code-of" if command[0] in ("resume", "sync") else "--owner"  # which this command has
+        told = f"1 run of {shared.bob.name} left out ({option} USER takes them)"
         assert told in done.stderr and NAMES[1] not in done.stdout, (command, done.stdout, done.stderr)
         if command[0] in ("status", "list", "report", "wait"):
             assert NAMES[0] in done.stdout
@@ -72,7 +73,12 @@ def test_runs_of_others_are_left_out_with_a_count(shared: Site, root: Path, mode
         assert "denied" not in done.stderr and shared.bob.name not in done.stderr, (command, done.stderr)
     assert types(shared, root, "status", NAMES[1][:6]).returncode == 2
     done = types(shared, root, "status", NAMES[1])
-    assert (done.returncode, f"run '{NAMES[1]}' is of {shared.bob.name}" in done.stderr) == (2, True), done.stderr
+    assert (done.returncode, f"run '{NAMES[1]}' is of {shared.bob.name}; to take it: --owner USER" in done.stderr) == (2, True)
+    done = types(shared, root, "cancel", NAMES[1])
+    assert (done.returncode, f"run '{NAMES[1]}' is of {shared.bob.name}; to take it: --code-of USER" in done.stderr) == (
+        2,
+        True,
+    )
 
 
 def test_a_colleagues_run_is_read_by_path_or_owner(shared: Site, root: Path) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from slurm_site import Site, SlurmCluster, assert_same
 
-from hpc_cifar.launch.slurm import expand_ids
 from hpc_cifar.launch.status import NEVER_STARTED
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
@@ -41,7 +40,7 @@ class ArraySite(Site):
 
     def queued(self) -> list[str]:
         """Every job that waits or runs."""
-        return [job for line in self.cluster.call("squeue", "--noheader", "--format=%i").split() for job in expand_ids(line)]
+        return self.cluster.call("squeue", "--noheader", "--array", "--format=%i").split()
 
     def until_reason(self, name: str, reason: str) -> None:
         """Until every run of this name waits for ``reason``; Slurm finds a reason when it next schedules."""
