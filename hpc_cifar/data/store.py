@@ -151,7 +151,7 @@ class Store:
             raise _damaged(self.path, str(error)) from None
 
 
-_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError, RecursionError)
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 def _damaged(folder: Path, why: str) -> DataError:
