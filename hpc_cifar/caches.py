@@ -25,6 +25,7 @@ OURS = "hpc-cifar"
 WRITABLE = stat.S_IWGRP | stat.S_IWOTH  # the bits of an access list show in those of the group
 
 _said: set[str] = set()
+_looked_through: set[Path] = set()  # folders below which nothing is another user's; nobody else can enter them
 
 
 class NotPrivate(Exception):
@@ -80,9 +81,12 @@ def private(folder: Path) -> Path:
     levels = [*reversed(folder.parents), folder]
     for level in levels:
         _check_level(level, innermost=level == folder)
-    for path in _below(folder):
-        if path.lstat().st_uid != os.getuid():
-            raise NotPrivate(f"{path} belongs to another user")
+    if folder not in _looked_through:  # once a process: it may hold thousands of files
+        for path in _below(folder):
+            with contextlib.suppress(FileNotFoundError):  # a temporary file of another process
+                if path.lstat().st_uid != os.getuid():
+                    raise NotPrivate(f"{path} belongs to another user")
+        _looked_through.add(folder)
     with tempfile.TemporaryFile(dir=folder):  # that it is there is no proof that this process can write
         return folder
 

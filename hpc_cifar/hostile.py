@@ -33,7 +33,7 @@ def look_through(stream: IO[bytes]) -> None:
                 raise pickle.UnpicklingError(f"it has more than {MOST_INSTRUCTIONS:,} instructions")
             if instruction.name in ("PUT", "LONG_BINPUT") and int(argument or 0) > MOST_INSTRUCTIONS:
                 raise pickle.UnpicklingError(f"it asks for place {argument} of its memo")
-    except (ValueError, UnicodeDecodeError, EOFError, MemoryError) as error:  # of pickletools
+    except (ValueError, UnicodeDecodeError, EOFError) as error:  # of pickletools
         raise pickle.UnpicklingError(f"it is damaged at instruction {count + 1} ({type(error).__name__})") from None
 
 

@@ -36,6 +36,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
     monkeypatch.setattr(caches, "_said", set())
+    monkeypatch.setattr(caches, "_looked_through", set())
     for variable in ("XDG_CACHE_HOME", "NUMBA_CACHE_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
         monkeypatch.delenv(variable, raising=False)
     return tmp_path / "home"
@@ -121,9 +122,36 @@ def test_folders_and_files_of_others_are_refused(home: Path, tmp_path: Path, mon
 
         with monkeypatch.context() as patched:
             patched.setattr(Path, "lstat", facts)
+            patched.setattr(caches, "_looked_through", set())  # as in another process
             assert caches.cache_folder("code", str(tmp_path / "cache")) == home / ".cache" / "hpc-cifar" / "code", foreign
             _, refused = caches.find("code", str(tmp_path / "cache"))
         assert refused == [f"{foreign} belongs to another user"]
+
+
+def test_what_vanishes_meanwhile_is_passed_over_and_the_tree_is_looked_through_once(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other ranks make and rename temporary files in it."""
+    folder = tmp_path / "cache" / "hpc-cifar" / "code"
+    folder.mkdir(parents=True, mode=0o700)
+    for number in range(3):
+        (folder / f"{number}.tmp").write_text("")
+    stat = Path.lstat
+    looked: list[str] = []
+
+    def vanish(path: Path) -> os.stat_result:
+        if path.suffix == ".tmp":
+            looked.append(path.name)
+            path.unlink(missing_ok=True)
+        return stat(path)
+
+    monkeypatch.setattr(Path, "lstat", vanish)
+    for parent in (folder.parent, folder.parent.parent):
+        parent.chmod(0o700)
+    assert caches.cache_folder("code", str(tmp_path / "cache")) == folder
+    (folder / "3.tmp").write_text("")
+    assert caches.cache_folder("code", str(tmp_path / "cache")) == folder
+    assert sorted(looked) == ["0.tmp", "1.tmp", "2.tmp"]
 
 
 def test_a_link_is_followed_once_and_what_it_points_to_is_looked_at(home: Path, tmp_path: Path) -> None:

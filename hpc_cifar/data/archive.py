@@ -26,7 +26,7 @@ MOST_HEADERS = 16  # of such before one member
 DICTIONARY_BYTES = 512 * 2**20  # that xz may ask for; xz -9 takes 64 MiB
 EXPANDED_BYTES, EXPANSION = 2**29, 250  # an archive may expand to so much, and so many times its size
 _READ_ERRORS = (
-    OSError, EOFError, lzma.LZMAError, zlib.error, tarfile.TarError, ValueError, OverflowError, MemoryError, RecursionError,
+    OSError, EOFError, lzma.LZMAError, zlib.error, tarfile.TarError, ValueError, OverflowError, RecursionError,
 )  # fmt: skip
 
 

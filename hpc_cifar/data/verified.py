@@ -9,7 +9,7 @@ only this user can write; where there is none, everyone who asks reads the store
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import glob
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
@@ -19,6 +19,8 @@ from typing import Any
 from .. import caches, files, processes
 
 Seen = dict[str, list[int]]
+WAIT_S = 60.0
+PLACE_LENGTH = 16  # letters that stand for a store
 
 
 def seen(folder: Path, names: Iterable[str]) -> Seen:
@@ -41,32 +43,41 @@ def note(folder: Path, digest: str, then: Seen) -> None:
     path = _record(folder)
     if path is not None:
         with contextlib.suppress(OSError):
+            _forget_boots_before(path.parent)
             files.write_json(path, _entry(digest, then), durable=False)
+
+
+def _forget_boots_before(private: Path) -> None:
+    for path in private.glob(f"{glob.escape(os.uname().nodename)}-{'?' * PLACE_LENGTH}.json"):
+        if files.read_object(path).get("boot") != processes.boot_id():
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def by_one(folder: Path) -> Iterator[None]:
-    """Within the block no other process of this user and host reads the store; without locks in the home each does."""
+    """Within the block no other process of this user and host reads the store; without locks in the home each does.
+
+    A process that was suspended within it keeps the others for :data:`WAIT_S`.
+    """
     path = _record(folder)
     if path is None:
         yield
         return
-    with contextlib.ExitStack() as opened:
-        with contextlib.suppress(OSError):
-            stream = opened.enter_context(os.fdopen(os.open(path.with_suffix(".lock"), _LOCK, 0o600), "w"))
-            fcntl.flock(stream, fcntl.LOCK_EX)
+    with files.alone(path.with_suffix(".lock"), WAIT_S):
         yield
-
-
-_LOCK = os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
 def _record(folder: Path) -> Path | None:
     private = caches.cache_folder("verified")
     if private is None:
         return None
-    facts = folder.stat()
-    place = hashlib.sha256(f"{facts.st_dev} {facts.st_ino}".encode()).hexdigest()[:16]  # a copy gets its name afterwards
+    try:
+        facts = folder.stat()
+    except OSError:  # whoever reads it says why that cannot be done
+        return None
+    place = hashlib.sha256(f"{facts.st_dev} {facts.st_ino}".encode()).hexdigest()[
+        :PLACE_LENGTH
+    ]  # a copy gets its name afterwards
     return private / f"{os.uname().nodename}-{place}.json"
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .. import files
 from ..config.model import ModelConfig, PretrainedModel
 from ..errors import DataError, HpcCifarError, first_line
-from . import build
+from . import build, tensors
 
 FORMAT = "hpc-cifar-1"
 
@@ -82,7 +82,9 @@ def load(path: Path) -> tuple[nn.Module, Exported]:
         with safe_open(path, "pt") as opened:
             words = opened.metadata() or {}
             weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # not a dictionary
-    except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        if tensors.is_out_of_memory(error):
+            raise
         raise DataError(f"{path}: cannot be read: {first_line(error)}") from None
     if words.get("format") != FORMAT:
         raise DataError(f"{path}: is no export of hpc-cifar")
@@ -103,5 +105,7 @@ def load(path: Path) -> tuple[nn.Module, Exported]:
         network = build.build(model, about.image, classes=len(about.classes))
         network.load_state_dict(weights)
     except (RuntimeError, ValueError, HpcCifarError) as error:
+        if tensors.is_out_of_memory(error):
+            raise
         raise DataError(f"{path}: its weights do not fit its network ({first_line(error)})") from None
     return network.eval(), about

@@ -18,6 +18,7 @@ from .. import hostile
 from ..errors import first_line
 
 _ITEM_BYTES = {"Double": 8, "Long": 8, "Float": 4, "Int": 4, "Half": 2, "BFloat16": 2, "Short": 2, "ComplexFloat": 8}
+ALLOCATION = "DefaultCPUAllocator: can't allocate memory"  # of torch's error on the host
 _PICKLES = 5  # of the older format, before the storages
 
 
@@ -31,6 +32,7 @@ def load(source: Path | bytes) -> Any:
     Raises:
         OSError: it cannot be read at the moment.
         Unreadable: it is damaged, or made to take time or memory.
+        MemoryError, RuntimeError: the memory is full, which says nothing of the file; see :func:`is_out_of_memory`.
     """
     with source.open("rb") if isinstance(source, Path) else io.BytesIO(source) as stream:
         try:
@@ -46,7 +48,14 @@ def load(source: Path | bytes) -> Any:
                 raise Unreadable(first_line(error)) from None
             raise
         except Exception as error:  # of a file that is not what it says, torch raises anything
+            if is_out_of_memory(error):
+                raise
             raise Unreadable(first_line(error) if str(error) else type(error).__name__) from None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on the host or on a GPU."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or ALLOCATION in str(error)
 
 
 def _check_zip(stream: IO[bytes], size: int) -> None:

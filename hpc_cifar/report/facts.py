@@ -111,12 +111,12 @@ def gather(run: Run, state: str = "", reason: str = "") -> Facts:
     about = records.read(Provenance, run.path / "provenance.json") or Provenance()
     if problem := said.problem or last.problem or place.problem or about.problem:
         raise RunError(f"{run.path}: {problem}")
+    manifest = begun.manifest(run)  # before the rows: those of a run that goes on have all that this one knows
     try:
         rows, damaged = rows_but_steps(run.metrics_file)
     except files.Damaged as error:
         raise RunError(f"{run.metrics_file}: {error}") from None
-    manifest = begun.manifest(run)
-    epochs, best_step, warnings = history.epochs_of(run, experiment, rows, damaged, manifest)
+    epochs, best_step, warnings = history.trusted_epochs(run, experiment, rows, damaged, manifest)
     if changed := begun.changes(manifest, experiment):
         warnings.append(f"experiment.yaml was changed since its last checkpoint was made: {begun.words(changed)}")
     result = last.as_dict() if last.state == (said.state or last.state) else {}  # else it is of before the run went on

@@ -17,7 +17,7 @@ from ..track.rows import selected
 from ..train import begun
 
 
-def epochs_of(
+def trusted_epochs(
     run: Run, experiment: Experiment, rows: Sequence[dict[str, Any]], damaged: int, manifest: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], int | None, list[str]]:
     """Its rows of epochs, the step of the checkpoint that is the best one (None where nothing says so), and what to warn of.
@@ -40,8 +40,8 @@ def epochs_of(
     from ..train import checkpoint  # with torch
 
     try:
-        good, _ = checkpoint.newest_good(run.checkpoints)
-        history = checkpoint.read(good)["history"] if good is not None else []
+        good, state, _ = checkpoint.newest_read(run.checkpoints)
+        history = state["history"] if good is not None else []
     except (HpcCifarError, KeyError) as error:
         return epochs, best, [f"{what}; its checkpoints cannot be read ({first_line(error)}): its figures may be wrong"]
     if good is None:
@@ -69,6 +69,7 @@ def _disagreement(run: Run, experiment: Experiment, epochs: Sequence[dict[str, A
     newest = until[-1:]
     of_best = [row for row in until if row["step"] == best]
     about = begun.manifest(run, "best") if best is not None and best != step else {}
+    about = about if about.get("step") == best else {}  # a run that goes on has a better one by now
     for row, said in ((newest, manifest), (of_best, about)):
         figures = said.get("metrics")
         if row and isinstance(figures, dict) and (wrong := [name for name in figures if row[0].get(name) != figures[name]]):

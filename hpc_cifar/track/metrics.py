@@ -48,7 +48,7 @@ class MetricsLog:
         self.notes = [f"{damaged} damaged line{'s' if damaged > 1 else ''} of metrics.jsonl left out"] if damaged else []
         if back:
             self.notes.append(f"metrics.jsonl has epoch {', '.join(map(str, back))} again, as the checkpoint has it")
-        if path.exists():
+        if kept or path.exists():
             # always rewritten: a killed writer may have left a torn last line
             files.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._epoch = time.time() - time.monotonic()

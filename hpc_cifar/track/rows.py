@@ -22,7 +22,6 @@ from ..records import MetricRow, is_sound
 STEP_LINE = re.compile(rb'\{"kind": "step"(, "[a-z0-9_]{1,40}": (-?[0-9][0-9.e+-]{0,30}|null)){2,30}\}')
 EPOCH = b'{"kind": "epoch"'
 CURVES = ("step", "epoch")  # kinds of rows that have a number; events have none
-NEEDED = ("epoch", "step")  # of a row of a curve
 A_STEP = 1000  # numbers of one step: its row, pictures, from the middle on the row of an epoch that ends there, pictures
 
 
@@ -150,7 +149,7 @@ class Tail:
                 row = files.parse_json(line)
             except files.Damaged:
                 row = None
-            if not is_row(row) or (row["kind"] in CURVES and not all(row.get(name) is not None for name in NEEDED)):
+            if not is_row(row):
                 self.damaged += 1
                 continue
             number = number_of(row) if row["kind"] in CURVES else None

@@ -320,8 +320,10 @@ def _end_service() -> None:
 
 def _is_service(pid: int) -> bool:
     """Whether a process is the client's service, and was started by this one."""
-    about, _, rest = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(") ")
-    return int(rest.split()[1]) == os.getpid() and "(wandb-core" in about
+    fields = processes.stat(pid)
+    if fields is None or int(fields[1]) != os.getpid():
+        return False
+    return Path(f"/proc/{pid}/comm").read_text(errors="replace").startswith("wandb-core")
 
 
 def _forget() -> None:

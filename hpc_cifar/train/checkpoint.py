@@ -182,7 +182,13 @@ def read(saved: Saved) -> dict[str, Any]:
 
 
 def newest_good(folder: Path) -> tuple[Saved | None, list[str]]:
-    """The newest checkpoint that verifies, and a line about each damaged newer one.
+    """As :func:`newest_read`, without what it holds."""
+    good, _, damaged = newest_read(folder)
+    return good, damaged
+
+
+def newest_read(folder: Path) -> tuple[Saved | None, dict[str, Any], list[str]]:
+    """The newest checkpoint that verifies, what it holds, on the CPU, and a line about each damaged newer one.
 
     Raises:
         CheckpointError: one cannot be read at the moment, or there are checkpoints and none of them can be used (starting
@@ -191,8 +197,7 @@ def newest_good(folder: Path) -> tuple[Saved | None, list[str]]:
     damaged: list[str] = []
     for saved in stored(folder):
         try:
-            read(saved)
-            return saved, damaged
+            return saved, read(saved), damaged
         except DamagedCheckpoint as error:
             damaged.append(str(error))
     if damaged:
@@ -200,7 +205,7 @@ def newest_good(folder: Path) -> tuple[Saved | None, list[str]]:
         raise CheckpointError(
             "\n  ".join((f"no checkpoint of this run can be used, such as the newest one ({newest}); {WAY_OUT}", *others))
         )
-    return None, []
+    return None, {}, []
 
 
 def settle(folder: Path, chosen: Saved) -> bool:

@@ -41,7 +41,7 @@ def evaluate(
     """
     arrays, indices = trained.images(split)
     store = trained.prepared.store
-    store.verify("test" if arrays is store.test else "train")
+    store.verify_again("test" if arrays is store.test else "train")
     if maps_of is not None and not 0 <= maps_of < len(indices):
         raise UsageError(f"--image {maps_of}: the {split} images are numbered 0 to {len(indices) - 1}")
     classes = trained.prepared.store.classes

@@ -126,14 +126,14 @@ class Records:
         self._emit("step", epoch, step, values)
         self.progress.step(step, self._last_step, epoch, self._experiment.epochs, loss, self.rate)
         if time.monotonic() - self._state_written > 0.5:
-            self.state("running", train_loss=loss)
+            self._progress(train_loss=loss)
 
     def epoch(self, row: dict[str, Any]) -> None:
         """An ``epoch`` row; ``row`` has ``epoch`` (from 1) and ``step``."""
         values = {key: value for key, value in row.items() if key not in ("epoch", "step")}
         self._emit("epoch", row["epoch"], row["step"], values)
         self.progress.epoch(row, self._experiment.epochs)
-        self.state("running", train_loss=row["train_loss"])
+        self._progress(train_loss=row["train_loss"])
         if self.on_epoch is not None and self._world.main:
             self.on_epoch(row)
 
@@ -150,6 +150,10 @@ class Records:
     def state(self, state: str, **values: Any) -> None:
         """Write ``state.json`` on rank 0."""
         self._write_state(self._state(state, **values))
+
+    def _progress(self, **values: Any) -> None:
+        """Write how far the run is; left for the next time where another process changes the state, since the steps wait."""
+        self._write_state(self._state("running", **values), wait_s=0)
 
     def _write_state(self, record: dict[str, Any], wait_s: float = UPDATE_WAIT_S) -> None:
         self._state_written = time.monotonic()

@@ -15,13 +15,13 @@ import torch
 from .. import files, records
 from ..config.experiment import Experiment
 from ..errors import OutOfMemory, RunError, first_line
+from ..models import tensors
 from ..records import LeftOut
 from ..runs import Run
 from . import checkpoint, saved
 from .distributed import World
 
 FILE = "left-out.json"
-ALLOCATION = "DefaultCPUAllocator: can't allocate memory"  # of torch's error on the host
 
 
 def left_out(run: Run) -> frozenset[int]:
@@ -75,7 +75,7 @@ def memory_told(experiment: Experiment, world: World) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and ALLOCATION not in str(error):
+        if not tensors.is_out_of_memory(error):
             raise
         batch = experiment.data.batch_size
         share = -(-batch // world.size)

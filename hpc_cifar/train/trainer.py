@@ -109,9 +109,10 @@ class Trainer:
         """Continue from the newest good checkpoint, if there is one; rank 0 decides which. Returns what to tell people."""
         folder = self.run.checkpoints
         choice: tuple[str | None, list[str], bool] | HpcCifarError = (None, [], True)
+        state: dict[str, Any] = {}  # on rank 0, which has read it
         if self.world.main:
             try:
-                good, notes = checkpoint.newest_good(folder)
+                good, state, notes = checkpoint.newest_read(folder)
                 if good is not None:
                     notes = [f"skipped a damaged checkpoint: {line}" for line in notes] or saved.older(self.run, good.step)
                     notes += begun.check(self.run, good.manifest, self.experiment)
@@ -128,7 +129,7 @@ class Trainer:
         good = checkpoint.named(folder, name)
         if good is None:
             raise RunError(f"rank {self.world.rank} cannot read {folder / name}, which rank 0 can: is it on a shared disk?")
-        self.session.restore(checkpoint.read(good))
+        self.session.restore(state or checkpoint.read(good))
         if not has_best:  # the next validation gives a new one
             notes.append(f"the best checkpoint so far, of step {good.best_step}, is gone; the best of what follows counts")
             self.session.best = self.session.best_step = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hpc_cifar import caches
+from hpc_cifar import caches, processes
 from hpc_cifar.data import verified
 from hpc_cifar.data.store import MANIFEST, PARTS, SPLITS, Store
 from hpc_cifar.errors import DataError
@@ -89,11 +90,34 @@ def test_a_file_that_is_exchanged_for_one_of_equal_size_and_time_is_read_again(
 def test_a_host_that_was_started_anew_reads_again(
     root: Path, reads: list[tuple[str, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And what is known of the boots before goes, since each store that was copied to it has left a record."""
     Store.open(root, "digits").verify_once()
-    (tmp_path / "boot").write_text("another")
-    monkeypatch.setattr(verified, "BOOT", tmp_path / "boot")
+    (record,) = (tmp_path / "cache").rglob("*.json")
+    kept = [record.with_name(f"{name}-{'0' * 16}.json") for name in ("another-host", f"{os.uname().nodename}-2")]
+    gone = record.with_name(f"{os.uname().nodename}-{'0' * 16}.json")
+    for path in (*kept, gone):
+        shutil.copy(record, path)
+    monkeypatch.setattr(processes, "boot_id", lambda: "another")
     Store.open(root, "digits").verify_once()
     assert len(reads) == 2
+    assert set((tmp_path / "cache").rglob("*.json")) == {record, *kept}
+
+
+def test_a_process_that_was_suspended_keeps_nobody_for_long(
+    root: Path, reads: list[tuple[str, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verified, "WAIT_S", 0.2)
+    store = Store.open(root, "digits")
+    with verified.by_one(root / "digits"):
+        thread = threading.Thread(target=store.verify_once, daemon=True)  # a lock is of an open file
+        thread.start()
+        thread.join(20)
+        assert not thread.is_alive() and reads == [()]
+
+
+def test_a_folder_that_has_gone_has_no_record(root: Path) -> None:
+    with verified.by_one(root / "gone"):
+        assert not verified.is_known(root / "gone", "", {})
 
 
 @pytest.mark.parametrize("what", ["folder", "torn", "other"])
@@ -179,8 +203,6 @@ def test_a_manifest_that_is_none_is_one_line(root: Path, text: str) -> None:
 @pytest.mark.parametrize("name", [MANIFEST, "test-labels.npy"])
 @pytest.mark.timeout(20)
 def test_a_pipe_in_place_of_a_file_keeps_nobody_waiting(root: Path, name: str) -> None:
-    import os
-
     (root / "digits" / name).unlink()
     os.mkfifo(root / "digits" / name)
     with pytest.raises(DataError, match="the store is damaged"):

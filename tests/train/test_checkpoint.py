@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hpc_cifar.errors import CheckpointError
+from hpc_cifar.models import tensors
 from hpc_cifar.train import checkpoint
 
 
@@ -51,6 +52,24 @@ def test_keeps_the_last_and_the_best(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.glob("step-*")) == [f"step-{n:08d}" for n in (2, 5, 6, 7)]
     assert (tmp_path / "latest").readlink() == Path("step-00000007")
     assert (tmp_path / "best").readlink() == Path("step-00000002")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError(f"[enforce fail] {tensors.ALLOCATION}: you tried 9 bytes")])
+def test_a_full_memory_does_not_make_a_checkpoint_a_damaged_one(
+    tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run would fall back to an older one, and set the good one aside."""
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+
+    def full(*_: object, **__: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patched, pytest.raises(type(error)):
+        patched.setattr(torch, "load", full)
+        checkpoint.newest_good(tmp_path)
+    chosen, damaged = checkpoint.newest_good(tmp_path)
+    assert chosen is not None and chosen.step == 2 and not damaged
 
 
 def test_falling_back_puts_the_folder_in_the_order_of_that_time(tmp_path: Path) -> None:

@@ -11,9 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+import ranks
 
 from hpc_cifar import files
-from hpc_cifar.runs import STATE_LOCK, Run
+from hpc_cifar.runs import STATE_LOCK, UPDATE_WAIT_S, Run
+from hpc_cifar.train import loop
 
 PROCESSES, FIELDS = 4, 60
 
@@ -106,3 +108,18 @@ def test_rows_begin_after_what_a_killed_writer_has_left_of_a_line(tmp_path: Path
     path.write_bytes(b'{"a": 1}\n{"b')
     files.append_json_line(path, {"c": 3})
     assert files.json_lines(path) == ([{"a": 1}, {"c": 3}], 1)
+
+
+def test_the_steps_wait_for_nobody_and_the_end_does(tmp_path: Path, digits_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[tuple[str, bool, float]] = []
+    update = Run.update_state
+
+    def noted(run: Run, *, wait_s: float = UPDATE_WAIT_S, **values: object) -> bool:
+        waits.append((str(values.get("state")), "train_loss" in values, wait_s))
+        return update(run, wait_s=wait_s, **values)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Run, "update_state", noted)
+    run = ranks.new_run(tmp_path, ranks.experiment(epochs=1))
+    assert loop.train(run, data_root=digits_data, console=False)["state"] == "finished"
+    assert {wait for state, progress, wait in waits if state == "running" and progress} == {0}
+    assert {wait for state, _, wait in waits if state == "finished"} == {UPDATE_WAIT_S}
