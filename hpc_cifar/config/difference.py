@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from .experiment import Experiment
 from .model import PretrainedModel
 
-# the same updates with other values of these: where it runs, what is told, what is kept, how pixels get there, how a step is issued
+# the same updates with other values of these: where it runs, what is told, what is kept, how pixels and steps get there
 ASIDE = (
     *("name", "claim", "resources", "tracking", "checkpoint.every_epochs", "checkpoint.every_steps"),
     *("checkpoint.keep_last", "checkpoint.keep_every_epochs", "data.pipeline", "data.workers", "training.log_every_steps"),
