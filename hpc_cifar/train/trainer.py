@@ -76,8 +76,7 @@ class Trainer:
         self.records = Records(
             run, world, self.experiment, self.plan, self.session, self.prepared.store.label, self.last_step, console
         )
-        parameters = sum(p.numel() for p in self.session.network.parameters())
-        self.records.announce(parameters, name_of(self.precision), notes)
+        self.records.announce(sum(p.numel() for p in self.session.network.parameters()), name_of(self.precision), notes)
 
     def _make_session(self, data_root: Path) -> Session:
         experiment, world, plan = self.experiment, self.world, self.plan
@@ -126,16 +125,15 @@ class Trainer:
         name, notes, has_best = choice
         if name is None:
             return []
-        good = checkpoint.named(folder, name)
-        if good is None:
+        if (good := checkpoint.named(folder, name)) is None:
             raise RunError(f"rank {self.world.rank} cannot read {folder / name}, which rank 0 can: is it on a shared disk?")
         self.session.restore(state or checkpoint.read(good))
         if not has_best:  # the next validation gives a new one
             notes.append(f"the best checkpoint so far, of step {good.best_step}, is gone; the best of what follows counts")
             self.session.best = self.session.best_step = None
         self.saved_step = good.step
-        at = self.session.position
-        return [*notes, f"resuming at step {good.step} of {self.plan.total_steps} (epoch {at.epoch + 1}, batch {at.batch})"]
+        where = f"epoch {self.session.position.epoch + 1}, batch {self.session.position.batch}"
+        return [*notes, f"resuming at step {good.step} of {self.plan.total_steps} ({where})"]
 
     # ---- the whole run -------------------------------------------------------------------------------------------
 
@@ -144,6 +142,7 @@ class Trainer:
             opened.callback(self.session.stepper.close)
             opened.callback(self.validation.close)
             opened.push(self.records.left)
+            opened.push(self.watchdog.left)
             opened.callback(self._settle)
             lifetime.collect_again()
             try:

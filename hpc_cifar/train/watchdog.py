@@ -74,10 +74,7 @@ class Watchdog:
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
-            if error is not None:  # so that whoever lost a rank can tell the first to go from those that follow
-                self._phase = LEFT if isinstance(error, RuntimeError) and is_lost_peer(error) else FAILED
-                with contextlib.suppress(OSError):
-                    self._write_beat()
+            self.left(kind, error, None)
 
     # ---- called by the training loop ---------------------------------------------------------------------------------
 
@@ -102,6 +99,18 @@ class Watchdog:
         """Within a phase of many parts: one of them is done."""
         self._moved = time.monotonic()
 
+    def left(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        """Say if this rank ends with an error: whoever lost a rank can tell the first to go from those that follow.
+
+        Its peers wait for it from now on, while it closes files and W&B; that is no hang.
+        """
+        if error is None or self._timeout_s is None:
+            return
+        self._phase = LEFT if isinstance(error, RuntimeError) and is_lost_peer(error) else FAILED
+        self._moved = time.monotonic()
+        with contextlib.suppress(OSError):
+            self._write_beat()
+
     # ---- the thread ----------------------------------------------------------------------------------------------------
 
     @property
@@ -125,10 +134,16 @@ class Watchdog:
                 with contextlib.suppress(OSError):  # a full disk is the training loop's to report
                     self._write_beat()
             with contextlib.suppress(OSError):
-                if clock - self._moved > self.limit_s:
+                if clock - self._moved > self.limit_s and not self._waits_for_a_failed_rank(clock):
                     self._raise_alarm(alarm)
                 elif alarm.exists():
                     self._answer_and_leave()
+
+    def _waits_for_a_failed_rank(self, clock: float) -> bool:
+        if clock - self._moved > self.limit_s * SLOW_PHASE:
+            return False
+        beats = [self._last_beat(rank) for rank in range(self._world.size) if rank != self._world.rank]
+        return any(beat.get("phase") == FAILED for beat in beats)
 
     def _write_beat(self) -> None:
         files.write_json(self._beats / f"rank-{self._world.rank}.json", self._beat(), durable=False)

@@ -206,3 +206,23 @@ def test_a_process_is_signalled_only_if_it_is_the_rank_that_hangs(
     finally:
         bystander.kill()
         bystander.wait()
+
+
+def test_a_rank_that_closes_after_its_failure_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may take W&B a while; what it failed of is not to be restarted as a hang."""
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    (tmp_path / "heartbeat").mkdir()
+    first, second = (Watchdog(tmp_path, "s", World(rank, 2, 0, 1, ALONE.device, None), 10.0, None, print) for rank in (0, 1))
+    for watchdog in (first, second):
+        watchdog.step(1)
+        watchdog._write_beat()
+    clock[0] += 11
+    assert not second._waits_for_a_failed_rank(clock[0])
+    first.left(ValueError, ValueError("a full disk"), None)
+    assert second._waits_for_a_failed_rank(clock[0]) and first.limit_s == 10 * SLOW_PHASE
+    clock[0] += 10 * SLOW_PHASE
+    assert not second._waits_for_a_failed_rank(clock[0])
+    first.left(RuntimeError, RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer"), None)
+    clock[0] -= 10 * SLOW_PHASE
+    assert not second._waits_for_a_failed_rank(clock[0]), "it only followed another one"
