@@ -2,8 +2,9 @@
 
 The test clusters, on this machine's version of Slurm and on others (slurm/testbed/roots.py); the other tests, spread over the
 processors; what measures times, with the machine for itself. A table at the end says how long each took. With --full every
-version runs all tests of Slurm, and the table becomes docs/results/test-full.json. With --only the named sessions alone run
-and take the place of their rows there: each row says at which commit it was made.
+version runs all tests of Slurm, and the table becomes docs/results/test-full.json: a row for each session that passed, and the
+names of those that are missing. With --only the named sessions alone run and take the place of their rows there: each row says
+at which commit it was made.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ def main() -> int:
     versions = [version for version in roots.SUITES if version not in (*missing, roots.host_version())]
     RESULTS.mkdir(parents=True, exist_ok=True)
     told = "\n".join(f"slurm-{version}={why}" for version, why in missing.items())
-    chosen = sessions(full, versions)
+    chosen, at = sessions(full, versions), commit()
     if unknown := set(options.only or ()) - {each.name for each in chosen}:
         parser.error(f"--only: {', '.join(sorted(unknown))}: the sessions are {', '.join(each.name for each in chosen)}")
     table = {each.name: each.run(required, told) for each in chosen if options.only is None or each.name in options.only}
@@ -117,15 +118,27 @@ def main() -> int:
         needed = f"slurm-{version}" in required or (version == ALWAYS and here)
         print(f"slurm {version:14} {'FAILED, it must be had' if needed else 'not exercised'}: {why}")
         bad = bad or needed
-    if full and not bad:
-        cores = len(os.sched_getaffinity(0))
-        rows = {name: {**row, "commit": commit()} for name, row in table.items()}
-        path = ROOT / "docs" / "results" / "test-full.json"
-        before = json.loads(path.read_text())["sessions"] if options.only is not None and path.exists() else {}
-        both = {each.name: (before | rows)[each.name] for each in chosen if each.name in before | rows}
-        found = {"cores": cores, "slurm": slurms(versions), "sessions": both}
-        path.write_text(json.dumps(found, indent=2) + "\n")
+    if full:
+        rows = {name: {**row, "commit": at} for name, row in table.items()}
+        write(chosen, rows, versions, [f"slurm {version}" for version in missing], keep=options.only is not None)
     return int(bad)
+
+
+def write(
+    chosen: list[Session], table: dict[str, dict[str, object]], versions: list[str], without: list[str], *, keep: bool
+) -> None:
+    """Sessions that passed become rows of docs/results/test-full.json; ``keep``: those of sessions that did not run stay."""
+    path = ROOT / "docs" / "results" / "test-full.json"
+    before = json.loads(path.read_text())["sessions"] if keep and path.exists() else {}
+    good = {name: row for name, row in table.items() if row["exit code"] == 0}
+    rows = {name: row for name, row in (before | good).items() if name in good or name not in table}
+    found = {
+        "cores": len(os.sched_getaffinity(0)),
+        "slurm": slurms(versions),
+        "missing": [name for name in (*(each.name for each in chosen), *without) if name not in rows],
+        "sessions": {each.name: rows[each.name] for each in chosen if each.name in rows},
+    }
+    path.write_text(json.dumps(found, indent=2) + "\n")
 
 
 def commit() -> str:

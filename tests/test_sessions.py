@@ -80,8 +80,8 @@ def test_a_version_that_cannot_be_had_is_named(
     monkeypatch.setattr("sys.argv", ["run_tests.py", "--full"])
     assert run_tests.main() == code
     out = capsys.readouterr().out
-    results = run_tests.ROOT / "docs" / "results" / "test-full.json"
-    assert results.exists() == (code == 0)
+    results = json.loads((run_tests.ROOT / "docs" / "results" / "test-full.json").read_text())
+    assert results["missing"] == [f"slurm {version}" for version in without]
     for version in ("24.11", "26.05"):
         assert (f"slurm {version}" in told) == (version not in without)
         if version in without:
@@ -89,7 +89,7 @@ def test_a_version_that_cannot_be_had_is_named(
             assert told["others"][1] == f"slurm-{version}=it has Slurm 27.05 now"
     if required and not without:
         assert told["slurm 26.05"][0] == "slurm-26.05"
-        assert json.loads(results.read_text())["slurm"] == {"24.11": "24.11.5", "26.05": "26.05.5"}
+        assert results["slurm"] == {"24.11": "24.11.5", "26.05": "26.05.5"}
 
 
 def test_one_session_can_be_run_again(run_tests: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,6 +113,24 @@ def test_one_session_can_be_run_again(run_tests: Any, monkeypatch: pytest.Monkey
     monkeypatch.setattr("sys.argv", ["run_tests.py", "--full", "--only", "slurm 17.11"])
     with pytest.raises(SystemExit):
         run_tests.main()
+
+
+def test_a_session_that_failed_has_no_row_and_is_missing(run_tests: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = {"others"}
+    monkeypatch.setattr(run_tests.Session, "run", lambda session, *_: {"exit code": int(session.name in bad)})
+    monkeypatch.setattr(run_tests.roots, "SUITES", {})
+    written = run_tests.ROOT / "docs" / "results" / "test-full.json"
+
+    def found(*more: str) -> tuple[int, list[str], list[str]]:
+        monkeypatch.setattr("sys.argv", ["run_tests.py", "--full", *more])
+        code, results = run_tests.main(), json.loads(written.read_text())
+        return code, list(results["sessions"]), results["missing"]
+
+    assert found() == (1, ["slurm 22.05", "alone"], ["others"])
+    bad.clear()
+    assert found("--only", "others") == (0, ["slurm 22.05", "others", "alone"], [])
+    bad.add("alone")
+    assert found("--only", "alone") == (1, ["slurm 22.05", "others"], ["alone"]), "the row before was of another commit"
 
 
 def test_a_failed_session_fails_all(run_tests: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
