@@ -117,7 +117,7 @@ def test_one_session_can_be_run_again(run_tests: Any, monkeypatch: pytest.Monkey
 
 def test_a_session_that_failed_has_no_row_and_is_missing(run_tests: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     bad = {"others"}
-    monkeypatch.setattr(run_tests.Session, "run", lambda session, *_: {"exit code": int(session.name in bad)})
+    monkeypatch.setattr(run_tests.Session, "run", lambda session, *_: {"exit code": int(session.name in bad), "minutes": 1})
     monkeypatch.setattr(run_tests.roots, "SUITES", {})
     written = run_tests.ROOT / "docs" / "results" / "test-full.json"
 

@@ -152,7 +152,7 @@ def controller_of(run: Run, job: Job) -> Process:
 def chain_of(run: Run) -> list[Job]:
     """The last submission: its job, and the follow-up jobs that wait behind it.
 
-    It has several jobs where Slurm did not answer, was asked again, and has done both; or where records of later ones are damaged.
+    It has several jobs where Slurm did not answer, was asked again, and has done both, or later records are damaged.
     """
     jobs = run.jobs()
     first = max((index for index, job in enumerate(jobs) if not job.follows and not job.problem), default=0)
