@@ -361,6 +361,12 @@ def test_a_message_that_is_none_is_noticed() -> None:
 # ---- architecture ------------------------------------------------------------------------------------------------------
 
 
+def test_the_page_on_architecture_says_once_what_a_module_is_for() -> None:
+    rows = re.findall(r"^\| (.+?) \|", (ROOT / "docs/architecture.md").read_text(), re.MULTILINE)
+    named = [name for row in rows for name in re.findall(r"`([\w/]+\.py)`", row)]
+    assert [name for name in named if named.count(name) > 1] == [] and len(named) > 100
+
+
 def test_the_page_on_architecture_has_every_module() -> None:
     text = (ROOT / "docs/architecture.md").read_text()
     table = "\n".join(line for line in text.splitlines() if line.startswith("|"))
