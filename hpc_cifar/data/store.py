@@ -179,7 +179,7 @@ class Store:
         try:
             return verified.seen(self.path, names)
         except OSError as error:
-            raise _damaged(self.path, str(error)) from None
+            raise _damaged(self.path, f"{Path(str(error.filename)).name}: {error.strerror or error}") from None
 
 
 def _inode(path: Path) -> tuple[int, int]:

@@ -115,6 +115,43 @@ def test_a_process_that_was_suspended_keeps_nobody_for_long(
         assert not thread.is_alive() and reads == [()]
 
 
+def test_a_file_that_is_cut_off_while_it_is_mapped_ends_no_process(root: Path) -> None:
+    """Whoever reads a map past the end of its file gets SIGBUS; so the file itself is read."""
+    store = Store.open(root, "digits")
+    path = root / "digits" / "test-images.npy"
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(DataError, match="test-images.npy is not what was written"):
+        store.verify("test")
+    path.unlink()
+    with pytest.raises(DataError, match=r"test-images.npy: No such file or directory.*hpc-cifar prepare digits"):
+        store.verify("test")
+
+
+def test_a_store_that_is_made_anew_meanwhile_does_not_change_the_mapped_one(root: Path) -> None:
+    """What is mapped is verified, and not what has its name by now."""
+    store = Store.open(root, "digits")
+    shutil.copytree(root / "digits", root / "new")
+    (root / "digits").rename(root / "old")
+    (root / "new").rename(root / "digits")
+    change_labels(root)
+    store.verify("test")
+    with pytest.raises(DataError, match="is not what was written"):
+        Store.open(root, "digits").verify("test")
+
+
+def test_a_short_process_reads_a_split_once(root: Path, reads: list[tuple[str, ...]]) -> None:
+    """Until its files change, even back."""
+    store = Store.open(root, "digits")
+    store.verify_again("test")
+    store.verify_again("test")
+    assert reads == [("test",)]
+    change_labels(root)
+    with pytest.raises(DataError, match="is not what was written"):
+        store.verify_again("test")
+    store.verify_again("train")
+    assert reads == [("test",), ("test",), ("train",)]
+
+
 def test_a_folder_that_has_gone_has_no_record(root: Path) -> None:
     with verified.by_one(root / "gone"):
         assert not verified.is_known(root / "gone", "", {})
