@@ -79,10 +79,11 @@ def load(path: Path) -> tuple[nn.Module, Exported]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        tensors.check_regular(path)
         with safe_open(path, "pt") as opened:
             words = opened.metadata() or {}
             weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # not a dictionary
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+    except (SafetensorError, tensors.Unreadable, OSError, ValueError, RuntimeError) as error:
         if tensors.is_out_of_memory(error):
             raise
         raise DataError(f"{path}: cannot be read: {first_line(error)}") from None

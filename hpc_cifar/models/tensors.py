@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import stat
 import zipfile
 from pathlib import Path
 from typing import IO, Any
@@ -34,6 +35,8 @@ def load(source: Path | bytes) -> Any:
         Unreadable: it is damaged, or made to take time or memory.
         MemoryError, RuntimeError: the memory is full, which says nothing of the file; see :func:`is_out_of_memory`.
     """
+    if isinstance(source, Path):
+        check_regular(source)
     with source.open("rb") if isinstance(source, Path) else io.BytesIO(source) as stream:
         try:
             size = stream.seek(0, io.SEEK_END)
@@ -51,6 +54,17 @@ def load(source: Path | bytes) -> Any:
             if is_out_of_memory(error):
                 raise
             raise Unreadable(first_line(error) if str(error) else type(error).__name__) from None
+
+
+def check_regular(path: Path) -> None:
+    """Refuse what would be waited for, such as a FIFO.
+
+    Raises:
+        OSError: there is nothing.
+        Unreadable: it is no file.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise Unreadable("is not a regular file")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

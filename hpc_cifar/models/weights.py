@@ -116,11 +116,14 @@ def read(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
+            tensors.check_regular(path)
             return dict(load_file(path))
         loaded = tensors.load(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
     except Exception as error:  # of a damaged file safetensors may raise anything, too
+        if tensors.is_out_of_memory(error):
+            raise
         raise DataError(f"{path}: is truncated or damaged, or holds no weights ({first_line(error)})") from None
     for key in ("state_dict", "model", "model_state_dict"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):

@@ -120,7 +120,7 @@ def test_a_file_that_is_cut_off_while_it_is_mapped_ends_no_process(root: Path) -
     store = Store.open(root, "digits")
     path = root / "digits" / "test-images.npy"
     os.truncate(path, path.stat().st_size // 2)
-    with pytest.raises(DataError, match="test-images.npy is not what was written"):
+    with pytest.raises(DataError, match=r"test-images\.npy is not what was written"):
         store.verify("test")
     path.unlink()
     with pytest.raises(DataError, match=r"test-images.npy: No such file or directory.*hpc-cifar prepare digits"):

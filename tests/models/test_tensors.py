@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import random
+import re
 import struct
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from hpc_cifar.errors import DataError
-from hpc_cifar.models import tensors, weights
+from hpc_cifar.models import exported, tensors, weights
 
 STATE = {"a.weight": torch.arange(64.0).reshape(8, 8), "b.bias": torch.ones(3), "c": torch.zeros(2, dtype=torch.bfloat16)}
 
@@ -100,6 +103,52 @@ def test_types_that_are_no_weights_are_refused(tmp_path: Path) -> None:
             weights.matched(found, network, tmp_path / "a.pt", "linear")
     half = {"weight": torch.ones(2, 3).half(), "bias": torch.ones(2).half()}
     assert weights.matched(half, network, tmp_path / "a.pt", "linear").keys() == half.keys()
+
+
+ONE = '{"a":{"dtype":"F32","shape":[%s],"data_offsets":[0,%s]}}'
+HEADERS = {
+    "longer than the file": (2**60, b"{}"),
+    "a gigabyte": (2**30, b"{}"),
+    "no JSON": (8, b"\xff" * 8),
+    "deep": (2_000_000, b"[" * 2_000_000),
+    "another type": (None, b'{"a":{"dtype":"F99","shape":[1],"data_offsets":[0,4]}}'),
+    "more than there is": (None, (ONE % (2**40, 2**42)).encode()),
+    "fewer than it says": (None, (ONE % (2**62, 4)).encode()),
+    "a product that wraps": (None, (ONE % ("4294967296,4294967296", 0)).encode()),
+    "negative": (None, (ONE % (-1, 4)).encode()),
+    "a hundred thousand of the same bytes": (
+        None,
+        b"{" + b",".join(b'"%d":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}' % n for n in range(100_000)) + b"}",
+    ),
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("read", [weights.read, exported.load])
+@pytest.mark.parametrize("what", HEADERS)
+def test_a_header_of_safetensors_asks_for_nothing(what: str, read: Any, tmp_path: Path) -> None:
+    length, header = HEADERS[what]
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header) if length is None else length) + header + b"\0" * 4)
+    with pytest.raises(DataError, match=re.escape(str(path))) as caught:
+        read(path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("read", [weights.read, exported.load])
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pt"])
+def test_what_is_no_file_of_weights_is_not_waited_for(read: Any, name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    os.mkfifo(path)
+    with pytest.raises(DataError, match="is not a regular file"):
+        read(path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(DataError, match="is not a regular file"):
+        read(path)
+    with pytest.raises(DataError, match="No such file"):
+        read(tmp_path / "none.safetensors")
 
 
 def test_a_program_is_not_run(tmp_path: Path) -> None:
