@@ -74,7 +74,8 @@ def make(root: Path, count: int, epochs: int, each: int) -> None:
         run.metrics_file.write_text("".join(json.dumps(row) + "\n" for row in made))
         *_, last, end = made
         about = {"state": "finished", "epoch": epochs, "step": end["step"], "restarts": 0, "gpu_hours": 0.5, "seconds": 1800.0}
-        run.update_state(**about, world_size=1, device="cuda", total_steps=end["step"], epochs=epochs)
+        write_state = getattr(run, "update_state", None) or run.write_state  # an older version's
+        write_state(**about, world_size=1, device="cuda", total_steps=end["step"], epochs=epochs)
         done = {
             **about,
             "test_accuracy": last["val_accuracy"] - 0.005,
@@ -132,7 +133,13 @@ def main() -> None:
         folder = options.folder or Path(temporary)
         if not (folder / "runs").is_dir():
             (folder / "runs").mkdir(parents=True)
-            make(folder / "runs", options.runs, options.epochs, options.rows)
+            if options.package is None:
+                make(folder / "runs", options.runs, options.epochs, options.rows)
+            else:  # an older version may not read what this one writes
+                numbers = f"{options.runs}, {options.epochs}, {options.rows}"
+                call = f"import report_runs as r; r.make(r.Path({str(folder / 'runs')!r}), {numbers})"
+                paths = os.pathsep.join((str(options.package.resolve()), str(Path(__file__).parent)))
+                subprocess.run([sys.executable, "-P", "-c", call], env={**os.environ, "PYTHONPATH": paths}, check=True)
         places = {"here": None} if options.package is None else {"here": None, str(options.package): options.package}
         found: dict[str, dict[str, list[float]]] = {}
         for name in options.commands:
