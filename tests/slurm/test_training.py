@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -110,3 +112,18 @@ def test_a_run_cancelled_in_the_queue_never_starts(site: Site) -> None:
     site.cluster.until(lambda: not site.cluster.call("squeue", "--noheader"), 30, "an empty queue")
     assert site.status(run)["state"] == "cancelled"
     assert not (site.runs / run / "metrics.jsonl").exists()
+
+
+def test_a_script_of_ones_own_trains_with_srun(site: Site, undisturbed: dict[int, dict[str, Any]]) -> None:
+    """Two ranks on two nodes, which learn their places from srun alone; the script itself is one process, whatever the job has."""
+    site.hasten()
+    variables = {name: site.environment[name] for name in ("HPC_CIFAR_RUNS", "HPC_CIFAR_DATA")}
+    exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in variables.items())
+    train = f"{shlex.quote(sys.executable)} -m hpc_cifar train {shlex.quote(str(site.folder / 'job.yaml'))}"
+    nodes = ("--partition=high", "--nodes=2", "--ntasks-per-node=1")
+    own = site.cluster.batch(*nodes, script=f"{exports}srun {train} --name own\n")
+    bare = site.cluster.batch(*nodes, script=f"{exports}{train} --name bare\n")
+    for name, job, ranks in (("own", own, 2), ("bare", bare, 1)):
+        assert site.cluster.wait(job, seconds=120) == "COMPLETED", site.cluster.output(job)
+        assert site.state(name)["world_size"] == ranks
+        assert_same(site.result(name), undisturbed[ranks])
