@@ -7,7 +7,7 @@
     ├── RunError         (1)    a run cannot be started, found or continued
     │   ├── RunBusy             another process trains it
     │   ├── LockHeld            an earlier segment of the same job still has its lock
-    │   ├── LostRank            another process of the job has ended; a restart mends that
+    │   ├── LostRank            another process of the job has ended; a restart fixes that
     │   ├── PreflightError      the nodes of its job cannot train, twice in a row
     │   ├── CheckpointError     no usable checkpoint, or one that does not fit
     │   │   └── DamagedCheckpoint   its files are not what was written

@@ -1,4 +1,4 @@
-"""What ``doctor`` says about one part of a machine: a line, and the command that mends it."""
+"""What ``doctor`` says about one part of a machine: a line, and the command that fixes it."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ known = [package for package in packages if "vulns" in package]
 for package in known:
     for found in package["vulns"]:
         fixed = ", ".join(found.get("fix_versions") or []) or "no version"
-        print(f"audit: {lock}: {package['name']} {package['version']}: {found['id']}, mended in {fixed}")
+        print(f"audit: {lock}: {package['name']} {package['version']}: {found['id']}, fixed in {fixed}")
 if len(known) < len(packages):
     print(f"audit: {lock}: {len(packages) - len(known)} of {len(packages)} packages are unknown to the index, and were not audited")
 if known:

@@ -22,7 +22,7 @@ def doctor(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="An object with the machines and the verdict.")] = False,
 ) -> None:
-    """Check this machine, and a compute node with --cluster; each line that is not ok says what mends it.
+    """Check this machine, and a compute node with --cluster; each line that is not ok says what fixes it.
 
     \b
     hpc-cifar doctor

@@ -223,5 +223,5 @@ def _lines(problems: list[Problem]) -> list[str]:
     ordered = sorted(dict.fromkeys(problems), key=lambda problem: problem.place)
     lines = [str(problem) for problem in ordered[:MOST_PROBLEMS]]
     if len(ordered) > MOST_PROBLEMS:
-        lines.append(f"{ordered[0].place.file}: {len(ordered) - MOST_PROBLEMS} more problems are not shown; mend these first")
+        lines.append(f"{ordered[0].place.file}: {len(ordered) - MOST_PROBLEMS} more problems are not shown; fix these first")
     return lines

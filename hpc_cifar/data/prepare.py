@@ -175,7 +175,7 @@ def _with_beton(made: Store, wanted: bool | None, console: Console) -> Store:
                 full = f"the disk is full: it needs {needed:,} MiB beside the store, which is good"
                 why = f"{made.path / beton.NAME}: {full if error.errno in _FULL else error.strerror}"
             if wanted:
-                raise DataError(f"{why}; mend that, or leave it out by --no-beton") from None
+                raise DataError(f"{why}; fix that, or leave it out by --no-beton") from None
             _say(console, f"without FFCV's file: {why}")
             return made
     _say(console, f"ffcv: {path} ({path.stat().st_size / 2**20:.0f} MiB)")

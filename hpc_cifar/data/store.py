@@ -91,7 +91,7 @@ class Store:
                 truncated or exchanged file.
 
         Raises:
-            DataError: it is missing, incomplete or damaged; the message has the command that mends it.
+            DataError: it is missing, incomplete or damaged; the message has the command that fixes it.
             UsageError: ``dataset`` is no name of a dataset.
         """
         if not DATASET_NAME.fullmatch(dataset):
@@ -127,7 +127,7 @@ class Store:
         It takes 0.1 to 0.5 s for CIFAR-10, a sixth of that for its test images.
 
         Raises:
-            DataError: something is not what was written; the message has the command that mends it.
+            DataError: something is not what was written; the message has the command that fixes it.
         """
         mapped = {f"{split}-{part}.npy": getattr(getattr(self, split), part) for split in splits or SPLITS for part in PARTS}
         before = self._seen(mapped)

@@ -1,4 +1,4 @@
-"""``hpc-cifar doctor``: whether this machine, or a compute node of a profile, can do what jobs need, and what mends it."""
+"""``hpc-cifar doctor``: whether this machine, or a compute node of a profile, can do what jobs need, and what fixes it."""
 
 from __future__ import annotations
 

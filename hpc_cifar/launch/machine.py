@@ -31,7 +31,7 @@ WEIGHTS = "weights"  # below the data folder, as models/weights.py has it, which
 
 
 def findings(data_root: Path, runs_root: Path, cluster: Cluster, trains: bool) -> Iterator[Finding]:
-    """All of them, in the order in which one would mend them; each takes milliseconds.
+    """All of them, in the order in which one would fix them; each takes milliseconds.
 
     Args:
         trains: whether jobs of this profile run on this machine, which then has its scratch.

@@ -79,7 +79,7 @@ def _gpu(number: int, count: int, bad: Kind) -> Finding:
     except Broken as error:
         return bad(name, str(error), "nvidia-smi shows who uses it; give the node to the site's staff if nobody does")
     except Exception as error:  # a driver may fail in any way
-        return bad(name, first_line(error), "nvidia-smi; a broken device is the site's to mend: exclude the node")
+        return bad(name, first_line(error), "nvidia-smi; a broken device is the site's to repair: exclude the node")
 
 
 def _nccl(bad: Kind) -> Finding:

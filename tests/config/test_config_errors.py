@@ -316,7 +316,7 @@ def test_an_honest_alias_works(tmp_path: Path) -> None:
 def test_a_flood_of_problems_is_cut(tmp_path: Path) -> None:
     found = problems(tmp_path, GOOD + "".join(f"key{i}: 1\n" for i in range(500)))
     assert len(found) == 51
-    assert found[-1] == "x.yaml: 450 more problems are not shown; mend these first"
+    assert found[-1] == "x.yaml: 450 more problems are not shown; fix these first"
 
 
 def test_thousand_layers_load_fast(tmp_path: Path) -> None:

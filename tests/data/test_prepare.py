@@ -179,8 +179,8 @@ def test_a_damaged_store_is_refused_and_mended(tmp_path: Path, archive: Path, co
     if damage != "altered" or part == "manifest.json":  # found without reading every byte
         with pytest.raises(DataError, match=command):
             Store.open(root, "cifar10")
-    mended = prepare("cifar10", archive=archive, root=root, console=console)
-    assert mended.digest == good and "building it anew" in said(console)
+    fixed = prepare("cifar10", archive=archive, root=root, console=console)
+    assert fixed.digest == good and "building it anew" in said(console)
 
 
 def test_a_missing_store_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

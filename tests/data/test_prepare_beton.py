@@ -61,6 +61,6 @@ def test_where_it_cannot_be_written_the_store_stays(
     monkeypatch.setattr(preparing.beton, "write", write)
     made, said = prepared(tmp_path, None)
     assert made.train.beton is None and f"without FFCV's file: {words}" in said.replace(f"{made.path}/train.beton: ", "")
-    with pytest.raises(DataError, match="mend that, or leave it out by --no-beton"):
+    with pytest.raises(DataError, match="fix that, or leave it out by --no-beton"):
         prepared(tmp_path, True)
     assert preparing.Store.open(tmp_path, "digits").digest == made.digest

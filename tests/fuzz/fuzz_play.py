@@ -143,7 +143,7 @@ class Player:
                     facts = entry.stat(follow_symlinks=False)
                     yield entry.path, (facts.st_ino, facts.st_size, facts.st_ctime_ns, facts.st_mode)
 
-    def mend(self) -> None:
+    def fix(self) -> None:
         """Put back what was damaged, and what the command changed."""
         now = dict(self._look())
         for path in now.keys() - self.stamps.keys():
@@ -226,7 +226,7 @@ class Player:
         if one.argv not in self.before:
             calm = Case(one.number, one.file, one.run, one.argv, None, one.seed)
             self.before[one.argv] = self.run(calm, as_process)
-            self.mend()
+            self.fix()
         return self.before[one.argv]
 
     def play(self, number: int, as_process: bool = False) -> Played:
@@ -238,7 +238,7 @@ class Player:
         try:
             outcome = self.run(one, as_process)
         finally:
-            self.mend()
+            self.fix()
         return Played(one, damage, words, outcome, judge(one, damage, outcome, before))
 
 

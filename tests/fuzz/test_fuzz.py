@@ -124,9 +124,9 @@ def test_a_case_is_the_same_by_its_number_and_the_site_is_put_back(player: Playe
         one = case(player.site, number)
         path = player.site.here / one.file
         words = fuzz_damage.apply(path, one.random)
-        player.mend()
+        player.fix()
         assert words == fuzz_damage.apply(path, one.random)
-        player.mend()
+        player.fix()
         pristine = player.site.pristine / one.file
         assert (path.is_symlink(), path.is_file()) == (pristine.is_symlink(), pristine.is_file())
         assert not path.is_file() or path.read_bytes() == pristine.read_bytes()

@@ -32,7 +32,7 @@ preload(*COMMANDS)
 def only(found: Any) -> Finding:
     (one,) = list(found)
     assert isinstance(one, Finding)
-    assert bool(one.fix) == (one.state != "ok"), "what is not ok says what mends it"
+    assert bool(one.fix) == (one.state != "ok"), "what is not ok says what fixes it"
     return one
 
 

@@ -115,7 +115,7 @@ def test_a_run_cancelled_in_the_queue_never_starts(site: Site) -> None:
 
 
 def test_a_script_of_ones_own_trains_with_srun(site: Site, undisturbed: dict[int, dict[str, Any]]) -> None:
-    """Two ranks on two nodes, which learn their places from srun alone; the script itself is one process, whatever the job has."""
+    """Two ranks on two nodes, which learn their places from srun alone; the script itself is one process."""
     site.hasten()
     variables = {name: site.environment[name] for name in ("HPC_CIFAR_RUNS", "HPC_CIFAR_DATA")}
     exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in variables.items())
