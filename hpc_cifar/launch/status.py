@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import math
 import os
 import socket
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +13,8 @@ from .. import files, owner, reading, records
 from ..plan import Plan
 from ..records import Job, Process, Result, RunState, Waiting
 from ..runs import Run
-from . import first_words, handover, interruptions, local, process, slurm, submission
+from . import age, first_words, handover, interruptions, local, process, slurm, submission
+from .policy import Event
 
 ENDED = frozenset(("finished", "failed", "cancelled", "stopped"))
 HIDDEN = "its job is another user's, which Slurm does not show here; this is what the run last wrote"
@@ -73,7 +72,9 @@ def statuses(runs: Sequence[Run]) -> list[Status]:
     results = {run.id: run.result() for run in others if chains[run.id][0].executor == "slurm"}
     asked = {run_id for run_id, result in results.items() if result is None or result.state != "finished"}
     # one that says itself that it ended has only to be looked for in the queue, in case Slurm requeued it
-    ended = {run.id for run in runs if run.id in asked and run.state().state in ENDED}
+    ended = {
+        run.id for run in runs if run.id in asked and (state := run.state()).state in ENDED and not _may_be_cancelled(state)
+    }
     theirs = {run.id for run in runs if run.id in asked and not _is_ours(run)}
     answer = slurm.query(_ids(chains, asked), set(_ids(chains, ended)), set(_ids(chains, theirs)))
 
@@ -188,6 +189,8 @@ def _status(run: Run, job: Job, answer: slurm.Answer, result: Result | None = No
     if result.state == "finished":
         return _row(run, job, state, result, "finished", None)
     known = answer.jobs.get(job.job_id) if job.executor == "slurm" else None
+    if known is not None and known.state == "CANCELLED" and _may_be_cancelled(state):
+        return _row(run, job, state, result, "cancelled", "cancelled with scancel", known)
     word, reason = state.state or ("running" if state.problem and alive else "pending"), state.reason
     if job.executor == "slurm":
         said = word in ENDED
@@ -204,6 +207,11 @@ def _status(run: Run, job: Job, answer: slurm.Answer, result: Result | None = No
     if word in ("running", "requeued", "pending") and (alive if known is None else known.active):
         reason = reason or waits(run, job)
     return _row(run, job, state, result, word, reason, known)
+
+
+def _may_be_cancelled(state: RunState) -> bool:
+    """Whether its ranks stopped at a TERM and were ended, as it seems, before they could ask Slurm what it was."""
+    return state.state == "stopped" and state.reason == Event.TERMINATED.value
 
 
 def waits(run: Run, job: Job) -> str | None:
@@ -226,7 +234,7 @@ def _alive(run: Run, job: Job, answer: slurm.Answer) -> bool | None:
     state = run.state()
     if not job.executor and state.state in ENDED:
         return False  # a submission that was refused
-    return min(_age_s(job.submitted), _age_s(state.updated), _file_age_s(run)) < START_GRACE_S
+    return min(age.age_s(job.submitted), age.age_s(state.updated), age.file_age_s(run.experiment_file)) < START_GRACE_S
 
 
 def is_live(run: Run) -> bool | None:
@@ -306,27 +314,6 @@ def _vanished(run: Run, job: Job) -> str:
     return f"{VANISHED}: {words.text}" if words else VANISHED
 
 
-def _age_s(stamp: Any) -> float:
-    """How far it is from now: a time to come is one of before the clock was set back, or of a machine with another clock."""
-    seconds = abs(_since_s(stamp))
-    return float("inf") if math.isnan(seconds) else seconds
-
-
-def _since_s(stamp: str | None) -> float:
-    """Seconds since then by the clock of this machine; nan without a time."""
-    try:
-        return time.time() - datetime.datetime.fromisoformat(str(stamp)).timestamp()
-    except (ValueError, OverflowError, OSError):  # no time at all, or of a year that the system does not know
-        return math.nan
-
-
-def _file_age_s(run: Run) -> float:
-    try:
-        return abs(time.time() - run.experiment_file.stat().st_mtime)
-    except OSError:
-        return float("inf")
-
-
 def _row(
     run: Run, job: Job, state: RunState, result: Result, word: str, reason: str | None, known: slurm.JobState | None = None
 ) -> Status:
@@ -389,7 +376,7 @@ def _hours_left(plan: Plan, used: float | None, known: slurm.JobState | None) ->
         return max(0.0, round(plan.gpu_hours - (used or 0.0), 6))
     if not known.active:
         return plan.gpu_hours
-    age_s, limit_s = _since_s(known.start), float(plan.time_s or math.inf)
+    age_s, limit_s = age.since_s(known.start), float(plan.time_s or math.inf)
     if not -SKEW_S <= age_s <= limit_s + SKEW_S:  # the clock was set: what the run has measured itself is left
         return max(0.0, round(plan.gpu_hours - (used or 0.0), 6))
     gpus = plan.placement.nodes * plan.placement.gpus_per_node

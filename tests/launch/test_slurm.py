@@ -321,6 +321,11 @@ RUNNING = {"state": "running", "step": 5}
         ("", None, RUNNING, ("failed", "processes ended without a result")),
         ("", None, {"state": "pending"}, ("failed", status.NEVER_STARTED)),
         ("", None, {"state": "stopped", "reason": "terminated"}, ("stopped", "terminated")),
+        # its ranks were killed as they asked Slurm what the TERM had been
+        ("7|CANCELLED|None", None, {"state": "stopped", "reason": "terminated"}, ("cancelled", "cancelled with scancel")),
+        ("", "7|CANCELLED by 0|None", {"state": "stopped", "reason": "terminated"}, ("cancelled", "cancelled with scancel")),
+        ("7|PREEMPTED|None", None, {"state": "stopped", "reason": "terminated"}, ("stopped", "terminated")),
+        ("7|CANCELLED|None", None, {"state": "stopped", "reason": "--max-steps 5"}, ("stopped", "--max-steps 5")),
         (None, None, RUNNING, ("running", "Slurm does not answer; this is what the run last wrote")),
     ],
 )
