@@ -43,6 +43,16 @@ def resident(pid: int | str) -> int:
         return 0
 
 
+def _others() -> set[int]:
+    """What this process has started for something else, and whatever that has started; a service may be there already."""
+    found: set[int] = set()
+    for child in processes.children(os.getpid()):
+        with contextlib.suppress(OSError):
+            if not Path(f"/proc/{child}/comm").read_text(errors="replace").startswith("wandb-core"):
+                found |= {child, *processes.descendants(child)}
+    return found
+
+
 @contextlib.contextmanager
 def watched(run_id: str) -> Iterator[None]:
     """Bound the memory of an upload that is made meanwhile; the client starts its service in it.
@@ -51,7 +61,7 @@ def watched(run_id: str) -> Iterator[None]:
         TooLarge: it took too much, so that its service was ended.
     """
     os.environ.setdefault("GOMEMLIMIT", GO_LIMIT)
-    done, over, begun = threading.Event(), threading.Event(), resident("self")
+    done, over, begun, others = threading.Event(), threading.Event(), resident("self"), _others()
     words = (
         f"W&B: the upload took more than {LIMIT >> 20} MiB of memory, as when a server answers without end, and was ended; "
         f"hpc-cifar sync {run_id} uploads later"
@@ -60,7 +70,7 @@ def watched(run_id: str) -> Iterator[None]:
     def watch() -> None:
         known: set[int] = set()
         while not done.wait(LOOK_S):
-            family = processes.descendants(os.getpid())
+            family = [pid for pid in processes.descendants(os.getpid()) if pid not in others]
             for pid in set(family) - known:
                 expendable(pid)
             known = set(family)
