@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -25,6 +26,33 @@ def start_time(pid: int) -> int | None:
     """Clock ticks after boot at which ``pid`` began, or None if there is no such process."""
     fields = stat(pid)
     return int(fields[19]) if fields else None
+
+
+def children(pid: int) -> list[int]:
+    """Processes that ``pid`` started and that have not been waited for."""
+    found: list[int] = []
+    try:
+        for path in Path(f"/proc/{pid}/task").iterdir():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended
+                found += map(int, (path / "children").read_text().split())
+    except OSError:
+        return []
+    return found
+
+
+def descendants(pid: int) -> list[int]:
+    """Its children, theirs, and so on: who came later after who came before."""
+    found = children(pid)
+    for one in found:
+        found += children(one)
+    return found
+
+
+def end_family(pid: int) -> None:
+    """Kill a child of this process, and before it all that it started, in whatever sessions they are."""
+    for one in reversed(descendants(pid)):
+        send(one, signal.SIGKILL, lambda one: one in descendants(pid))
+    send(pid, signal.SIGKILL, lambda _: pid in children(os.getpid()))
 
 
 def boot_id() -> str:

@@ -40,8 +40,8 @@ from .plan import Plan
 from .records import Failure, Job, Result, RunState
 
 OUTCOME = (
-    *("checkpoints", "metrics.jsonl", "state.json", "result.json", "saved.json", "left-out.json", "failures.jsonl"),
-    *("interruptions.jsonl", "endings", "losses", "hangs", "heartbeat", "evaluation", "wandb-id", "wandb-pictures.json"),
+    *("checkpoints", "metrics.jsonl", "state.json", "result.json", "saved.json", "left-out.json", "failures.jsonl", "losses"),
+    *("interruptions.jsonl", "endings", "hangs", "heartbeat", "evaluation", "wandb-id", "wandb-url", "wandb-pictures.json"),
 )
 """What training leaves in a run directory."""
 STATE_LOCK = ".state.lock"

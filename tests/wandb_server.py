@@ -23,6 +23,9 @@ import wandb_artifacts
 ENTITY = "somebody"
 KEY = "c0ffee01" * 5  # not as one word, since a run keeps what differs from the commit, and tests look for it
 HANG, GONE = 0, -1  # instead of a status: no answer; no server, until it listens again
+ENDLESS, HEADERS, REDIRECT, HTML = -2, -3, -4, -5  # an answer without end, of 100 MB of headers, in circles; a page
+HEADERS_MB = 100
+PAGE = b"<html><title>\x1b]0;owned\x07\x1b[2JNot W&B</title></html>"
 
 
 class Listener(ThreadingHTTPServer):
@@ -158,6 +161,9 @@ class Server:
                 if status in (GONE, HANG) or closing.is_set():
                     self.close_connection = True
                     return
+                if status in (ENDLESS, HEADERS, REDIRECT, HTML):
+                    self._attack(status, closing)
+                    return
                 if status is not None:
                     self._reply({"error": f"trouble {status}", "errors": [{"message": f"trouble {status}"}]}, status)
                     return
@@ -167,6 +173,30 @@ class Server:
                     else:
                         server._take(unquote(self.path), body)
                         self._reply({"exitcode": None, "limits": {}})
+
+            def _attack(self, kind: int, closing: threading.Event) -> None:
+                """Answer as no server should; until the client has had enough."""
+                if kind == REDIRECT:
+                    self.send_response(307)
+                    self.send_header("Location", f"{server.url}{self.path}")
+                elif kind == HEADERS:
+                    self.send_response(200)
+                    self.flush_headers()
+                    for _ in range(HEADERS_MB):
+                        self.wfile.write(b"X-Much: " + b"x" * 2**20 + b"\r\n")
+                else:
+                    self.send_response(200)
+                    self.send_header("Content-Type", "text/html" if kind == HTML else "application/json")
+                if kind != ENDLESS:
+                    self.send_header("Content-Length", str(len(PAGE)) if kind == HTML else "0")
+                self.send_header("Connection", "close")
+                self.end_headers()
+                if kind == HTML:
+                    self.wfile.write(PAGE)
+                elif kind == ENDLESS:
+                    self.wfile.write(b'{"data": "')
+                    while not closing.is_set():
+                        self.wfile.write(b"x" * 2**20)
 
             do_GET = do_POST = do_PUT = _serve
 

@@ -105,8 +105,9 @@ def expectations(start: Start | None, length: Length | None, plan: Plan) -> list
 def result_table(run: Run, seen: Status) -> None:
     """How a run ended."""
     from ..records import Result
+    from ..track import address
 
-    result, state = run.result() or Result(), run.state()
+    result, state, where = run.result() or Result(), run.state(), address.of(run)
     if result.state != seen.state:
         result = Result()  # it is of an earlier segment
     rows = [("state", seen.state)]
@@ -126,6 +127,7 @@ def result_table(run: Run, seen: Status) -> None:
         ("GPU-hours", number(seen.gpu_hours, ".3f")),
         *_memory(result),
         ("run", str(run.path)),
+        *([("W&B", where)] if where else []),
     ]
     facts(f"result of {run.id}", rows)
 
@@ -188,13 +190,13 @@ def follow(run: Run) -> Status:
     Ctrl-C leaves the run alone and raises ``KeyboardInterrupt`` again, after saying so.
     """
     from .. import files
-    from ..launch.control import ASK_S, until_news
+    from ..launch.control import ASK_S, until_news, until_uploaded
     from ..launch.status import status
     from ..track.rows import epochs_of
 
     bar = _Bar() if sys.stdout.isatty() else None
     told: set[Any] = set()
-    last, size = "", -1
+    last, size, shown = "", -1, False
     try:
         while True:
             terminal.end_if_nobody_reads()
@@ -205,6 +207,9 @@ def follow(run: Run) -> Status:
                 now_size = 0
             if not bar and seen.state != last and not seen.ended:
                 _say(_state_line(seen))
+            if seen.wandb and not shown:
+                shown = True
+                (bar.say if bar else _say)(f"W&B: {seen.wandb}")
             if now_size != size:
                 size = now_size
                 for row in epochs_of(files.read_json_lines(run.metrics_file)):
@@ -217,6 +222,7 @@ def follow(run: Run) -> Status:
                 _say(_state_line(seen))
             last = seen.state
             if seen.ended:
+                until_uploaded([run])
                 break
             until_news([run], ASK_S if run.last_job().executor == "slurm" else 0.5)
     except KeyboardInterrupt:

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 COLUMNS = (
     *("run", "state", "job", "epoch", "step", "validation", "test", "images/s", "restarts"),
-    *("GPU-hours", "GPU-h left", "left", "start", "nodes", "reason"),
+    *("GPU-hours", "GPU-h left", "left", "start", "nodes", "reason", "W&B"),
 )
-LEFT_ALIGNED = frozenset(("run", "state", "job", "start", "nodes", "reason"))
-DISPENSABLE = ("step", "GPU-h left", "images/s", "nodes", "restarts", "job", "GPU-hours", "start")
+LEFT_ALIGNED = frozenset(("run", "state", "job", "start", "nodes", "reason", "W&B"))
+DISPENSABLE = ("W&B", "step", "GPU-h left", "images/s", "nodes", "restarts", "job", "GPU-hours", "start")
 """What a narrow terminal does without, first to go first; ``status RUN`` shows all of it."""
 NOTHING = ("-", "")
 HOME, ALL, REST_OF_LINE, REST_OF_SCREEN = "\x1b[H", "\x1b[2J", "\x1b[K", "\x1b[J"
@@ -42,6 +42,7 @@ def cells(row: Status) -> dict[str, str]:
         "start": clock(row.estimated_start),
         "nodes": row.nodes or "-",
         "reason": row.reason or "",
+        "W&B": row.wandb or "-",
     }
 
 

@@ -69,9 +69,11 @@ def _ended(run: Run, seconds: float) -> bool:
 
 def _beside(run: Run) -> None:
     from ..errors import RunBusy, TrackingError
+    from ..track.bounds import expendable
     from ..track.companion import OPENED
     from ..track.sync import sync as upload
 
+    expendable()  # a rank must not be ended in its place
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # they are for the ranks; this process ends after them
 

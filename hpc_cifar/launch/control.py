@@ -20,6 +20,7 @@ from ..config.cluster import Cluster
 from ..errors import LaunchError, RunError
 from ..records import Job
 from ..runs import Run, begin_again, in_one_line, now
+from ..track import underway
 from ..train import begun, saved
 from . import handover, process, slurm, submission
 from .status import ENDED, chain_of, controller_of, elsewhere, is_live, status
@@ -115,6 +116,13 @@ def until_news(runs: Sequence[Run], seconds: float) -> bool:
             return True
         before |= {run: _stamp(run) for run in changed}
     return False
+
+
+def until_uploaded(runs: Sequence[Run]) -> None:
+    """Wait, in bounded time, until what the jobs of ended runs still upload to W&B has arrived, or was given up."""
+    begun = time.monotonic()
+    while any(time.monotonic() - begun < underway.left_s(run) for run in runs):
+        time.sleep(READ_S)
 
 
 def _stamp(run: Run) -> tuple[int, int] | None:

@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from .. import files, owner
 from ..runs import Run, now
 from . import handover, slurm
-from .control import RARELY_S, cancel, damaged_jobs, until_news
+from .control import RARELY_S, cancel, damaged_jobs, until_news, until_uploaded
 from .status import Status, chain_of, elsewhere, statuses
 
 FIRST_S = 0.5
 
 
 def wait_all(runs: Sequence[Run], tick: Callable[[list[Status]], None] | None = None) -> list[Status]:
-    """Block until every run has ended; ``tick`` is called at every look with the state of all of them."""
+    """Block until every run has ended, its upload to W&B included; ``tick`` is called at every look with the state of all."""
     seen = dict(zip(runs, statuses(runs), strict=True))
     pause = FIRST_S
     while True:
@@ -22,6 +22,7 @@ def wait_all(runs: Sequence[Run], tick: Callable[[list[Status]], None] | None = 
             tick(list(seen.values()))
         open_runs = [run for run in runs if not seen[run].ended]
         if not open_runs:
+            until_uploaded(runs)
             return [seen[run] for run in runs]
         # a run that says it ended may be in Slurm's hands for a moment more
         pause = FIRST_S if until_news(open_runs, pause) else min(pause * 1.5, RARELY_S)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import socket
 from collections.abc import Sequence
@@ -13,7 +12,8 @@ from .. import files, owner, reading, records
 from ..plan import Plan
 from ..records import Job, Process, Result, RunState, Waiting
 from ..runs import Run
-from . import age, first_words, handover, interruptions, local, process, slurm, submission
+from ..track import address
+from . import age, first_words, handover, interruptions, local, process, remaining, slurm, submission
 from .policy import Event
 
 ENDED = frozenset(("finished", "failed", "cancelled", "stopped"))
@@ -23,7 +23,6 @@ VANISHED = "processes ended without a result"
 NEVER_STARTED = "the job left the queue before it started: cancelled there, or its node could not start it"
 CUT_OFF = "its submission was cut off, and Slurm has no job of it: continue with hpc-cifar resume"
 GONE = "its run directory is gone"
-SKEW_S = 300.0  # between the clocks of a site
 START_GRACE_S = 15.0  # between the record of a local job and its first process
 
 
@@ -33,7 +32,8 @@ class Status:
 
     ``estimated_start`` (UTC, ISO 8601) and ``nodes`` (Slurm's list) are Slurm's word on a job that waits, or runs;
     ``images_per_second`` is that of the last steps of a run that trains; ``gpu_hours_planned`` is the most that one job of the
-    run may use, ``gpu_hours_left`` what is left of that to the present job, both None without GPUs.
+    run may use, ``gpu_hours_left`` what is left of that to the present job, both None without GPUs; ``wandb``
+    is the address of the run in W&B, once it is there.
     """
 
     run: str
@@ -53,6 +53,7 @@ class Status:
     images_per_second: float | None = None
     gpu_hours_planned: float | None = None
     gpu_hours_left: float | None = None
+    wandb: str | None = None
 
     @property
     def ended(self) -> bool:
@@ -320,12 +321,12 @@ def _row(
     try:
         plan, problem = records.load(Plan, run.path / "plan.json"), ""
     except FileNotFoundError:
-        plan, problem = NO_PLAN, ""
+        plan, problem = remaining.NO_PLAN, ""
     except files.Damaged as error:
-        plan, problem = NO_PLAN, f"plan.json: {error}"
+        plan, problem = remaining.NO_PLAN, f"plan.json: {error}"
     eta, speed, step = None, state.images_per_second, state.step
     if word == "running" and speed and speed > 0 and step is not None and state.total_steps:
-        left = _images_left(plan, step, state.total_steps)
+        left = remaining.images_left(plan, step, state.total_steps)
         eta = None if left is None else round(min(left / speed, records.MOST), 1)
     # a result of an earlier segment lies there too, so it counts only once the run has finished
     last = result if word == "finished" else Result()
@@ -339,7 +340,7 @@ def _row(
         state=word,
         job_id=job.job_id or None,
         epoch=state.epoch,
-        epochs=state.epochs or _planned_epochs(plan),
+        epochs=state.epochs or remaining.planned_epochs(plan),
         step=step,
         val_accuracy=state.val_accuracy,
         test_accuracy=last.test_accuracy,
@@ -351,37 +352,6 @@ def _row(
         nodes=known.nodes if known is not None and known.active and word == "running" else None,
         images_per_second=speed if word == "running" and speed else None,
         gpu_hours_planned=planned,
-        gpu_hours_left=_hours_left(plan, used, known) if planned and word not in ENDED else None,
+        gpu_hours_left=remaining.hours_left(plan, used, known) if planned and word not in ENDED else None,
+        wandb=address.of(run),
     )
-
-
-NO_PLAN = records.of(Plan, {})
-
-
-def _images_left(plan: Plan, step: int, total: int) -> int | None:
-    """Images of the steps after ``step``; the last batch of every epoch may be smaller than the others."""
-    batch, images, steps = plan.batch_size, plan.train_images, plan.steps_per_epoch
-    if not batch or not images or not steps:
-        return max(total - step, 0) * batch if batch else None
-
-    def until(number: int) -> int:
-        return number // steps * images + min(number % steps * batch, images)
-
-    return max(until(total) - until(step), 0)
-
-
-def _hours_left(plan: Plan, used: float | None, known: slurm.JobState | None) -> float:
-    """What the present job, or the next one where none runs, may still use: every job has the whole time limit for itself."""
-    if known is None:
-        return max(0.0, round(plan.gpu_hours - (used or 0.0), 6))
-    if not known.active:
-        return plan.gpu_hours
-    age_s, limit_s = age.since_s(known.start), float(plan.time_s or math.inf)
-    if not -SKEW_S <= age_s <= limit_s + SKEW_S:  # the clock was set: what the run has measured itself is left
-        return max(0.0, round(plan.gpu_hours - (used or 0.0), 6))
-    gpus = plan.placement.nodes * plan.placement.gpus_per_node
-    return max(0.0, round(plan.gpu_hours - gpus * max(0.0, age_s) / 3600, 6))
-
-
-def _planned_epochs(plan: Plan) -> int | None:
-    return plan.total_steps // plan.steps_per_epoch if plan.steps_per_epoch and plan.total_steps else None

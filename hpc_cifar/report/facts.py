@@ -15,6 +15,7 @@ from ..config.experiment import Experiment
 from ..errors import RunError
 from ..records import Evaluation, Provenance, Result, SweepPlace
 from ..runs import Run
+from ..track import address
 from ..track.rows import rows_but_steps, selected
 from ..train import begun
 from . import history
@@ -63,6 +64,7 @@ class Facts:
     evaluation: dict[str, Any]
     evaluation_folder: Path | None
     warnings: tuple[str, ...] = ()  # why its figures may not be what they seem
+    wandb: str | None = None  # its address there
 
     @property
     def id(self) -> str:
@@ -140,6 +142,7 @@ def gather(run: Run, state: str = "", reason: str = "") -> Facts:
         evaluation=evaluation,
         evaluation_folder=folder,
         warnings=tuple(warnings),
+        wandb=address.of(run),
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from .. import files
 from ..errors import RunBusy, TrackingError, first_line
 from ..runs import Run
-from . import wandb_run
+from . import address, bounds, wandb_run
 
 EVERY_S = 2.0
 RETRY_S, RETRY_AT_MOST_S = 5.0, 600.0
@@ -42,8 +42,10 @@ def sync(
     pause, left = RETRY_S, BUSY_S
     while True:
         try:
-            with _alone(run):
+            with _alone(run), bounds.watched(run.id):
                 return _upload(run, ended, say, opened, beside)
+        except bounds.TooLarge:
+            raise
         except (TrackingError, RunBusy) as error:
             if beside and isinstance(error, RunBusy) and left > 0:  # that of a segment that was killed ends soon
                 time.sleep(CHECK_S)
@@ -66,6 +68,7 @@ def _upload(
     upload = wandb_run.Upload(run, state.pid if trains_here else None, artifact_s)
     opened()
     say(f"W&B: {upload.address}")
+    address.keep(run, upload.address)
     while not ended(EVERY_S):
         upload.push()
     upload.close(left=beside)

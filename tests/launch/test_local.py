@@ -48,7 +48,7 @@ def test_status_json_is_the_contract(site: Site) -> None:
     site.running(run)
     fields = ["run", "state", "job_id", "epoch", "epochs", "step", "val_accuracy", "test_accuracy", "restarts", "gpu_hours"]
     fields += ["eta_s", "reason"]
-    fields += ["estimated_start", "nodes", "images_per_second", "gpu_hours_planned", "gpu_hours_left"]
+    fields += ["estimated_start", "nodes", "images_per_second", "gpu_hours_planned", "gpu_hours_left", "wandb"]
     running = site.status(run)
     assert list(running) == fields
     assert running["state"] == "running"

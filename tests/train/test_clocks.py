@@ -12,7 +12,7 @@ import ranks
 
 from hpc_cifar import files, records
 from hpc_cifar.cli.console import duration
-from hpc_cifar.launch import status, submission
+from hpc_cifar.launch import remaining, status, submission
 from hpc_cifar.launch.slurm import JobState
 from hpc_cifar.plan import Plan
 from hpc_cifar.report.facts import gather
@@ -96,7 +96,7 @@ def test_the_budget_left_survives_a_clock_that_is_set(clock: Clock, days: int) -
     start = datetime.datetime.fromtimestamp(REAL() - 1800, datetime.UTC).isoformat()
     plan = {"gpu_hours": 8.0, "time_s": 7200, "placement": {"nodes": 1, "gpus_per_node": 4}}
     clock.offset = days * DAY
-    left = status._hours_left(records.of(Plan, plan), 1.9, JobState("RUNNING", start=start))
+    left = remaining.hours_left(records.of(Plan, plan), 1.9, JobState("RUNNING", start=start))
     assert left == pytest.approx(6.1 if days else 6.0, abs=0.01)
 
 

@@ -1,0 +1,45 @@
+"""What takes too much memory while something is uploaded is ended: a service, or this very process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import wandb_server
+
+from hpc_cifar import processes
+from hpc_cifar.track import bounds
+
+GROWS = "held = b'x' * (700 << 20); import time; time.sleep(60)"
+
+
+def test_a_service_that_grows_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GOMEMLIMIT", "1GiB")  # as a user chose
+    before = set(processes.descendants(os.getpid()))
+    other = subprocess.Popen(["sleep", "60"])  # of this process too, and nothing of the upload
+    began = time.monotonic()
+    with pytest.raises(bounds.TooLarge, match=r"took more than 512 MiB .* hpc-cifar sync some-run uploads later"):  # noqa: SIM117
+        with bounds.watched("some-run"):
+            parent = subprocess.Popen(
+                [sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {GROWS!r}])"]
+            )
+            raise ConnectionResetError(parent.wait())
+    assert time.monotonic() - began < 30 and os.environ["GOMEMLIMIT"] == "1GiB"
+    wandb_server.until(lambda: set(processes.descendants(os.getpid())) <= before | {other.pid}, 10)
+    assert other.poll() is None
+    other.kill()
+    other.wait()
+
+
+def test_a_process_that_grows_ends_with_one_line() -> None:
+    code = f"from hpc_cifar.track import bounds\nwith bounds.watched('some-run'):\n    {GROWS}\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1) and "hpc-cifar sync some-run uploads later" in done.stderr
+
+
+def test_an_error_of_something_small_is_told_as_it_is() -> None:
+    with pytest.raises(ValueError, match="other"), bounds.watched("some-run"):
+        raise ValueError("other")
