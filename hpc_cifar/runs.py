@@ -9,7 +9,7 @@ runs/<run>/                     0700, since it holds pickles
   state.json                    written by rank 0, and by commands: state, epoch, step, ...; .state.lock: while it changes
   cancelled                     present once a user cancelled the run
   .lock  .holder.json           which process trains it; see train/lock.py
-  checkpoints/  metrics.jsonl  result.json  wandb/
+  checkpoints/  metrics.jsonl  result.json  wandb/  wandb.json: which run of W&B it is, see track/identity.py
   saved.json                    the newest checkpoint on disk; see train/saved.py
   before-<time>/                what the run had before it was begun again
 """
@@ -40,8 +40,8 @@ from .plan import Plan
 from .records import Failure, Job, Result, RunState
 
 OUTCOME = (
-    *("checkpoints", "metrics.jsonl", "state.json", "result.json", "saved.json", "left-out.json", "failures.jsonl"),
-    *("interruptions.jsonl", "endings", "losses", "hangs", "heartbeat", "evaluation", "wandb-id", "wandb-pictures.json"),
+    *("checkpoints", "metrics.jsonl", "state.json", "result.json", "saved.json", "left-out.json", "failures.jsonl", "endings"),
+    *("interruptions.jsonl", "losses", "hangs", "heartbeat", "evaluation", "wandb.json", "wandb-id", "wandb-pictures.json"),
 )
 """What training leaves in a run directory."""
 STATE_LOCK = ".state.lock"
