@@ -245,7 +245,7 @@ class Server:
             case "Run" | "RunHistoryKeys":  # the public API's questions for a run
                 known = self.runs.get(variables["name"])
                 return {"project": {"run": known and self._public(known)}}
-            case "GetProjects":
+            case "GetProjects" | "Projects":  # the latter of 0.21
                 names = sorted({run.project for run in self.runs.values()} | {"hpc-cifar"})
                 about = {"entityName": ENTITY, "createdAt": "2026-01-01T00:00:00", "isBenchmark": False, "user": None}
                 nodes = [{"node": {"id": name, "name": name, **about}} for name in names]
@@ -305,6 +305,7 @@ class Server:
             "name": run.id,
             "displayName": run.name,
             "state": "finished" if run.ended else "running",
+            "sweepName": None,
             "config": json.dumps(run.config),
             "summaryMetrics": json.dumps(run.summary),
             "systemMetrics": "{}",

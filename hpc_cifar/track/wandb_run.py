@@ -135,7 +135,7 @@ class Upload:
                     dir=os.environ.get("WANDB_DIR") or str(run.path),
                     config=summary.config(run),
                     mode="online",
-                    settings=wandb.Settings(**settings),
+                    settings=wandb.Settings(**_settings(settings)),
                 )
             for name in EPOCH_CURVES:
                 self._wandb.define_metric(name, step_metric="epoch")
@@ -270,6 +270,13 @@ class Upload:
         if "reason" not in values and known.get("reason") is not None:
             del known["reason"]
         self._wandb.summary.update(values)
+
+
+def _settings(wanted: dict[str, Any]) -> dict[str, Any]:
+    """Those that the client has: 0.21 refuses limits of time that later ones know."""
+    import wandb
+
+    return {name: value for name, value in wanted.items() if name in wandb.Settings.model_fields}
 
 
 @contextlib.contextmanager

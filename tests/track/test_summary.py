@@ -12,7 +12,7 @@ from wandb_server import Kept, Server
 from hpc_cifar import files, runs
 from hpc_cifar.config.experiment import Experiment
 from hpc_cifar.runs import Run
-from hpc_cifar.track import summary
+from hpc_cifar.track import summary, wandb_run
 from hpc_cifar.track.metrics import MetricsLog
 
 pytestmark = [pytest.mark.component("wandb"), pytest.mark.slow]
@@ -101,3 +101,7 @@ def test_a_failure_is_an_error_and_a_wish_to_stop_is_none(server: Server, tmp_pa
     kept = the_one(server)
     assert (kept.preempting, kept.ended, kept.summary["preemptions"]) == (0, [0, 1], 0)
     assert (kept.alerts, kept.levels) == (["curves: failed"], ["ERROR"])
+
+
+def test_settings_that_a_client_does_not_know_are_left_out() -> None:
+    assert wandb_run._settings({"silent": True, "of_another_version": 1}) == {"silent": True}
