@@ -249,6 +249,30 @@ class LeftOut:
 
 
 @dataclass(frozen=True, slots=True)
+class TrackedAs:
+    """``wandb.json``: which run of W&B a run is, see ``track/identity.py``; ``opened`` once W&B has answered.
+
+    ``base_url`` is empty where nobody has named a server, ``entity`` where the login decides and W&B has not said.
+    """
+
+    base_url: str = ""
+    entity: str = ""
+    project: str = ""
+    id: str = ""
+    group: str = ""
+    name: str = ""
+    job_type: str = ""
+    tags: tuple[str, ...] = ()
+    notes: str = ""
+    opened: bool = False
+    problem: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """As it is written."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "problem"}
+
+
+@dataclass(frozen=True, slots=True)
 class SweepPlace:
     """``sweep.json``: see ``launch/sweep.py``. ``sweep`` and ``values`` are as in the sweep's file."""
 

@@ -9,7 +9,7 @@ runs/<run>/                     0700, since it holds pickles
   state.json                    written by rank 0, and by commands: state, epoch, step, ...; .state.lock: while it changes
   cancelled                     present once a user cancelled the run
   .lock  .holder.json           which process trains it; see train/lock.py
-  checkpoints/  metrics.jsonl  result.json  wandb/
+  checkpoints/  metrics.jsonl  result.json  wandb/  wandb.json: which run of W&B it is, see track/identity.py
   saved.json                    the newest checkpoint on disk; see train/saved.py
   before-<time>/                what the run had before it was begun again
 """
@@ -41,7 +41,8 @@ from .records import Failure, Job, Result, RunState
 
 OUTCOME = (
     *("checkpoints", "metrics.jsonl", "state.json", "result.json", "saved.json", "left-out.json", "failures.jsonl", "losses"),
-    *("interruptions.jsonl", "endings", "hangs", "heartbeat", "evaluation", "wandb-id", "wandb-url", "wandb-pictures.json"),
+    *("interruptions.jsonl", "endings", "hangs", "heartbeat", "evaluation", "wandb.json", "wandb-id", "wandb-url"),
+    "wandb-pictures.json",
 )
 """What training leaves in a run directory."""
 STATE_LOCK = ".state.lock"
@@ -158,8 +159,7 @@ class Run:
             old = records.sound(RunState, files.read_object(self.state_file))
             if when is not None and not when(records.of(RunState, old)):
                 return False
-            new = {**old, **values, "updated": now()}
-            kept = {name: value for name, value in new.items() if value is not None}
+            kept = {name: value for name, value in {**old, **values, "updated": now()}.items() if value is not None}
             files.write_sealed(self.state_file, kept, durable=False)
         return True
 

@@ -15,8 +15,8 @@ from wandb_server import Kept, Server
 from hpc_cifar import files, runs
 from hpc_cifar.config.experiment import Experiment
 from hpc_cifar.runs import Run
+from hpc_cifar.track import identity
 from hpc_cifar.track.metrics import MetricsLog
-from hpc_cifar.track.wandb_run import id_of
 
 preload(*COMMANDS, *TRAINING)
 
@@ -68,7 +68,7 @@ def sync(run: Run, server: Server, *options: str, code: int = 0) -> str:
 def assert_whole(server: Server, run: Run, steps: int) -> Kept:
     """Every step and every epoch of the run, once, and in order."""
     [kept] = server.runs.values()
-    assert kept.id == id_of(run)
+    assert kept.id == identity.kept(run).id
     rows = [row for row in kept.history if "global_step" in row]
     assert [row["global_step"] for row in rows if "step/train_loss" in row] == list(range(1, steps + 1))
     assert [row["epoch"] for row in rows if "val_loss" in row] == list(range(1, steps // 10 + 1))

@@ -42,10 +42,13 @@ class Kept:
 
     id: str
     project: str
+    entity: str = ""
     name: str = ""
     group: str | None = None
     job_type: str | None = None
     tags: list[str] = field(default_factory=list)
+    notes: str | None = None
+    origin: dict[str, Any] = field(default_factory=dict)  # commit, program, host of whoever opened it first
     config: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
     lines: dict[str, dict[int, str]] = field(default_factory=dict)  # file -> offset -> line
@@ -53,6 +56,7 @@ class Kept:
     ended: list[int] = field(default_factory=list)  # exit codes of its segments
     preempting: int = 0
     alerts: list[str] = field(default_factory=list)
+    levels: list[str] = field(default_factory=list)  # of the alerts
 
     def stream(self, name: str) -> list[dict[str, Any]]:
         rows = self.lines.get(name, {})
@@ -85,6 +89,7 @@ class Server:
         self.runs: dict[str, Kept] = {}
         self.reports: list[dict[str, Any]] = []  # what was asked for each, its spec parsed
         self.artifacts: dict[str, wandb_artifacts.Artifact] = {}
+        self.elsewhere: list[str] = []  # runs that were asked for where they are not, as a second copy would be
         self.unknown: list[str] = []
         self.requests: list[str] = []
         self.trouble: Callable[[str, int], int | None] = lambda what, number: None
@@ -239,13 +244,22 @@ class Server:
                 names = dict.fromkeys(("email", "deletedAt", "apiKeys", "teams"), None)
                 known = {"id": "u", "name": ENTITY, "username": ENTITY, "entity": ENTITY, "flags": "{}", "admin": False}
                 return {"viewer": {**names, **known}}
+            case "ProbeRunInput":  # of the public interface of 0.21
+                return {"RunType": {"fields": [{"name": "projectId"}]}}
+            case "RunStoppedStatus":  # of 0.21, which asks now and then
+                return {"project": {"run": {"stopped": False}}}
             case "ServerFeaturesQuery":
                 return {"serverInfo": {"features": []}}
             case "OrganizationCoreWeaveOrganizationID":
                 return {"entity": {"organization": {"coreWeaveOrganizationId": ""}}}
             case "RunResumeStatus":
                 known = self.runs.get(variables["name"])
-                return {"model": {**_project(variables["project"]), "bucket": known and self._resumed(known)}}
+                return {
+                    "model": {
+                        **_project(variables["project"], variables.get("entity")),
+                        "bucket": known and self._resumed(known),
+                    }
+                }
             case "UpsertBucket":
                 return {"upsertBucket": self._upsert(variables)}
             case "CreateRunFiles":
@@ -254,12 +268,14 @@ class Server:
                 ]
                 return {"createRunFiles": {"runID": variables["run"], "uploadHeaders": [], "files": places}}
             case "NotifyScriptableRunAlert":
-                self.runs[variables["runName"]].alerts.append(variables["title"])
+                alerted = self.runs[variables["runName"]]
+                alerted.alerts.append(variables["title"])
+                alerted.levels.append(variables["severity"])
                 return {"notifyScriptableRunAlert": {"success": True}}
             case "Run" | "RunHistoryKeys":  # the public API's questions for a run
                 known = self.runs.get(variables["name"])
                 return {"project": {"run": known and self._public(known)}}
-            case "GetProjects":
+            case "GetProjects" | "Projects":  # the latter of 0.21
                 names = sorted({run.project for run in self.runs.values()} | {"hpc-cifar"})
                 about = {"entityName": ENTITY, "createdAt": "2026-01-01T00:00:00", "isBenchmark": False, "user": None}
                 nodes = [{"node": {"id": name, "name": name, **about}} for name in names]
@@ -278,17 +294,21 @@ class Server:
     def _upsert(self, variables: dict[str, Any]) -> dict[str, Any]:
         name = variables["name"]
         inserted = name not in self.runs
-        run = self.runs.setdefault(name, Kept(name, variables["project"]))
+        run = self.runs.setdefault(name, Kept(name, variables["project"], variables.get("entity") or ENTITY))
+        if (run.entity, run.project) != (variables.get("entity") or run.entity, variables["project"]):
+            self.elsewhere.append(f"{variables.get('entity')}/{variables['project']}/{name}")
         run.name = variables.get("displayName") or run.name
         run.group = variables.get("groupName") or run.group
         run.job_type = variables.get("jobType") or run.job_type
         run.tags = variables.get("tags") or run.tags
+        run.notes = variables.get("notes") or run.notes
+        run.origin = run.origin or {key: variables.get(key) for key in ("commit", "program", "host") if variables.get(key)}
         if variables.get("config"):
             run.config |= json.loads(variables["config"])
         if variables.get("summaryMetrics"):
             run.summary |= json.loads(variables["summaryMetrics"])
         bucket = {"id": f"id-{name}", "name": name, "displayName": run.name, "description": None, "config": None}
-        bucket |= {"sweepName": None, "project": _project(run.project), "historyLineCount": len(run.history)}
+        bucket |= {"sweepName": None, "project": _project(run.project, run.entity), "historyLineCount": len(run.history)}
         return {"bucket": bucket, "inserted": inserted}
 
     def _resumed(self, run: Kept) -> dict[str, Any]:
@@ -315,6 +335,7 @@ class Server:
             "name": run.id,
             "displayName": run.name,
             "state": "finished" if run.ended else "running",
+            "sweepName": None,
             "config": json.dumps(run.config),
             "summaryMetrics": json.dumps(run.summary),
             "systemMetrics": "{}",
@@ -326,8 +347,8 @@ class Server:
         }
 
 
-def _project(name: str) -> dict[str, Any]:
-    return {"id": "p", "name": name, "entity": {"id": "e", "name": ENTITY}}
+def _project(name: str, entity: str | None = None) -> dict[str, Any]:
+    return {"id": "p", "name": name, "entity": {"id": "e", "name": entity or ENTITY}}
 
 
 @contextlib.contextmanager

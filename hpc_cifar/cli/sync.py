@@ -41,10 +41,11 @@ def sync(
     for one in found:
         owner.check_tree(one.path, parts=("evaluation", "checkpoints"))
     from ..errors import RunBusy, TrackingError, UsageError
+    from ..track import identity
     from ..track.sync import sync as upload
     from ..track.wandb_run import has_login
 
-    if not has_login():
+    if not all(has_login(identity.kept(one).base_url) for one in found):
         raise UsageError("W&B: no login here: type 'wandb login', or set WANDB_API_KEY")
     if follow and len(found) > 1:
         raise UsageError("--follow: name one run")

@@ -126,14 +126,19 @@ class Tracking(Model):
 
     wandb: Literal["online", "offline", "disabled"] = "disabled"
     """``online`` uploads while the job runs; ``offline`` and ``disabled`` leave it to ``hpc-cifar sync``."""
-    project: Annotated[str, Field(min_length=1, max_length=128)] = "hpc-cifar"
-    """Project in W&B."""
+    project: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    """Project in W&B; without it ``WANDB_PROJECT``, else hpc-cifar."""
     entity: str | None = None
-    """User or team in W&B; the login's default without it."""
+    """User or team in W&B; without it ``WANDB_ENTITY``, else the login's default."""
+    name: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    """The run's name in W&B; without it ``WANDB_NAME``, else the run's id."""
+    notes: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
+    """What W&B shows beside the run, in one's own words; without it ``WANDB_NOTES``."""
     group: Annotated[str, Field(max_length=128)] | None = None
-    """Campaign of the run: W&B's group, ``report --campaign``, ``list --campaign``; ``submit --campaign`` sets it."""
+    """Campaign of the run: W&B's group (without it ``WANDB_RUN_GROUP``), ``report --campaign``, ``list --campaign``;
+    ``submit --campaign`` sets it."""
     tags: tuple[Annotated[str, Field(min_length=1, max_length=64)], ...] = ()
-    """Tags in W&B."""
+    """Tags in W&B; without any those of ``WANDB_TAGS``."""
     alerts: Flag = False
     """A message by W&B when the run has finished or failed."""
     artifact: Flag = False

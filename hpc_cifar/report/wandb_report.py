@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import TrackingError, UsageError, first_line
+from ..track import identity
+from ..track.wandb_run import server
 from . import groups as grouped
 from .facts import Facts, shown
 from .groups import Group
@@ -25,12 +27,15 @@ def publish(groups: Sequence[Group], title: str) -> str:
         TrackingError: W&B does not answer, or does not want it.
     """
     runs = [one for group in groups for one in group.runs]
-    projects = {(one.experiment.tracking.entity, one.experiment.tracking.project) for one in runs}
+    if absent := [one.id for one in runs if not identity.is_there(one.run)]:
+        raise UsageError(f"--wandb: {absent[0]} is not in W&B yet: hpc-cifar sync {absent[0]}")
+    places = [identity.kept(one.run) for one in runs]
+    projects = {(place.base_url, place.entity, place.project) for place in places}
     if len(projects) > 1:
         raise UsageError(f"--wandb: these runs are in {len(projects)} projects of W&B; a report is of one")
-    if absent := [one.id for one in runs if not (one.run.path / "wandb-id").exists()]:
-        raise UsageError(f"--wandb: {absent[0]} is not in W&B yet: hpc-cifar sync {absent[0]}")
-    [(entity, project)] = projects
+    [(_, entity, project)] = projects
+    if where := identity.address(places[0], server()):
+        os.environ["WANDB_BASE_URL"] = where  # the report is saved by a client of its own
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
     import wandb_workspaces.reports.v2 as wr

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from .. import owner, processes
 from ..config.experiment import Tracking
 from ..runs import Run
-from . import underway
-from .wandb_run import FINISH_TIMEOUT_S, mode
+from . import identity, underway
+from .wandb_run import FINISH_TIMEOUT_S, mode, server
 
 VARIABLE = "HPC_CIFAR_WANDB_START_S"  # another START_S, where Python starts slowly
 OPENED = "opened"  # what it prints once W&B has answered
@@ -34,6 +34,8 @@ class Companion:
     def __init__(self, run: Run, tracking: Tracking, say: Callable[[str], None]) -> None:
         self._run, self._say = run, say
         self.mode = mode(tracking.wandb, say)
+        if self.mode != "disabled":
+            identity.note(run, server(), say)
         self._begun = time.monotonic()
         self._process: subprocess.Popen[bytes] | None = None
         underway.end(run)  # of an earlier segment

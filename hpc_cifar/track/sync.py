@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable, Iterator
 
 from .. import files
-from ..errors import RunBusy, TrackingError, first_line
+from ..errors import RunBusy, TrackingError
 from ..runs import Run
-from . import address, bounds, wandb_run
+from . import address, bounds, identity, wandb_run
 
 EVERY_S = 2.0
 RETRY_S, RETRY_AT_MOST_S = 5.0, 600.0
@@ -69,12 +69,13 @@ def _upload(
     opened()
     say(f"W&B: {upload.address}")
     address.keep(run, upload.address)
+    if upload.left_aside:
+        say(upload.left_aside)
     while not ended(EVERY_S):
         upload.push()
     upload.close(left=beside)
     for _ in range(CHECKS):
-        there = _rows_there(upload)
-        if there >= upload.taken:
+        if upload.rows_there() >= upload.taken:
             break
         time.sleep(CHECK_S)  # a server may take a moment to count
     else:
@@ -84,21 +85,11 @@ def _upload(
     return upload.pushed
 
 
-def _rows_there(upload: wandb_run.Upload) -> int:
-    """By what the server says now: its client does not tell when it has given up on it."""
-    import wandb
-
-    try:
-        return int(wandb.Api(timeout=10).run(upload.path).lastHistoryStep) + 1
-    except Exception as error:
-        raise TrackingError(f"W&B does not say what it has: {first_line(error)}") from None
-
-
 @contextlib.contextmanager
 def _alone(run: Run) -> Iterator[None]:
     """Two uploads of one run would number rows beside each other."""
     try:
-        stream = files.hold(run.path / ".wandb.lock")
+        stream = files.hold(run.path / identity.LOCK)
     except BlockingIOError as error:
         raise RunBusy(f"{run.id}: is being uploaded to W&B by {error.strerror}") from None
     with stream:

@@ -13,8 +13,8 @@ import hashlib
 import math
 import netrc
 import os
-import secrets
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,30 +23,16 @@ from urllib.parse import urlparse
 
 from .. import files, processes
 from ..errors import TrackingError, first_line
-from ..records import Provenance, Result, is_sound
-from ..redaction import redact_words
 from ..runs import Run
+from . import identity, summary
 from .rows import Tail
 
 INIT_TIMEOUT_S = 20
 FINISH_TIMEOUT_S = 20
 LATE_S = 10  # after the client's own time limit, which what comes before the last rows, such as an alert, may keep it from
-SUMMARY = (
-    *("state", "reason"),
-    *("test_accuracy", "test_loss", "tta_accuracy", "tta_loss", "gpu_hours", "seconds", "restarts", "lost_steps"),
-    *("host_memory_mib", "device_memory_mib", "checkpoints", "checkpoint_seconds", "data", "device", "world_size"),
-)
 HOSTS = ("api.forge.coreweave.com", "api.wandb.ai")  # where the client looks unless it is told: since 0.31, and before
-EPOCH_CURVES = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "images_per_second")
+EPOCH_CURVES = ("train_loss", "train_accuracy", "lr", "images_per_second")
 NO_CURVES = ("kind", "step", "epoch", "time")  # of a row: not curves
-
-
-def id_of(run: Run) -> str:
-    """The run's id in W&B: one for all its segments, made by whoever asks first."""
-    path = run.path / "wandb-id"
-    if not path.exists():
-        files.write_text(path, secrets.token_hex(6))
-    return path.read_text(encoding="utf-8")
 
 
 def mode(wanted: str, say: Callable[[str], None]) -> str:
@@ -58,11 +44,15 @@ def mode(wanted: str, say: Callable[[str], None]) -> str:
     return found if found in ("online", "offline") else "disabled"
 
 
-def has_login() -> bool:
-    """Whether W&B would find a key, without asking its server: a variable, or a netrc entry for its host."""
+def has_login(where: str = "") -> bool:
+    """Whether W&B would find a key, without asking its server: a variable, or a netrc entry for its host.
+
+    Args:
+        where: address of the server; without it the one that was chosen here.
+    """
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    named = urlparse(server()).netloc
+    named = urlparse(where or server()).netloc.rpartition("@")[2]
     try:
         path = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
         known = netrc.netrc(str(path))
@@ -111,10 +101,14 @@ class Upload:
         self.run = run
         self._tail = Tail(run.metrics_file)
         self._ledger = run.path / "wandb-pictures.json"
+        self._epochs: list[dict[str, Any]] = []  # rows of all epochs so far
         tracking = run.experiment().tracking
         self._alerts, self._artifact = tracking.alerts, tracking.artifact
         self._finish_s = artifact_s if tracking.artifact else FINISH_TIMEOUT_S
         self._shown: set[str] = set()  # digests of the pictures that this upload has handed over
+        place = identity.decide(run, server())
+        self._server = identity.address(place, server())
+        command = summary.command(run)
         settings: dict[str, Any] = {
             "init_timeout": INIT_TIMEOUT_S,
             "finish_timeout": self._finish_s,
@@ -124,24 +118,34 @@ class Upload:
             "disable_git": True,  # provenance.json has it, and a snapshot is no checkout
             **({"x_stats_pid": pid} if pid is not None else {"x_disable_stats": True, "x_disable_meta": True}),
         }
+        known = {"base_url": self._server, "git_commit": summary.commit(run), "program": command[0] if command else ""}
+        settings |= {name: value for name, value in known.items() if value}
         try:
-            self._wandb = wandb.init(
-                project=tracking.project,
-                entity=tracking.entity,
-                group=tracking.group,
-                job_type="train",
-                tags=list(tracking.tags) or None,
-                id=id_of(run),
-                resume="allow",
-                name=run.id,
-                dir=str(run.path),
-                config=self._config(),
-                mode="online",
-                settings=wandb.Settings(**settings),
-            )
+            with _as(command):
+                self._wandb = wandb.init(
+                    project=place.project,
+                    entity=place.entity or None,
+                    group=place.group,  # empty, too: else the client takes the variable of whoever uploads
+                    job_type=place.job_type,
+                    tags=list(place.tags),
+                    notes=place.notes,
+                    id=place.id,
+                    resume="allow",
+                    name=place.name,
+                    dir=os.environ.get("WANDB_DIR") or str(run.path),
+                    config=summary.config(run),
+                    mode="online",
+                    settings=wandb.Settings(**_settings(settings)),
+                )
             for name in EPOCH_CURVES:
                 self._wandb.define_metric(name, step_metric="epoch")
+            for name in summary.VALIDATION:  # their best and last are told, see there
+                self._wandb.define_metric(name, step_metric="epoch", summary="none")
             self._wandb.define_metric("step/*", step_metric="global_step")
+            self.left_aside = identity.left_aside(run, place, server()) if place.opened else ""
+            identity.opened(run, place, str(self._wandb.entity or ""), str(self._wandb.project or ""))
+            if run.state().state == "running":
+                self._tell({"state": "running"})
         except Exception as error:  # whatever the client or its service does
             _forget()
             raise TrackingError(f"W&B: {first_line(error)}") from None
@@ -154,37 +158,34 @@ class Upload:
         """Where people see it."""
         return str(self._wandb.url or "")
 
-    @property
-    def path(self) -> str:
-        """Entity, project and id."""
-        return f"{self._wandb.entity}/{self._wandb.project}/{self._wandb.id}"
+    def rows_there(self) -> int:
+        """Numbers of rows that the server says it has: its client does not tell when it has given up on it.
+
+        Raises:
+            TrackingError: it does not say.
+        """
+        import wandb
+
+        try:
+            asked = wandb.Api(overrides={"base_url": self._server} if self._server else None, timeout=10)
+            return int(asked.run(f"{self._wandb.entity}/{self._wandb.project}/{self._wandb.id}").lastHistoryStep) + 1
+        except Exception as error:
+            raise TrackingError(f"W&B does not say what it has: {first_line(error)}") from None
 
     @property
     def damaged(self) -> int:
         """Lines of ``metrics.jsonl`` that were left out."""
         return self._tail.damaged
 
-    def _config(self) -> dict[str, Any]:
-        provenance = files.read_object(self.run.path / "provenance.json")
-        provenance = provenance if is_sound(Provenance, provenance) else {}
-        git = {key: value for key, value in (provenance.get("git") or {}).items() if key in ("commit", "dirty")}
-        known: dict[str, Any] = {key: provenance[key] for key in ("packages", "python", "host", "command") if key in provenance}
-        if isinstance(words := known.get("command"), list):  # an earlier version knew fewer keys
-            known["command"] = redact_words([str(word) for word in words])
-        return {
-            "experiment": self.run.experiment().model_dump(mode="json"),
-            "plan": files.read_object(self.run.path / "plan.json"),
-            "run": self.run.id,
-            "data": self.run.state().data,
-            "git": git,
-            **known,
-        }
-
     def push(self) -> int:
         """Hand over rows and pictures that W&B has not got; the number of rows."""
-        count = 0
+        count, known = 0, len(self._epochs)
         try:
             for at, row in self._tail.new():
+                if row["kind"] == "epoch":
+                    while self._epochs and self._epochs[-1]["epoch"] >= row["epoch"]:  # the file was replaced
+                        self._epochs.pop()
+                    self._epochs.append(row)
                 if at < self.taken:
                     continue
                 prefix = "step/" if row["kind"] == "step" else ""  # curves over steps and epochs are different panels
@@ -192,6 +193,8 @@ class Upload:
                 self._wandb.log({"global_step": row["step"], "epoch": row["epoch"], **values}, step=at, commit=True)
                 self.taken = at + 1
                 count += 1
+            if len(self._epochs) != known:
+                self._wandb.summary.update(summary.best_and_last(self._epochs))
             self._push_pictures(_ledger(self._ledger))
         except Exception as error:
             raise TrackingError(f"W&B took no more rows: {first_line(error)}") from None
@@ -230,23 +233,19 @@ class Upload:
             TrackingError: W&B may not have everything.
         """
         state = self.run.state()
-        ended = (self.run.result() if state.state != "requeued" else None) or Result()
-        values = {
-            key: value for one in (state, ended) for key in SUMMARY if (value := getattr(one, key, None)) not in (None, "")
-        }
-        events = [row for row in files.read_json_lines(self.run.metrics_file) if row.get("kind") == "event"]
-        values["preemptions"] = sum(row.get("event") == "requeued" and row.get("reason") == "preempted" for row in events)
+        sent_away = summary.interrupted(state)
         try:
-            if state.state == "requeued":  # first, since the machine may be gone before the rest has arrived
+            if sent_away:  # first, since the machine may be gone before the rest has arrived
                 self._wandb.mark_preempting()
             self.push()
             told = self._wandb.summary.get("state")  # type: ignore[no-untyped-call]  # by an upload before
-            self._wandb.summary.update(values | self._evaluations())
+            self._tell(summary.outcome(self.run, self._epochs))
             if self._alerts and told != state.state and state.state in ("finished", "failed"):
-                self._wandb.alert(f"{self.run.id}: {state.state}"[:63], state.reason or "see its report")
+                level = "ERROR" if state.state == "failed" else "INFO"
+                self._wandb.alert(f"{self.run.id}: {state.state}"[:63], state.reason or "see its report", level=level)
             if self._artifact and state.state == "finished":
                 self._push_checkpoint()
-            good = state.state in ("finished", "stopped", "cancelled", "" if left else "running")
+            good = not sent_away and state.state in ("finished", "stopped", "cancelled", "" if left else "running")
             with _bounded(self._finish_s + LATE_S):
                 self._wandb.finish(exit_code=0 if good else 1)
         except Exception as error:
@@ -265,17 +264,29 @@ class Upload:
         artifact.add_dir(str(folder))
         self._wandb.log_artifact(artifact, aliases=[selected, self.run.id]).wait(timeout=math.ceil(self._finish_s))
 
-    def _evaluations(self) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for path in (self.run.path / "evaluation").glob("*/evaluation.json"):
-            result = files.read_object(path)
-            numbers = {name: result.get(name) for name in ("accuracy", "loss", "top5_accuracy", "ece")}
-            macro, tta = result.get("macro"), result.get("tta")
-            numbers |= macro if isinstance(macro, dict) else {}
-            numbers |= {"tta_accuracy": tta.get("accuracy")} if isinstance(tta, dict) else {}
-            numbers = {name: value for name, value in numbers.items() if isinstance(value, int | float)}
-            found |= {f"evaluation/{path.parent.name}_{name}": value for name, value in numbers.items()}
-        return found
+    def _tell(self, values: dict[str, Any]) -> None:
+        """Update the summary; why an earlier segment ended is no word on this one."""
+        known: Any = self._wandb.summary
+        if "reason" not in values and known.get("reason") is not None:
+            del known["reason"]
+        self._wandb.summary.update(values)
+
+
+def _settings(wanted: dict[str, Any]) -> dict[str, Any]:
+    """Those that the client has: 0.21 refuses limits of time that later ones know."""
+    import wandb
+
+    return {name: value for name, value in wanted.items() if name in wandb.Settings.model_fields}
+
+
+@contextlib.contextmanager
+def _as(command: list[str]) -> Iterator[None]:
+    """W&B shows the command line of this process as the run's; here that of the training, if it is known."""
+    own, sys.argv = sys.argv, command or sys.argv
+    try:
+        yield
+    finally:
+        sys.argv = own
 
 
 def _ledger(path: Path) -> list[dict[str, Any]]:

@@ -80,7 +80,9 @@ class Records:
         for note in [*notes, *(self._metrics.notes if self._metrics is not None else ())]:
             self.progress.say(f"note: {note}")
         facts = {"world_size": world.size, "device": str(world.device), "precision": precision}
-        self.event("started", **facts, lost_steps=self._lost_steps)
+        gpu = torch.cuda.get_device_name(world.device) if world.on_gpu else None
+        used = {"parameters": parameters, "gpus": world.size if world.on_gpu else 0, "gpu": gpu}
+        self.event("started", **facts, **used, lost_steps=self._lost_steps)
         self.state("running")
 
     def pipeline(self, name: str, why: str) -> None:

@@ -11,13 +11,18 @@ from typing import Any
 import pytest
 from command_line import typed
 from reported import EVALUATED, left_behind
-from wandb_server import GONE, HANG, Server
+from wandb_server import ENTITY, GONE, HANG, Server
 
 from hpc_cifar import files
-from hpc_cifar.track.wandb_run import id_of
+from hpc_cifar.runs import Run
+from hpc_cifar.track import identity
 
 pytestmark = [pytest.mark.component("wandb"), pytest.mark.slow]
 TOLD: dict[str, Any] = {"claim": {"source": "a paper", "test_accuracy": 0.9}, "tracking": {"group": "t2"}}
+
+
+def uploaded(run: Run) -> None:
+    identity.opened(run, identity.decide(run, ""), ENTITY, "")
 
 
 def report(root: Path, server: Server, *arguments: str, code: int = 0) -> str:
@@ -34,7 +39,7 @@ def test_its_panels_and_tables_are_those_of_the_runs(tmp_path: Path, server: Ser
         for seed in (0, 1)
     ]
     for run in made:
-        id_of(run)
+        uploaded(run)
     (made[0].path / "evaluation" / "test").mkdir(parents=True)
     files.write_json(made[0].path / "evaluation" / "test" / "evaluation.json", EVALUATED)
     said = report(tmp_path, server, "--campaign", "t2", "--wandb")
@@ -73,7 +78,7 @@ def panels_of(grid: dict[str, Any]) -> list[dict[str, Any]]:
 def test_a_server_that_does_not_want_it_is_one_line_in_bounded_time(
     tmp_path: Path, server: Server, status: int, at: str
 ) -> None:
-    id_of(left_behind(tmp_path))
+    uploaded(left_behind(tmp_path))
     server.trouble = lambda what, number: status if what.endswith(at) else None
     began = time.monotonic()
     said = report(tmp_path, server, "last", "--wandb", code=1)

@@ -43,8 +43,9 @@ def test_segments_become_one_run(server: Server, tmp_path: Path) -> None:
     kept = assert_whole(server, run, 30)
     assert (kept.name, kept.group, kept.job_type, kept.tags) == (run.id, "a group", "train", ["one", "two"])
     config = kept.values()
-    assert config["experiment"]["name"] == "curves" and config["plan"] == {"batch_size": 64} and config["data"] == "digits"
-    assert config["git"] == GIT
+    about = config["about"]
+    assert config["name"] == "curves" and about["plan"] == {"batch_size": 64} and about["data"] == "digits"
+    assert about["git"] == GIT
     assert kept.summary["test_accuracy"] == 0.75 and kept.summary["gpu_hours"] == 0.5
     assert not kept.events, "system metrics would be those of another machine"
     assert kept.alerts == [f"{run.id}: finished"]
