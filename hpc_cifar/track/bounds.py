@@ -36,10 +36,14 @@ def expendable(pid: int | str = "self") -> None:
 
 
 def resident(pid: int | str) -> int:
-    """Bytes of a process that are in memory; 0 if it has gone."""
+    """Bytes of its own that a process has in memory; 0 if it has gone.
+
+    Without pages of files, which the kernel takes back when it needs them: the client maps a checkpoint to hash it.
+    """
     try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE
-    except (OSError, IndexError):
+        _, every, of_files, *_ = map(int, Path(f"/proc/{pid}/statm").read_text().split())
+        return (every - of_files) * PAGE
+    except (OSError, ValueError):
         return 0
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import mmap
 import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import wandb_server
@@ -38,6 +41,19 @@ def test_a_process_that_grows_ends_with_one_line() -> None:
     code = f"from hpc_cifar.track import bounds\nwith bounds.watched('some-run'):\n    {GROWS}\n"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1) and "hpc-cifar sync some-run uploads later" in done.stderr
+
+
+def test_a_file_that_is_read_takes_no_memory(tmp_path: Path) -> None:
+    """The client maps a checkpoint that is kept in W&B to hash it."""
+    path = tmp_path / "checkpoint"
+    with path.open("wb") as stream:
+        stream.truncate(200 << 20)
+    before = bounds.resident("self")
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        hashlib.sha256(mapped)
+        assert bounds.resident("self") - before < 50 << 20
+    held = os.urandom(100 << 20)
+    assert bounds.resident("self") - before > 90 << 20 and held
 
 
 def test_an_error_of_something_small_is_told_as_it_is() -> None:

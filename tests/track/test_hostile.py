@@ -15,7 +15,6 @@ from wandb_server import ENDLESS, HANG, HEADERS, HTML, REDIRECT, Server, until
 
 from hpc_cifar import processes
 from hpc_cifar.track import companion
-from hpc_cifar.track.bounds import resident
 
 pytestmark = [pytest.mark.component("wandb"), pytest.mark.slow]
 
@@ -36,6 +35,14 @@ class Seen:
     seconds: float = 0.0
     most: int = 0
     scores: set[int] = field(default_factory=set)  # oom_score_adj of process and service
+
+
+def resident(pid: int) -> int:
+    """Bytes in memory, those of files included."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
 
 
 def beside(run: Path, server: Server, ends_after_s: float) -> Seen:

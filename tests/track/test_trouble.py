@@ -13,7 +13,7 @@ import pytest
 import wandb_server
 from command_line import typed
 from mirrored import a_run, assert_whole, at, job, sync, train
-from wandb_server import GONE, HANG, Server
+from wandb_server import ENDLESS, GONE, HANG, Server
 
 from hpc_cifar import files
 from hpc_cifar.runs import Run
@@ -25,6 +25,7 @@ TROUBLES = {
     "401": lambda what, number: 401,
     "404": lambda what, number: 404,
     "hanging": lambda what, number: HANG,
+    "endless for the rows": lambda what, number: ENDLESS if what.endswith("file_stream") else None,
     "401 for the rows": lambda what, number: 401 if what.endswith("file_stream") else None,
     "404 for the rows": lambda what, number: 404 if what.endswith("file_stream") else None,
     "hanging for the rows": lambda what, number: HANG if what.endswith("file_stream") else None,
@@ -79,7 +80,7 @@ def test_no_server_and_no_login(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("trouble", ["401", "hanging"])
+@pytest.mark.parametrize("trouble", ["401", "hanging", "endless for the rows"])
 def test_training_is_not_kept_by_a_server_in_trouble(server: Server, tmp_path: Path, digits_data: Path, trouble: str) -> None:
     server.trouble = TROUBLES[trouble]
     environment = at(server, tmp_path, digits_data)
