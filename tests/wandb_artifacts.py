@@ -6,6 +6,11 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+INPUT = (
+    *("entityName", "projectName", "runName", "description", "artifactTypeName", "artifactCollectionName", "digest"),
+    *("digestAlgorithm", "aliases", "metadata", "clientID", "sequenceClientID", "historyStep", "enableDigestDeduplication"),
+)
+
 
 @dataclass
 class Artifact:
@@ -24,8 +29,10 @@ class Artifact:
 
 def answer(kept: dict[str, Artifact], url: str, operation: str, variables: dict[str, Any]) -> dict[str, Any] | None:
     """What the server says to an operation about artifacts; None if it is about something else."""
-    told = variables.get("input") or {}
+    told = variables.get("input") or variables  # 0.21 has them without that
     match operation:
+        case "InputFields":  # of 0.21: which fields the server knows
+            return {"TypeInfo": {"inputFields": [{"name": name} for name in INPUT]}}
         case "ArtifactType":
             name = str(variables.get("name", "")).partition(":")[0]
             found = next((one for one in kept.values() if one.name == name), None)

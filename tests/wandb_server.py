@@ -246,6 +246,8 @@ class Server:
                 return {"viewer": {**names, **known}}
             case "ProbeRunInput":  # of the public interface of 0.21
                 return {"RunType": {"fields": [{"name": "projectId"}]}}
+            case "ProbeServerCapabilities":  # of 0.21, too, for an alert or a picture
+                return {f"{kind}Type": {"fields": []} for kind in ("Query", "Mutation", "ServerInfo")}
             case "RunStoppedStatus":  # of 0.21, which asks now and then
                 return {"project": {"run": {"stopped": False}}}
             case "ServerFeaturesQuery":

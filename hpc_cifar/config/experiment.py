@@ -143,6 +143,8 @@ class Tracking(Model):
     """A message by W&B when the run has finished or failed."""
     artifact: Flag = False
     """Keep the selected checkpoint of a finished run in W&B, too."""
+    code: Flag = False
+    """Keep the package as it was at submit in W&B, too."""
 
 
 class Resources(Model):

@@ -88,7 +88,7 @@ class Upload:
     Args:
         run: its directory; W&B's own files go below it.
         pid: process whose memory and processors W&B's system metrics are of, if it runs here.
-        artifact_s: how long :meth:`close` waits for what is on its way, of a run whose checkpoint is kept in W&B.
+        artifact_s: how long :meth:`close` waits for what is on its way, of a run whose checkpoint or code is kept in W&B.
 
     Raises:
         TrackingError: W&B does not answer, or does not want it.
@@ -103,8 +103,8 @@ class Upload:
         self._ledger = run.path / "wandb-pictures.json"
         self._epochs: list[dict[str, Any]] = []  # rows of all epochs so far
         tracking = run.experiment().tracking
-        self._alerts, self._artifact = tracking.alerts, tracking.artifact
-        self._finish_s = artifact_s if tracking.artifact else FINISH_TIMEOUT_S
+        self._alerts, self._artifact, self._code = tracking.alerts, tracking.artifact, tracking.code
+        self._finish_s = artifact_s if tracking.artifact or tracking.code else FINISH_TIMEOUT_S
         self._shown: set[str] = set()  # digests of the pictures that this upload has handed over
         place = identity.decide(run, server())
         self._server = identity.address(place, server())
@@ -243,6 +243,8 @@ class Upload:
             if self._alerts and told != state.state and state.state in ("finished", "failed"):
                 level = "ERROR" if state.state == "failed" else "INFO"
                 self._wandb.alert(f"{self.run.id}: {state.state}"[:63], state.reason or "see its report", level=level)
+            if self._code and not sent_away:
+                self._push_code()
             if self._artifact and state.state == "finished":
                 self._push_checkpoint()
             good = not sent_away and state.state in ("finished", "stopped", "cancelled", "" if left else "running")
@@ -264,12 +266,24 @@ class Upload:
         artifact.add_dir(str(folder))
         self._wandb.log_artifact(artifact, aliases=[selected, self.run.id]).wait(timeout=math.ceil(self._finish_s))
 
+    def _push_code(self) -> None:
+        """The package that trains, for W&B's page of a run's code; a run that ``train`` made has no copy of it."""
+        name = f"source-{self.run.experiment().name}"
+        logged = self._wandb.log_code(str(self.run.code), name, include_fn=_is_source, exclude_fn=lambda _: False)
+        if logged is not None:
+            logged.wait(timeout=math.ceil(self._finish_s))
+
     def _tell(self, values: dict[str, Any]) -> None:
         """Update the summary; why an earlier segment ended is no word on this one."""
         known: Any = self._wandb.summary
         if "reason" not in values and known.get("reason") is not None:
             del known["reason"]
         self._wandb.summary.update(values)
+
+
+def _is_source(path: str) -> bool:
+    """A file of a snapshot that is one: no compiled one, and no link, which may lead out of it."""
+    return not path.endswith(".pyc") and not Path(path).is_symlink()
 
 
 def _settings(wanted: dict[str, Any]) -> dict[str, Any]:

@@ -51,3 +51,20 @@ def test_a_model_that_did_not_arrive_is_said_and_arrives_the_next_time(tmp_path:
     assert [artifact.committed for artifact in server.artifacts.values()] == [True]
     [kept] = server.runs.values()
     assert len(kept.history) == len({row["_step"] for row in kept.history}), "no row twice"
+
+
+def test_the_code_is_kept_when_asked(tmp_path: Path, server: Server) -> None:
+    run = left_behind(tmp_path, tracking={"wandb": "online", "code": True})
+    package = run.code / "hpc_cifar"
+    (package / "__pycache__").mkdir(parents=True)
+    (package / "one.py").write_text("print('one')\n")
+    (package / "__pycache__" / "one.cpython-311.pyc").write_bytes(b"compiled")
+    secret = tmp_path / "elsewhere.py"
+    secret.write_text("not the run's")
+    (package / "link.py").symlink_to(secret)
+    for _ in range(2):
+        done = typed(["sync", str(run.path)], {**os.environ, **server.environment}, tmp_path, timeout_s=400)
+        assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{server.unknown}"
+    [artifact] = server.artifacts.values()
+    assert artifact.name == "source-net" and artifact.type == "code" and artifact.committed
+    assert artifact.files == {"hpc_cifar/one.py": b"print('one')\n"}

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from mirrored import EXPERIMENT, GIT, sync
-from wandb_server import Kept, Server
+from mirrored import EXPERIMENT, GIT, at, job, sync
+from wandb_server import Kept, Server, until
 
 from hpc_cifar import files, runs
 from hpc_cifar.config.experiment import Experiment
 from hpc_cifar.runs import Run
-from hpc_cifar.track import summary, wandb_run
+from hpc_cifar.track import companion, summary, wandb_run
 from hpc_cifar.track.metrics import MetricsLog
+from hpc_cifar.train import rehearsal
 
 pytestmark = [pytest.mark.component("wandb"), pytest.mark.slow]
 COMMAND = ["/opt/hpc-cifar", "submit", "curves.yaml"]
@@ -105,3 +108,31 @@ def test_a_failure_is_an_error_and_a_wish_to_stop_is_none(server: Server, tmp_pa
 
 def test_settings_that_a_client_does_not_know_are_left_out() -> None:
     assert wandb_run._settings({"silent": True, "of_another_version": 1}) == {"silent": True}
+
+
+def test_a_training_under_torchrun_that_is_told_to_end_and_goes_on(server: Server, tmp_path: Path, digits_data: Path) -> None:
+    environment = at(server, tmp_path, digits_data) | {companion.VARIABLE: "100"}
+    train = ["-m", "hpc_cifar", "train", str(job(tmp_path)), "--name", "mirrored"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=1", "--master-port=0", *train]
+    slow = environment | {rehearsal.VARIABLE: "0.1"}
+    with subprocess.Popen(command, env=slow, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as agent:
+        until(lambda: server.runs and next(iter(server.runs.values())).history)
+        agent.terminate()
+        agent.wait(120)
+    kept = the_one(server)
+    assert (kept.preempting, kept.ended, kept.summary["preemptions"]) == (1, [1], 1)
+    assert kept.summary["state"] == "stopped" and kept.summary["reason"] == "terminated"
+    about = files.parse_json(kept.files["wandb-metadata.json"])
+    assert about["args"][0] == "train" and "--beside" not in about["args"], "the command of the training"
+    done = subprocess.run(
+        [sys.executable, *train], env=environment, cwd=tmp_path, capture_output=True, timeout=400, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    kept = the_one(server)
+    assert kept.ended[-1] == 0 and kept.summary["state"] == "finished" and "reason" not in kept.summary
+    used = {name: kept.summary[name] for name in ("precision", "pipeline", "world_size", "gpus")}
+    assert (
+        used == {"precision": "float32", "pipeline": "resident", "world_size": 1, "gpus": 0} and kept.summary["parameters"] > 0
+    )
+    rows = [row for row in files.read_json_lines(tmp_path / "mirrored" / "metrics.jsonl") if row["kind"] == "epoch"]
+    assert kept.summary["val_accuracy"]["max"] == max(row["val_accuracy"] for row in rows)
