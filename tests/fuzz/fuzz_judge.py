@@ -11,12 +11,14 @@ from typing import Any
 
 from fuzz_cases import Case
 
+from hpc_cifar.cli.status_table import COLUMNS
+
 DOCUMENTED = (0, 1, 2)
 MOST_GROWN_MIB = 512
 LONGEST_LINE = 3000
 FIGURES = ("epoch", "epochs", "step", "val_accuracy", "test_accuracy", "restarts", "gpu_hours", "gpu_hours_planned")
 TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("run", "state", "job_id", "reason", "estimated_start", "nodes"), (str,)),
+    **dict.fromkeys(("run", "state", "job_id", "reason", "estimated_start", "nodes", "wandb"), (str,)),
     **dict.fromkeys(("epoch", "epochs", "step", "restarts"), (int,)),
     **dict.fromkeys(
         ("val_accuracy", "test_accuracy", "gpu_hours", "eta_s", "images_per_second", "gpu_hours_planned", "gpu_hours_left"),
@@ -143,7 +145,7 @@ def _table(case: Case, now: Outcome, before: Outcome) -> Iterator[Finding]:
         new = [line for line in now.out.splitlines() if not line.startswith(f"{mine}\t") and ": " not in line]
         if old != new:
             yield Finding("lines of other runs changed", f"{len(old)} before, {len(new)} now")
-        if any(len(line.split("\t")) != 15 for line in now.out.splitlines() if line.startswith(f"{mine}\t")):
+        if any(len(line.split("\t")) != len(COLUMNS) for line in now.out.splitlines() if line.startswith(f"{mine}\t")):
             yield Finding("a line is torn", "")
         return
     try:
