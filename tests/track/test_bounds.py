@@ -54,7 +54,7 @@ print(resident("self") - before >> 20)
 
 
 def test_a_file_that_is_read_takes_no_memory(tmp_path: Path) -> None:
-    """The client maps a checkpoint that is kept in W&B to hash it. A process of its own: one that has freed memory reuses it."""
+    """As the client maps a checkpoint to hash it; in a new process, since one that has freed memory reuses it."""
     path = tmp_path / "checkpoint"
     with path.open("wb") as stream:
         stream.truncate(200 << 20)
