@@ -84,7 +84,8 @@ def _of_step(found: Mapping[str, str]) -> dict[str, str]:
     size = found.get("SLURM_STEP_NUM_TASKS") or found.get("SLURM_NTASKS") or found.get("SLURM_NPROCS") or ""
     rank = found.get("SLURM_PROCID", "")
     is_step = any(found.get(name) for name in _STEP) or found.get("ENVIRONMENT") != "BATCH"
-    if (_whole(found, "SLURM_STEP_ID") or 0) >= FIRST_SPECIAL_STEP:
+    step = found.get("SLURM_STEP_ID", "")
+    if step.startswith("-") or (_whole(found, "SLURM_STEP_ID") or 0) >= FIRST_SPECIAL_STEP:  # Slurm 26.05 prints them signed
         return {}
     if not rank or size in ("", "0", "1") or not is_step:
         return {}

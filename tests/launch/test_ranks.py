@@ -57,7 +57,13 @@ def test_ranks_are_taken_from_whoever_knows_them(found: dict[str, str], place: t
 
 
 @pytest.mark.parametrize(
-    "found", [{}, BATCH, {"SLURM_NTASKS": "4"}, {"WORLD_SIZE": "1", "RANK": "0"}, {"OMPI_COMM_WORLD_SIZE": "1"}]
+    "found",
+    [
+        *({}, BATCH, {"SLURM_NTASKS": "4"}, {"WORLD_SIZE": "1", "RANK": "0"}, {"OMPI_COMM_WORLD_SIZE": "1"}),
+        *(
+            BATCH | {"SLURM_STEP_ID": batch, "SLURM_STEPID": batch} for batch in ("4294967291", "-5")
+        ),  # before Slurm 26.05, since
+    ],
 )
 def test_one_process_is_alone(found: dict[str, str]) -> None:
     assert ranks.described(found, 1) == {}
