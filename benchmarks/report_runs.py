@@ -140,7 +140,7 @@ def main() -> None:
                 call = f"import report_runs as r; r.make(r.Path({str(folder / 'runs')!r}), {numbers})"
                 paths = os.pathsep.join((str(options.package.resolve()), str(Path(__file__).parent)))
                 subprocess.run([sys.executable, "-P", "-c", call], env={**os.environ, "PYTHONPATH": paths}, check=True)
-        places = {"here": None} if options.package is None else {"here": None, str(options.package): options.package}
+        places = {"here": None} if options.package is None else {"here": None, "there": options.package}
         found: dict[str, dict[str, list[float]]] = {}
         for name in options.commands:
             found[name] = {place: [] for place in places}

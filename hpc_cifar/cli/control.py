@@ -202,16 +202,7 @@ def resume(
     cluster: Annotated[
         str | None, typer.Option(help="Another profile than last time.", show_default=False, autocompletion=complete.clusters)
     ] = None,
-    max_gpu_hours: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            max=options.MOST_HOURS,
-            callback=options.number,
-            show_default=False,
-            help="Refuse a job that may use more GPU-hours.",
-        ),
-    ] = None,
+    max_gpu_hours: options.MaxGpuHours = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Begin at step 0; what a run has so far is set aside in it.")] = False,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Watch the run to its end and print the result.")] = False,
     code_of: options.CodeOf = None,

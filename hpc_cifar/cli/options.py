@@ -32,3 +32,15 @@ def number(value: float | None) -> float | None:
     if value is not None and math.isnan(value):
         raise typer.BadParameter("should be a number, not nan")
     return value
+
+
+MaxGpuHours = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        max=MOST_HOURS,
+        callback=number,
+        show_default=False,
+        help="Refuse jobs that together may use more GPU-hours.",
+    ),
+]

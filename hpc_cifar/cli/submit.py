@@ -63,16 +63,7 @@ def submit(
     after: Annotated[
         list[str] | None, typer.Option(metavar="RUN", help="Start when RUN has finished well; may be repeated.")
     ] = None,
-    max_gpu_hours: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            max=options.MOST_HOURS,
-            callback=options.number,
-            show_default=False,
-            help="Refuse jobs that together may use more GPU-hours.",
-        ),
-    ] = None,
+    max_gpu_hours: options.MaxGpuHours = None,
     wait: Annotated[bool, typer.Option("--wait", help="Return when the runs have ended; exit code 1 if one failed.")] = False,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Watch the run to its end and print the result.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects with run, job_id and path.")] = False,

@@ -1,4 +1,4 @@
-"""What is left of a run: images and GPU-hours."""
+"""What a plan says of a run: its epochs, and the images and GPU-hours that are left."""
 
 from __future__ import annotations
 
