@@ -1,6 +1,6 @@
 """A real campaign on a real Slurm cluster on this machine: several systems, several seeds, one report.
 
-    HPC_CIFAR_DATA=data python benchmarks/campaign.py ann-1 ann-3 quickstart --seeds 3 --out docs/results/campaign.html
+    HPC_CIFAR_DATA=data python benchmarks/campaign.py ann-1 ann-3 quickstart --seeds 3 --out build/campaign.html
 
 Brings up a test cluster (root), submits the jobs as one campaign, waits, evaluates the best run and writes the report. The data
 is prepared beforehand (``hpc-cifar prepare cifar10``).
@@ -45,6 +45,7 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="campaign-") as kept:
         folder, out = Path(kept), options.out.absolute()
+        out.parent.mkdir(exist_ok=True)
         (folder / "testbed.yaml").write_text(PROFILE)
         subprocess.run([sys.executable, str(CLUSTER), "up", "--dir", str(folder / "c")], check=True)
         try:

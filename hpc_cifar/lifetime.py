@@ -1,4 +1,4 @@
-"""What a process that trains leaves out at its start and at its end."""
+"""What a process leaves out, mostly one that trains: at its start, meanwhile and at its end."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ import gc
 import os
 import sys
 
+OFTEN = gc.get_threshold()
 _code: int | None = None
+
+
+def collect_rarely() -> None:
+    """For commands that read many runs and soon end: little of what they make is garbage, and to look for it takes a tenth."""
+    gc.set_threshold(100_000)
 
 
 def collect_later() -> None:
@@ -19,6 +25,7 @@ def collect_later() -> None:
 def collect_again() -> None:
     """Collect garbage, if that was switched off: what is here now stays, and is not looked at again."""
     if not gc.isenabled():
+        gc.set_threshold(*OFTEN)  # what trains goes on for long, with much memory in its garbage
         gc.freeze()
         atexit.register(gc.unfreeze)  # libraries in C++ complain at the end of what was not freed
         gc.enable()

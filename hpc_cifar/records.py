@@ -252,7 +252,8 @@ class LeftOut:
 class TrackedAs:
     """``wandb.json``: which run of W&B a run is, see ``track/identity.py``; ``opened`` once W&B has answered.
 
-    ``base_url`` is empty where nobody has named a server, ``entity`` where the login decides and W&B has not said.
+    ``base_url`` is empty where nobody has named a server, ``entity`` where the login decides and W&B has not said; ``url`` is
+    where people see the run.
     """
 
     base_url: str = ""
@@ -265,6 +266,7 @@ class TrackedAs:
     tags: tuple[str, ...] = ()
     notes: str = ""
     opened: bool = False
+    url: str = ""
     problem: str = ""
 
     def as_dict(self) -> dict[str, Any]:

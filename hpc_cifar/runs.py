@@ -41,7 +41,7 @@ from .records import Failure, Job, Result, RunState
 
 OUTCOME = (
     *("checkpoints", "metrics.jsonl", "state.json", "result.json", "saved.json", "left-out.json", "failures.jsonl", "losses"),
-    *("interruptions.jsonl", "endings", "hangs", "heartbeat", "evaluation", "wandb.json", "wandb-id", "wandb-url"),
+    *("interruptions.jsonl", "endings", "hangs", "heartbeat", "evaluation", "wandb.json", "wandb-id"),
     "wandb-pictures.json",
 )
 """What training leaves in a run directory."""

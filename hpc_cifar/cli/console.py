@@ -105,9 +105,9 @@ def expectations(start: Start | None, length: Length | None, plan: Plan) -> list
 def result_table(run: Run, seen: Status) -> None:
     """How a run ended."""
     from ..records import Result
-    from ..track import address
+    from ..track import identity
 
-    result, state, where = run.result() or Result(), run.state(), address.of(run)
+    result, state, where = run.result() or Result(), run.state(), identity.url_of(run)
     if result.state != seen.state:
         result = Result()  # it is of an earlier segment
     rows = [("state", seen.state)]

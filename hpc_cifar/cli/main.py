@@ -181,6 +181,7 @@ def _check_folder() -> None:
 def run() -> None:
     """Entry point of the ``hpc-cifar`` command."""
     owner.narrow_umask()
+    lifetime.collect_rarely()
     code = main()
     lifetime.leave_soon(code)
     sys.exit(code)

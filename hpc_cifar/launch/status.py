@@ -12,7 +12,7 @@ from .. import files, owner, reading, records
 from ..plan import Plan
 from ..records import Job, Process, Result, RunState, Waiting
 from ..runs import Run
-from ..track import address
+from ..track import identity
 from . import age, first_words, handover, interruptions, local, process, remaining, slurm, submission
 from .policy import Event
 
@@ -353,5 +353,5 @@ def _row(
         images_per_second=speed if word == "running" and speed else None,
         gpu_hours_planned=planned,
         gpu_hours_left=remaining.hours_left(plan, used, known) if planned and word not in ENDED else None,
-        wandb=address.of(run),
+        wandb=identity.url_of(run),
     )

@@ -15,7 +15,7 @@ from ..config.experiment import Experiment
 from ..errors import RunError
 from ..records import Evaluation, Provenance, Result, SweepPlace
 from ..runs import Run
-from ..track import address
+from ..track import identity
 from ..track.rows import rows_but_steps, selected
 from ..train import begun
 from . import history
@@ -142,7 +142,7 @@ def gather(run: Run, state: str = "", reason: str = "") -> Facts:
         evaluation=evaluation,
         evaluation_folder=folder,
         warnings=tuple(warnings),
-        wandb=address.of(run),
+        wandb=identity.url_of(run),
     )
 
 

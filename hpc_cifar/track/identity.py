@@ -34,6 +34,7 @@ VARIABLES = {
     "job_type": "WANDB_JOB_TYPE",
     "notes": "WANDB_NOTES",
 }
+URL = re.compile(r"https?://[!-~]{1,1000}")
 ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}")
 
 
@@ -92,12 +93,20 @@ def note(run: Run, server: str, say: Callable[[str], None]) -> None:
         say(f"note: {error}")
 
 
-def opened(run: Run, decided: TrackedAs, entity: str, project: str) -> TrackedAs:
-    """Keep that W&B has answered, and where it says the run is."""
-    now = dataclasses.replace(decided, entity=entity or decided.entity, project=project or decided.project, opened=True)
+def opened(run: Run, decided: TrackedAs, entity: str, project: str, url: str) -> None:
+    """Keep that W&B has answered, and where it says the run is; an address only if it is one: a server may say anything."""
+    said: dict[str, Any] = {"entity": entity, "project": project, "url": url if URL.fullmatch(url) else ""}
+    now = dataclasses.replace(decided, opened=True, **{name: value for name, value in said.items() if value})
     if now != decided:
         _write(run, now)
-    return now
+
+
+def url_of(run: Run) -> str | None:
+    """Where people see the run, of ASCII characters that a terminal only shows; None of one that was never uploaded."""
+    if not os.path.lexists(f"{run.path}/{FILE}"):  # as of most of the runs of which `status` asks
+        return None
+    found = records.read(TrackedAs, run.path / FILE)
+    return found.url if found is not None and URL.fullmatch(found.url) else None
 
 
 def address(decided: TrackedAs, server: str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from .. import files
 from ..errors import RunBusy, TrackingError
 from ..runs import Run
-from . import address, bounds, identity, wandb_run
+from . import bounds, identity, wandb_run
 
 EVERY_S = 2.0
 RETRY_S, RETRY_AT_MOST_S = 5.0, 600.0
@@ -68,7 +68,6 @@ def _upload(
     upload = wandb_run.Upload(run, state.pid if trains_here else None, artifact_s)
     opened()
     say(f"W&B: {upload.address}")
-    address.keep(run, upload.address)
     if upload.left_aside:
         say(upload.left_aside)
     while not ended(EVERY_S):

@@ -143,7 +143,7 @@ class Upload:
                 self._wandb.define_metric(name, step_metric="epoch", summary="none")
             self._wandb.define_metric("step/*", step_metric="global_step")
             self.left_aside = identity.left_aside(run, place, server()) if place.opened else ""
-            identity.opened(run, place, str(self._wandb.entity or ""), str(self._wandb.project or ""))
+            identity.opened(run, place, *(str(getattr(self._wandb, name) or "") for name in ("entity", "project", "url")))
             if run.state().state == "running":
                 self._tell({"state": "running"})
         except Exception as error:  # whatever the client or its service does

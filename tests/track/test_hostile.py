@@ -14,7 +14,7 @@ from mirrored import a_run, assert_whole, sync, train
 from wandb_server import ENDLESS, HANG, HEADERS, HTML, REDIRECT, Server, until
 
 from hpc_cifar import processes
-from hpc_cifar.track import companion
+from hpc_cifar.track import companion, identity
 
 pytestmark = [pytest.mark.component("wandb"), pytest.mark.slow]
 
@@ -100,7 +100,7 @@ def test_a_service_does_not_outlive_the_patience_of_rank_0(
     monkeypatch.setattr(companion, "FINISH_TIMEOUT_S", 1.0)
     said: list[str] = []
     upload = companion.Companion(run, run.experiment().tracking, said.append)
-    until(lambda: (run.path / "wandb-url").exists())
+    until(lambda: identity.url_of(run))
     assert upload._process is not None
     family = [processes.identity(pid) for pid in processes.descendants(upload._process.pid)]
     assert len(family) >= 1 and all(map(processes.is_alive, family))

@@ -95,7 +95,7 @@ def test_the_order_of_what_says_where_a_run_is(tmp_path: Path, monkeypatch: pyte
     shell(monkeypatch, WANDB_ENTITY="right")
     found = identity.decide(run, "https://right.example")
     assert (found.entity, found.base_url, found.project) == ("right", "https://right.example", "theirs"), "not answered yet"
-    identity.opened(run, found, "right", "theirs")
+    identity.opened(run, found, "right", "theirs", "https://right.example/theirs")
     shell(monkeypatch, WANDB_ENTITY="too late", WANDB_PROJECT="too late")
     assert identity.decide(run, "https://too-late.example") == identity.kept(run)
     assert (identity.kept(run).entity, identity.kept(run).base_url) == ("right", "https://right.example")

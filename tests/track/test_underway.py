@@ -18,8 +18,9 @@ from wandb_server import Server
 from hpc_cifar import files, processes
 from hpc_cifar.launch.control import until_uploaded
 from hpc_cifar.launch.status import status
+from hpc_cifar.records import TrackedAs
 from hpc_cifar.report import facts, groups, page
-from hpc_cifar.track import address, underway
+from hpc_cifar.track import identity, underway
 
 
 def test_an_upload_is_waited_for_while_its_process_is_there(tmp_path: Path) -> None:
@@ -50,7 +51,7 @@ def test_an_upload_is_waited_for_while_its_process_is_there(tmp_path: Path) -> N
 
 def test_an_address_is_what_a_terminal_only_shows(tmp_path: Path) -> None:
     run = a_run(tmp_path)
-    assert address.of(run) is None and status(run).wandb is None
+    assert identity.url_of(run) is None and status(run).wandb is None
     bad = (
         "",
         "javascript:alert(1)",
@@ -61,14 +62,13 @@ def test_an_address_is_what_a_terminal_only_shows(tmp_path: Path) -> None:
         "http://a\n",
     )
     for text in bad:
-        address.keep(run, text)
-        assert not (run.path / address.NAME).exists()
-        (run.path / address.NAME).write_text(text)
-        assert address.of(run) is None
-        (run.path / address.NAME).unlink()
-    (run.path / address.NAME).write_bytes(b"https://a/\xff")
-    assert address.of(run) is None
-    address.keep(run, 'https://a/b/runs/1"><script>')
+        identity.opened(run, TrackedAs(id="1"), "", "", text)
+        assert identity.kept(run).opened and identity.url_of(run) is None
+        files.write_json(run.path / identity.FILE, {"id": "1", "url": text})
+        assert identity.url_of(run) is None
+    (run.path / identity.FILE).write_bytes(b'{"url": "https://a/\xff"}')
+    assert identity.url_of(run) is None
+    identity.opened(run, TrackedAs(id="1"), "", "", 'https://a/b/runs/1"><script>')
     assert status(run).wandb == 'https://a/b/runs/1"><script>'
     shown = page.html(groups.groups_of([facts.gather(run)]), "title")
     assert '<a href="https://a/b/runs/1&#34;&gt;&lt;script&gt;"' in shown and "1&#34;&gt;&lt;script&gt;" in shown
