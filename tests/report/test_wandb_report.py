@@ -22,7 +22,7 @@ TOLD: dict[str, Any] = {"claim": {"source": "a paper", "test_accuracy": 0.9}, "t
 
 
 def uploaded(run: Run) -> None:
-    identity.opened(run, identity.decide(run, ""), ENTITY, "")
+    identity.opened(run, identity.decide(run, ""), ENTITY, "", "")
 
 
 def report(root: Path, server: Server, *arguments: str, code: int = 0) -> str:
