@@ -15,9 +15,9 @@ from reported import EVALUATED, left_behind
 
 from hpc_cifar import files
 from hpc_cifar.cli.main import main
+from hpc_cifar.config.difference import comparable
 from hpc_cifar.report.charts import charts
 from hpc_cifar.report.facts import gather, shown
-from hpc_cifar.config.difference import comparable
 from hpc_cifar.report.groups import changed, groups_of, seeds_of
 from hpc_cifar.report.page import html
 from hpc_cifar.report.text import markdown
