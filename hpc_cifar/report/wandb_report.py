@@ -131,8 +131,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _spans_decades(values: Sequence[float]) -> bool:
-    return min(values) > 0 and max(values) >= SEVERAL_DECADES * min(values)
+def _spans_decades(values: Sequence[Any]) -> bool:
+    return bool(min(values) > 0 and max(values) >= SEVERAL_DECADES * min(values))
 
 
 def _classes(groups: Sequence[Group]) -> str:
