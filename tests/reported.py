@@ -27,13 +27,13 @@ EVALUATED = {
 
 
 def left_behind(
-    root: Path, *, epochs: int = 5, test: float | None = 0.9, restarts: int = 0, lost: int = 0, **fields: Any
+    root: Path, *, called: str = "", epochs: int = 5, test: float | None = 0.9, restarts: int = 0, lost: int = 0, **fields: Any
 ) -> Run:
-    """A run that made ``epochs`` epochs of nine steps; finished if ``test`` is its accuracy."""
+    """A run, of a name that may be given, that made ``epochs`` epochs of nine steps; finished if ``test`` is its accuracy."""
     values = {**FIELDS, "epochs": max(epochs, 1), **fields}
     experiment = Experiment.model_validate(values)
     where = {"command": ["/opt/here/bin/hpc-cifar", "submit", "net.yaml"], "git": {"commit": "c0ffee", "dirty": False}}
-    run = runs.create(root, runs.new_run_id(experiment.name, root), experiment, {"batch_size": 144}, where)
+    run = runs.create(root, called or runs.new_run_id(experiment.name, root), experiment, {"batch_size": 144}, where)
     log = MetricsLog(run.metrics_file)
     for segment in range(restarts):
         log.write("event", epoch=0, step=segment, event="started")

@@ -24,7 +24,7 @@ from urllib.parse import urlparse
 from .. import files, processes
 from ..errors import TrackingError, first_line
 from ..runs import Run
-from . import identity, summary
+from . import identity, summary, wandb_tables
 from .rows import Tail
 
 INIT_TIMEOUT_S = 20
@@ -204,7 +204,7 @@ class Upload:
         return count
 
     def _push_pictures(self, taken: list[dict[str, Any]]) -> None:
-        """Pictures of evaluations, once each: with a number of their own, behind the rows that there are.
+        """Pictures and tables of evaluations, once each: with a number of their own, behind the rows that there are.
 
         It is noted first; if the pictures do not arrive, they get another one next time.
         """
@@ -213,7 +213,7 @@ class Upload:
         arrived = (place["digest"] for place in taken if place["at"] < self.begun)
         known = {*arrived, *self._shown}
         for folder in sorted(path for path in (self.run.path / "evaluation").glob("*") if path.is_dir()):
-            pictures = sorted(folder.glob("*.png"))
+            pictures = [*sorted(folder.glob("*.png")), *wandb_tables.files_of(folder)]
             digest = hashlib.sha256("".join(files.sha256_of(path) for path in pictures).encode()).hexdigest()
             if not pictures or digest in known:
                 continue
@@ -221,7 +221,10 @@ class Upload:
             self._shown.add(digest)
             taken.append({"at": at, "digest": digest, "folder": folder.name})
             files.write_json(self._ledger, taken)
-            shown = {f"evaluation/{folder.name}-{path.stem}": wandb.Image(str(path)) for path in pictures}
+            shown = {
+                f"evaluation/{folder.name}-{path.stem}": wandb.Image(str(path)) for path in pictures if path.suffix == ".png"
+            }
+            shown |= wandb_tables.tables(folder)
             self._wandb.log(shown, step=at, commit=True)
             self.taken = at + 1
 
