@@ -24,7 +24,7 @@ from urllib.parse import urlparse
 from .. import files, processes
 from ..errors import TrackingError, first_line
 from ..runs import Run
-from . import identity, summary
+from . import bounds, identity, summary
 from .rows import Tail
 
 INIT_TIMEOUT_S = 20
@@ -121,7 +121,7 @@ class Upload:
         known = {"base_url": self._server, "git_commit": summary.commit(run), "program": command[0] if command else ""}
         settings |= {name: value for name, value in known.items() if value}
         try:
-            with _as(command):
+            with _as(command), bounds.confined():
                 self._wandb = wandb.init(
                     project=place.project,
                     entity=place.entity or None,
