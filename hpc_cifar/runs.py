@@ -42,7 +42,7 @@ from .records import Failure, Job, Result, RunState
 OUTCOME = (
     *("checkpoints", "metrics.jsonl", "state.json", "result.json", "saved.json", "left-out.json", "failures.jsonl", "losses"),
     *("interruptions.jsonl", "endings", "hangs", "heartbeat", "evaluation", "wandb.json", "wandb-id"),
-    *("wandb-pictures.json", "tensorboard"),
+    *("wandb-pictures.json", "wandb-console.json", "tensorboard"),
 )
 """What training leaves in a run directory."""
 STATE_LOCK = ".state.lock"

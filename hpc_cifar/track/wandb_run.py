@@ -26,12 +26,15 @@ from ..records import RunState
 from ..runs import Run
 from . import bounds, identity, summary
 from .login import has_login, mode, server
-from .tracker import Rows, figures
+from .rows import A_STEP
+from .tracker import PREFIX, Rows, figures
+from .wandb_console import Console
 
 INIT_TIMEOUT_S = 20
 FINISH_TIMEOUT_S = 20
 LATE_S = 10  # after the client's own time limit, which what comes before the last rows, such as an alert, may keep it from
 EPOCH_CURVES = ("train_loss", "train_accuracy", "lr", "images_per_second")
+OVER_STEPS = (*(f"{prefix}*" for prefix in PREFIX.values() if prefix), "evaluation/*")
 CHECKS, CHECK_S = 5, 1.0  # whether the server has every row; it may take a moment to count
 PATIENT_S = 600.0  # for an artifact, where nobody waits for this process
 
@@ -61,9 +64,13 @@ def opened(run: Run, say: Callable[[str], None], beside: bool) -> Iterator[Uploa
         trains_here = state.state == "running" and state.host == os.uname().nodename
         upload = Upload(run, state.pid if trains_here else None, FINISH_TIMEOUT_S if beside else PATIENT_S)
         say(f"W&B: {upload.address}")
-        if upload.left_aside:
-            say(upload.left_aside)
-        yield upload
+        for note in upload.notes:
+            say(note)
+        try:
+            yield upload
+        except Exception:
+            upload.take_back()
+            raise
 
 
 class Upload:
@@ -120,12 +127,14 @@ class Upload:
                     mode="online",
                     settings=wandb.Settings(**_settings(settings)),
                 )
-            for name in EPOCH_CURVES:
-                self._wandb.define_metric(name, step_metric="epoch")
-            for name in summary.VALIDATION:  # their best and last are told, see there
-                self._wandb.define_metric(name, step_metric="epoch", summary="none")
-            self._wandb.define_metric("step/*", step_metric="global_step")
-            self.left_aside = identity.left_aside(run, place, server()) if place.opened else ""
+            self._define_axes()
+            self.notes = [words for words in (identity.left_aside(run, place, server()),) if words and place.opened]
+            self._console = Console(run) if tracking.console else None
+            if self._console is not None and not hasattr(self._wandb, "write_logs"):
+                self.notes.append(
+                    "W&B: this client cannot show a log: tracking.console is left out (pip install --upgrade wandb)"
+                )
+                self._console = None
             identity.opened(run, place, *(str(getattr(self._wandb, name) or "") for name in ("entity", "project", "url")))
             if run.state().state == "running":
                 self._tell({"state": "running"})
@@ -134,6 +143,18 @@ class Upload:
             raise TrackingError(f"W&B: {first_line(error)}") from None
         self.begun = int(self._wandb.starting_step)  # W&B has what has a smaller number
         self.taken = self.begun
+
+    def _define_axes(self) -> None:
+        """No panel is over W&B's own ``_step``, which counts thousandths here; what is only an axis has no panel."""
+        self._wandb.define_metric("global_step", hidden=True)
+        self._wandb.define_metric("epoch", step_metric="global_step", hidden=True)
+        for name in OVER_STEPS:
+            self._wandb.define_metric(name, step_metric="global_step")
+        for name in EPOCH_CURVES:
+            self._wandb.define_metric(name, step_metric="epoch")
+        for name in summary.VALIDATION:  # their best and last are told, see there
+            self._wandb.define_metric(name, step_metric="epoch", summary="none")
+        self._known = {*EPOCH_CURVES, *summary.VALIDATION}  # figures of epochs that have their axis
 
     @property
     def address(self) -> str:
@@ -157,6 +178,9 @@ class Upload:
     def push(self, rows: Rows) -> None:
         """Hand over rows and pictures."""
         try:
+            for name in {name for row in rows.epochs[self._told :] for name in figures(row)} - self._known:
+                self._wandb.define_metric(name, step_metric="epoch")
+                self._known.add(name)
             for at, row in rows.new:
                 self._wandb.log({"global_step": row["step"], "epoch": row["epoch"], **figures(row)}, step=at, commit=True)
                 self.taken = at + 1
@@ -164,8 +188,19 @@ class Upload:
                 self._wandb.summary.update(summary.best_and_last(rows.epochs))
                 self._told = len(rows.epochs)
             self._push_pictures(_ledger(self._ledger))
+            self._push_console()
         except Exception as error:
             raise TrackingError(f"W&B took no more rows: {first_line(error)}") from None
+
+    def _push_console(self, ended: bool = False) -> None:
+        for text in self._console.new(ended) if self._console is not None else ():
+            self._wandb.write_logs(text)
+
+    def take_back(self) -> None:
+        """Note that W&B may not have what it was handed; what has a number of its own is asked of the server."""
+        if self._console is not None:
+            with contextlib.suppress(OSError):
+                self._console.back()
 
     def _push_pictures(self, taken: list[dict[str, Any]]) -> None:
         """Pictures of evaluations, once each: with a number of their own, behind the rows that there are.
@@ -186,7 +221,7 @@ class Upload:
             taken.append({"at": at, "digest": digest, "folder": folder.name})
             files.write_json(self._ledger, taken)
             shown = {f"evaluation/{folder.name}-{path.stem}": wandb.Image(str(path)) for path in pictures}
-            self._wandb.log(shown, step=at, commit=True)
+            self._wandb.log({"global_step": at // A_STEP, **shown}, step=at, commit=True)
             self.taken = at + 1
 
     def finish(self, rows: Rows, state: RunState, left: bool) -> None:
@@ -200,6 +235,7 @@ class Upload:
             if sent_away:  # first, since the machine may be gone before the rest has arrived
                 self._wandb.mark_preempting()
             self.push(rows)
+            self._push_console(ended=True)
             told = self._wandb.summary.get("state")  # type: ignore[no-untyped-call]  # by an upload before
             self._tell(summary.outcome(self.run, rows.epochs))
             if self._alerts and told != state.state and state.state in ("finished", "failed"):
