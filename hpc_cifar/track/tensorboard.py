@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import importlib.util
 import json
 import os
@@ -62,8 +63,7 @@ def opened(run: Run, say: Callable[[str], None], beside: bool) -> Iterator[Event
     """See :class:`tracker.Tracker`."""
     mirror = None
     try:
-        # by this name the package knows that it is to do without tensorflow, which is slow to import where it is installed
-        sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("tensorboard.compat.notf"))
+        library()
         mirror = EventFiles(run)
         yield mirror
     except HpcCifarError:
@@ -73,6 +73,17 @@ def opened(run: Run, say: Callable[[str], None], beside: bool) -> Iterator[Event
     finally:
         if mirror is not None:
             mirror.close()
+
+
+def library() -> None:
+    """Import what is used, without tensorflow, which is slow where it is installed: the package looks for such a module.
+
+    Raises:
+        Exception: whatever is wrong with the package, or with what it imports.
+    """
+    sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("tensorboard.compat.notf"))
+    for name in ("backend.event_processing.event_file_loader", "summary.writer.record_writer", "plugins.hparams.summary_v2"):
+        importlib.import_module(f"tensorboard.{name}")
 
 
 class EventFiles:

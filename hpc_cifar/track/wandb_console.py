@@ -39,17 +39,17 @@ class Console:
             ended: a last line without an end counts as well.
         """
         for path in sorted(filter(is_regular, self._folder.glob(LOGS)), key=lambda path: (path.stat().st_mtime, path.name)):
-            while text := self._next(path, ended):
+            while (text := self._next(path, ended)) is not None:
                 yield text
 
     def back(self) -> None:
         """What was handed over since the upload began has not arrived."""
         files.write_json(self._ledger, self._before)
 
-    def _next(self, path: Path, ended: bool) -> str:
+    def _next(self, path: Path, ended: bool) -> str | None:
         begin, left = self._known.get(path.name, 0), MOST - sum(self._known.values())
         if left <= 0:
-            return ""
+            return None
         with path.open("rb") as stream:
             if os.fstat(stream.fileno()).st_size < begin:  # another file of that name
                 begin = 0
@@ -59,13 +59,12 @@ class Console:
         if not whole and (ended or len(data) == min(AT_ONCE, left)):
             whole = data
         if not whole:
-            return ""
+            return None
         self._known[path.name] = begin + len(whole)
-        over = sum(self._known.values()) >= MOST
         files.write_json(self._ledger, self._known)
-        return plain(whole.decode(errors="replace")) + (
-            f"\n(more than {MOST >> 20} MiB: the rest is in {path.name})" if over else ""
-        )
+        over = sum(self._known.values()) >= MOST
+        said = f"\n(more than {MOST >> 20} MiB: the rest is in {path.name})" if over else ""
+        return plain(whole.decode(errors="replace")) + said
 
 
 def plain(text: str) -> str:

@@ -35,6 +35,7 @@ FINISH_TIMEOUT_S = 20
 LATE_S = 10  # after the client's own time limit, which what comes before the last rows, such as an alert, may keep it from
 EPOCH_CURVES = ("train_loss", "train_accuracy", "lr", "images_per_second")
 OVER_STEPS = (*(f"{prefix}*" for prefix in PREFIX.values() if prefix), "evaluation/*")
+NO_CONSOLE = "W&B: this client cannot show a log, so tracking.console is left out: pip install --upgrade wandb"
 CHECKS, CHECK_S = 5, 1.0  # whether the server has every row; it may take a moment to count
 PATIENT_S = 600.0  # for an artifact, where nobody waits for this process
 
@@ -131,9 +132,7 @@ class Upload:
             self.notes = [words for words in (identity.left_aside(run, place, server()),) if words and place.opened]
             self._console = Console(run) if tracking.console else None
             if self._console is not None and not hasattr(self._wandb, "write_logs"):
-                self.notes.append(
-                    "W&B: this client cannot show a log: tracking.console is left out (pip install --upgrade wandb)"
-                )
+                self.notes.append(NO_CONSOLE)
                 self._console = None
             identity.opened(run, place, *(str(getattr(self._wandb, name) or "") for name in ("entity", "project", "url")))
             if run.state().state == "running":

@@ -20,7 +20,10 @@ from mirrored import EXPERIMENT, a_run, train
 from tensorboard.plugins.hparams import metadata, plugin_data_pb2
 
 from hpc_cifar import files
+from hpc_cifar.config.cluster import LOCAL, SLURM
+from hpc_cifar.config.experiment import Experiment
 from hpc_cifar.errors import TrackingError
+from hpc_cifar.launch.submit import plan_for
 from hpc_cifar.runs import Run
 from hpc_cifar.track import tensorboard, tracker
 from hpc_cifar.track.sync import sync
@@ -210,3 +213,14 @@ def test_it_is_light(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, str(run.path)], capture_output=True, text=True, timeout=60, check=True)
     assert json.loads(done.stdout) == []
+
+
+def test_submit_says_so_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = Experiment.model_validate(EXPERIMENT | {"tracking": {"mirrors": ["tensorboard"]}})
+    before = plan_for(experiment, LOCAL, 1000).notes
+    monkeypatch.setattr(tensorboard.importlib.util, "find_spec", lambda name: None)
+    *others, note = plan_for(experiment, LOCAL, 1000).notes
+    assert tuple(others) == before
+    assert note.startswith("TensorBoard: its package is not installed") and note.endswith("; the run trains without")
+    elsewhere = SLURM.model_copy(update={"python": "/shared/venv/bin/python"})
+    assert not [note for note in plan_for(experiment, elsewhere, 1000).notes if "TensorBoard" in note], "of that nobody knows"
