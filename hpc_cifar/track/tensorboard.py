@@ -48,7 +48,7 @@ def problem(run: Run | None) -> str:
     """See :class:`tracker.Tracker`."""
     found = importlib.util.find_spec("tensorboard")
     there = found is not None and found.origin is not None  # else a folder of that name, such as a run's
-    return "" if there else f"{TITLE}: its package is not installed ({GET})"
+    return "" if there else f"TensorBoard: its package is not installed ({GET})"
 
 
 def begins(run: Run, tracking: Tracking, say: Callable[[str], None]) -> bool:
@@ -69,7 +69,7 @@ def opened(run: Run, say: Callable[[str], None], beside: bool) -> Iterator[Event
     except HpcCifarError:
         raise
     except Exception as error:  # of a disk, or of whatever version of the package is installed
-        raise TrackingError(f"{TITLE}: {run.path / FOLDER}: {first_line(error)}") from None
+        raise TrackingError(f"TensorBoard: {run.path / FOLDER}: {first_line(error)}") from None
     finally:
         if mirror is not None:
             mirror.close()
@@ -105,7 +105,7 @@ class EventFiles:
             self._give(self._folder)
         facts = self._folder.lstat()
         if not stat.S_ISDIR(facts.st_mode) or facts.st_uid not in owned:
-            raise TrackingError(f"{TITLE}: {self._folder} is no folder of this run; remove it")
+            raise TrackingError(f"TensorBoard: {self._folder} is no folder of this run; remove it")
         for path in sorted(self._folder.iterdir()):
             if found := NAME.fullmatch(path.name):
                 self._stamp = max(self._stamp, int(found[1]) + 1)
@@ -141,7 +141,7 @@ class EventFiles:
             if self._stream is not None:
                 self._stream.flush()
         except OSError as error:
-            raise TrackingError(f"{TITLE}: {self._folder}: cannot be written: {error.strerror or error}") from None
+            raise TrackingError(f"TensorBoard: {self._folder}: cannot be written: {error.strerror or error}") from None
 
     def finish(self, rows: Rows, state: RunState, left: bool) -> None:
         """Write the rest; of a run that has ended its hyper-parameters and final figures, too, for the tab HPARAMS."""
@@ -153,7 +153,7 @@ class EventFiles:
                 self._stream.flush()
                 os.fsync(self._stream.fileno())
         except OSError as error:
-            raise TrackingError(f"{TITLE}: {self._folder}: cannot be written: {error.strerror or error}") from None
+            raise TrackingError(f"TensorBoard: {self._folder}: cannot be written: {error.strerror or error}") from None
 
     def close(self) -> None:
         """Let go of the file, on a full disk too."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import json
 import os
 import random
@@ -194,7 +195,8 @@ def test_a_full_disk_is_one_line_and_the_rest_comes_later(tmp_path: Path) -> Non
 
 def test_without_its_package_it_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, said = a_run(tmp_path), list[str]()
-    monkeypatch.setattr(tensorboard.importlib.util, "find_spec", lambda name: None)
+    folder = importlib.machinery.ModuleSpec("tensorboard", None)  # as a run's folder is one for Python that is begun beside it
+    monkeypatch.setattr(tensorboard.importlib.util, "find_spec", lambda name: folder)
     tracking = run.experiment().tracking.model_copy(update={"mirrors": ("tensorboard", "tensorboard")})
     lacking = "TensorBoard: its package is not installed (pip install 'hpc-cifar[tensorboard]')"
     assert tracker.lacking(tracking) == [lacking] and tracker.lacking(run.experiment().tracking) == []
