@@ -29,6 +29,7 @@ from hpc_cifar.runs import OUTCOME, Run
 from hpc_cifar.track import companion, tracker, underway
 from hpc_cifar.track.sync import sync
 from hpc_cifar.track.tracker import Rows
+from hpc_cifar.train.stall import shortened
 
 # ---- the module: lines of CSV ---------------------------------------------------------------------------------------------
 
@@ -123,11 +124,14 @@ def test_names_of_job_files_are_modules() -> None:
         assert all(hasattr(module, one) for one in ("TITLE", "problem", "begins", "opened")), name
 
 
-def test_the_field_is_none_of_the_experiment() -> None:
+def test_the_field_is_none_of_the_experiment(tmp_path: Path) -> None:
     several = Experiment.model_validate(EXPERIMENT | {"tracking": {"mirrors": ["tensorboard", "tensorboard"]}})
     assert tracker.chosen(several.tracking) == ("wandb", "tensorboard")
     assert not matters("tracking.mirrors", [], ["tensorboard"]) and not matters("tracking.console", False, True)
     assert rehearsed(several, [], 100).tracking.mirrors == (), "a rehearsal leaves nothing of its own there"
+    path = tmp_path / "job.yaml"
+    path.write_text(json.dumps(EXPERIMENT | {"tracking": {"wandb": "online", "mirrors": ["tensorboard"], "console": True}}))
+    assert shortened(path, [], 16, 2, 1).tracking == Tracking(), "a measurement is mirrored nowhere"
     assert "tensorboard" in OUTCOME, "a run that is begun anew has its curves anew"
     assert "tensorboard" not in owner.NOT_READ
 
