@@ -30,7 +30,7 @@ from hpc_cifar.config.reference import markdown
 from hpc_cifar.config.sweep import as_sets
 from hpc_cifar.errors import ConfigError, UsageError
 
-OTHER_PROGRAMS = {"awk", "scontrol", ".", "cp", "uv", "podman", "apptainer", "enroot", "git", "cd"}
+OTHER_PROGRAMS = {"awk", "scontrol", "tensorboard", ".", "cp", "uv", "podman", "apptainer", "enroot", "git", "cd"}
 SAMPLES = {"slurm/mine.yaml", "slurm/gpu.yaml", "jobs/mine.yaml", "jobs/NAME.yaml", "my-jobs/quickstart.yaml"}
 
 # ---- YAML --------------------------------------------------------------------------------------------------------------

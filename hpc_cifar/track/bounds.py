@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .. import processes
-from ..errors import TrackingError
+from .tracker import Hopeless
 
 LIMIT = 512 << 20  # resident bytes of the service, and of what this process gets in addition, above which the upload is ended
 ALLOCATED = 768 << 20  # bytes that the kernel lets the service allocate, where looking comes too late, as on a busy machine
@@ -30,8 +30,8 @@ GRACE_S = 5.0  # for the client to notice that its service has gone
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
-class TooLarge(TrackingError):
-    """The upload took more memory than it may; another attempt would as well."""
+class TooLarge(Hopeless):
+    """The upload took more memory than it may."""
 
 
 def expendable(pid: int | str = "self") -> None:

@@ -1,4 +1,4 @@
-"""What rank 0 tells the outside: metrics.jsonl, state.json, W&B and the console. Silent on the other ranks."""
+"""What rank 0 tells the outside: metrics.jsonl, state.json, trackers and the console. Silent on the other ranks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..errors import LostRank, NonFiniteLoss, first_line
 from ..plan import Plan
 from ..records import RunState
 from ..runs import UPDATE_WAIT_S, Run, now
-from ..track.companion import Companion
+from ..track.companion import Companions
 from ..track.metrics import MetricsLog
 from ..track.progress import Progress
 from . import recovery
@@ -60,13 +60,13 @@ class Records:
         self._precision = self._before.precision
         self._lost_steps = self._before.lost_steps  # trained, and to be trained again
         self._metrics: MetricsLog | None = None
-        self._wandb: Companion | None = None
+        self._trackers: Companions | None = None
         if world.main:
             self._metrics = MetricsLog(run.metrics_file, session.position.step, session.history)
             reached = max(self._metrics.reached, self._before.step or 0)
             self._lost_steps += max(0, reached - session.position.step)
-            self.state("running")  # what W&B is told of the run
-            self._wandb = Companion(run, experiment.tracking, self.progress.say)
+            self.state("running")  # what trackers are told of the run
+            self._trackers = Companions(run, experiment.tracking, self.progress.say)
 
     def announce(self, parameters: int, precision: str, notes: list[str]) -> None:
         """The first lines of a segment: what is trained on what, and what was adapted."""
@@ -91,8 +91,9 @@ class Records:
         self.event("pipeline", pipeline=name, why=why)
 
     def first_batch(self, images: torch.Tensor) -> None:
-        """What the network is given first, as a picture for W&B: (N, C, H, W), stretched to the range of a picture."""
-        if not self._world.main or self._experiment.tracking.wandb == "disabled" or images.dim() != 4:
+        """What the network is given first, as a picture for trackers: (N, C, H, W), stretched to the range of a picture."""
+        tracking = self._experiment.tracking
+        if not self._world.main or (tracking.wandb == "disabled" and not tracking.mirrors) or images.dim() != 4:
             return
         path = self._run.path / "evaluation" / "training" / "batch.png"
         if path.exists():
@@ -203,7 +204,7 @@ class Records:
         self._write_state(state)
 
     def finish(self, result: dict[str, Any]) -> None:
-        """Close metrics and W&B with the result of this segment, which has been written."""
+        """Close metrics and trackers with the result of this segment, which has been written."""
         self.event(result["state"], **{name: result.get(name) for name in ("reason", "heard_after_ms", "saved_after_ms")})
         self.close()
 
@@ -220,11 +221,11 @@ class Records:
         self.close()
 
     def close(self) -> None:
-        """Let go of files and terminal; W&B takes a run that is still running for a failed one."""
+        """Let go of files and terminal; trackers take a run that is still running for a failed one."""
         if self._metrics is not None:
             self._metrics.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        if self._trackers is not None:
+            self._trackers.finish()
         self.progress.close()
 
 

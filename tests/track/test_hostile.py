@@ -123,10 +123,11 @@ def test_a_service_does_not_outlive_the_patience_of_rank_0(
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(companion, "FINISH_TIMEOUT_S", 1.0)
     said: list[str] = []
-    upload = companion.Companion(run, run.experiment().tracking, said.append)
+    upload = companion.Companions(run, run.experiment().tracking, said.append)
     until(lambda: identity.url_of(run))
-    assert upload._process is not None
-    family = [processes.identity(pid) for pid in processes.descendants(upload._process.pid)]
+    [beside_it] = upload._all
+    assert beside_it.process is not None
+    family = [processes.identity(pid) for pid in processes.descendants(beside_it.process.pid)]
     assert len(family) >= 1 and all(map(processes.is_alive, family))
     server.trouble = lambda what, number: HANG
     train(run, 10, 20, ended="finished")
