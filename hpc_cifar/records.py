@@ -316,6 +316,8 @@ class MetricRow:
     val_loss_with_l2: Loss | None = None
     lr: Loss | None = None
     images_per_second: Amount | None = None
+    grad_norm: Amount | None = None
+    weight_norm: Amount | None = None
     event: str | None = None
     reason: str | None = None
     lost_steps: int = 0

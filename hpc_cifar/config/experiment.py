@@ -145,6 +145,9 @@ class Tracking(Model):
     """Keep the selected checkpoint of a finished run in W&B, too."""
     code: Flag = False
     """Keep the package as it was at submit in W&B, too."""
+    norms: Flag = False
+    """Also log two L2 norms every ``log_every_steps``: ``grad_norm`` of that step's whole gradient before it is clipped, the
+    ``l2`` of layers included, and ``weight_norm`` of the trained weights after the update."""
 
 
 class Resources(Model):

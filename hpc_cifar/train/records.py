@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +112,21 @@ class Records:
         self.event("first step", seconds=seconds)
 
     def window(
-        self, epoch: int, step: int, losses: list[float], accuracy: float, rate: float, seconds: float, images: int
+        self,
+        epoch: int,
+        step: int,
+        losses: list[float],
+        accuracy: float,
+        rate: float,
+        seconds: float,
+        images: int,
+        more: Mapping[str, float],
     ) -> None:
-        """A ``step`` row over the last ``len(losses)`` steps, which took ``seconds`` for ``images`` of all ranks."""
+        """A ``step`` row over the last ``len(losses)`` steps, which took ``seconds`` for ``images`` of all ranks.
+
+        Args:
+            more: further figures of the row, of its step alone.
+        """
         seconds = max(seconds, 1e-9)
         self._recent.append((images, seconds))
         # a window of few images says little of those to come: together they are at least a whole one
@@ -125,7 +137,7 @@ class Records:
         loss = sum(losses) / len(losses)
         own = round(images / seconds, 1)
         values = {"train_loss": loss, "train_accuracy": accuracy, "lr": rate, "images_per_second": own}
-        self._emit("step", epoch, step, values)
+        self._emit("step", epoch, step, {**values, **more})
         self.progress.step(step, self._last_step, epoch, self._experiment.epochs, loss, self.rate)
         if time.monotonic() - self._state_written > 0.5:
             self._progress(train_loss=loss)
