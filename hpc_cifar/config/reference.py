@@ -188,7 +188,7 @@ def _table(model: type[BaseModel], skip: type[BaseModel] | None = None) -> Itera
         if model is Cluster and name == "name":  # what reads the file fills it in
             default = "the file's"
         cells = [_code(name), _values(schema["properties"][name], schema), default, texts[name]]
-        yield "| " + " | ".join(" ".join(cell.split()).replace("``", "`").replace("|", r"\|") for cell in cells) + " |"
+        yield "| " + " | ".join(cell.replace("``", "`").replace("|", r"\|") for cell in cells) + " |"
 
 
 def _kinds(union: Any) -> Sequence[type[BaseModel]]:
