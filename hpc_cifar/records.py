@@ -299,10 +299,10 @@ class SweepPlace:
 
 @dataclass(frozen=True, slots=True)
 class MetricRow:
-    """A row of ``metrics.jsonl``, of ``kind`` ``step``, ``epoch`` or ``event``; ``event`` is the word of an event.
+    """A row of ``metrics.jsonl``, of ``kind`` ``step``, ``system``, ``epoch`` or ``event``; ``event`` is the word of an event.
 
-    ``step`` counts updates, ``time`` is in Unix seconds. What events say beside that is in the row itself, of
-    ``reading.json_lines``.
+    ``step`` counts updates, ``time`` is in Unix seconds. What events say beside that, and figures of nodes, are in the row
+    itself, of ``reading.json_lines``.
     """
 
     kind: str = ""

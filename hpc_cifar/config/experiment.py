@@ -148,6 +148,8 @@ class Tracking(Model):
     norms: Flag = False
     """Also log two L2 norms every ``log_every_steps``: ``grad_norm`` of that step's whole gradient before it is clipped, the
     ``l2`` of layers included, and ``weight_norm`` of the trained weights after the update."""
+    nodes: Flag = True
+    """Also log how busy each node is, a row an epoch: processors, memory, and GPUs where NVML tells of them."""
 
 
 class Resources(Model):

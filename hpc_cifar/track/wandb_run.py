@@ -32,6 +32,7 @@ FINISH_TIMEOUT_S = 20
 LATE_S = 10  # after the client's own time limit, which what comes before the last rows, such as an alert, may keep it from
 HOSTS = ("api.forge.coreweave.com", "api.wandb.ai")  # where the client looks unless it is told: since 0.31, and before
 EPOCH_CURVES = ("train_loss", "train_accuracy", "lr", "images_per_second")
+PREFIXES = {"step": "step/", "system": "nodes/"}  # curves over steps and epochs are different panels; system/ is the client's
 NO_CURVES = ("kind", "step", "epoch", "time")  # of a row: not curves
 
 
@@ -141,7 +142,8 @@ class Upload:
                 self._wandb.define_metric(name, step_metric="epoch")
             for name in summary.VALIDATION:  # their best and last are told, see there
                 self._wandb.define_metric(name, step_metric="epoch", summary="none")
-            self._wandb.define_metric("step/*", step_metric="global_step")
+            for prefix in PREFIXES.values():
+                self._wandb.define_metric(f"{prefix}*", step_metric="global_step")
             self.left_aside = identity.left_aside(run, place, server()) if place.opened else ""
             identity.opened(run, place, *(str(getattr(self._wandb, name) or "") for name in ("entity", "project", "url")))
             if run.state().state == "running":
@@ -188,7 +190,7 @@ class Upload:
                     self._epochs.append(row)
                 if at < self.taken:
                     continue
-                prefix = "step/" if row["kind"] == "step" else ""  # curves over steps and epochs are different panels
+                prefix = PREFIXES.get(row["kind"], "")
                 values = {prefix + k: v for k, v in row.items() if k not in NO_CURVES and v is not None}
                 self._wandb.log({"global_step": row["step"], "epoch": row["epoch"], **values}, step=at, commit=True)
                 self.taken = at + 1

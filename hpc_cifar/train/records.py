@@ -21,6 +21,7 @@ from ..track.metrics import MetricsLog
 from ..track.progress import Progress
 from . import recovery
 from .distributed import World, is_lost_peer
+from .node_usage import NodeUsage
 from .session import Session
 
 SHOWN = 32  # images of the first batch
@@ -61,6 +62,7 @@ class Records:
         self._lost_steps = self._before.lost_steps  # trained, and to be trained again
         self._metrics: MetricsLog | None = None
         self._wandb: Companion | None = None
+        self._nodes = NodeUsage(world) if experiment.tracking.nodes else None
         if world.main:
             self._metrics = MetricsLog(run.metrics_file, session.position.step, session.history)
             reached = max(self._metrics.reached, self._before.step or 0)
@@ -143,7 +145,9 @@ class Records:
             self._progress(train_loss=loss)
 
     def epoch(self, row: dict[str, Any]) -> None:
-        """An ``epoch`` row; ``row`` has ``epoch`` (from 1) and ``step``."""
+        """An ``epoch`` row; ``row`` has ``epoch`` (from 1) and ``step``. Call on every rank, where the ranks have just met."""
+        if self._nodes is not None and (usage := self._nodes.taken()):
+            self._emit("system", row["epoch"], row["step"], usage)
         values = {key: value for key, value in row.items() if key not in ("epoch", "step")}
         self._emit("epoch", row["epoch"], row["step"], values)
         self.progress.epoch(row, self._experiment.epochs)
@@ -237,6 +241,8 @@ class Records:
             self._metrics.close()
         if self._wandb is not None:
             self._wandb.finish()
+        if self._nodes is not None:
+            self._nodes.close()
         self.progress.close()
 
 
