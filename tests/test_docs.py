@@ -101,6 +101,8 @@ def test_nothing_was_left_to_be_filled_in() -> None:
 def test_the_page_on_experiment_files_is_made_of_the_models() -> None:
     page = ROOT / "docs/experiments.md"
     assert page.read_text() == markdown(), "run: hpc-cifar schema --markdown -o docs/experiments.md"
+    torn = [line for line in page.read_text().splitlines() if line.startswith("|") and not line.endswith("|")]
+    assert torn == [], "a row of a table is one line"
 
 
 # ---- commands ----------------------------------------------------------------------------------------------------------

@@ -152,6 +152,11 @@ class Tracking(Model):
     """Keep the package as it was at submit in W&B, too."""
     console: Flag = False
     """Show what rank 0 logs in W&B, too, without keys."""
+    norms: Flag = False
+    """Also log two L2 norms every ``log_every_steps``: ``grad_norm`` of that step's whole gradient before it is clipped, the
+    ``l2`` of layers included, and ``weight_norm`` of the trained weights after the update."""
+    nodes: Flag = True
+    """Also log how busy each node is, a row an epoch: processors, memory, and GPUs where NVML tells of them."""
 
 
 class Resources(Model):

@@ -22,7 +22,8 @@ from .rows import Tail
 WANDB = "wandb"
 MODULES = {WANDB: "hpc_cifar.track.wandb_run", **{name: f"hpc_cifar.track.{name}" for name in get_args(MirrorName)}}
 """Imported when they are used; by the names that people type."""
-PREFIX = {"step": "step/", "system": "system/", "epoch": ""}  # of figures by kind of row: other kinds are other panels
+# of figures by kind of row: other kinds are other panels; system/ is what the client of W&B measures itself
+PREFIX = {"step": "step/", "system": "nodes/", "epoch": ""}
 NO_FIGURES = ("kind", "step", "epoch", "time")  # of a row: where and when it is, and what it is
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from ..track.metrics import MetricsLog
 from ..track.progress import Progress
 from . import recovery
 from .distributed import World, is_lost_peer
+from .node_usage import NodeUsage
 from .session import Session
 
 SHOWN = 32  # images of the first batch
@@ -61,6 +62,7 @@ class Records:
         self._lost_steps = self._before.lost_steps  # trained, and to be trained again
         self._metrics: MetricsLog | None = None
         self._trackers: Companions | None = None
+        self._nodes = NodeUsage(world) if experiment.tracking.nodes else None
         if world.main:
             self._metrics = MetricsLog(run.metrics_file, session.position.step, session.history)
             reached = max(self._metrics.reached, self._before.step or 0)
@@ -113,9 +115,21 @@ class Records:
         self.event("first step", seconds=seconds)
 
     def window(
-        self, epoch: int, step: int, losses: list[float], accuracy: float, rate: float, seconds: float, images: int
+        self,
+        epoch: int,
+        step: int,
+        losses: list[float],
+        accuracy: float,
+        rate: float,
+        seconds: float,
+        images: int,
+        more: Mapping[str, float],
     ) -> None:
-        """A ``step`` row over the last ``len(losses)`` steps, which took ``seconds`` for ``images`` of all ranks."""
+        """A ``step`` row over the last ``len(losses)`` steps, which took ``seconds`` for ``images`` of all ranks.
+
+        Args:
+            more: further figures of the row, of its step alone.
+        """
         seconds = max(seconds, 1e-9)
         self._recent.append((images, seconds))
         # a window of few images says little of those to come: together they are at least a whole one
@@ -126,13 +140,15 @@ class Records:
         loss = sum(losses) / len(losses)
         own = round(images / seconds, 1)
         values = {"train_loss": loss, "train_accuracy": accuracy, "lr": rate, "images_per_second": own}
-        self._emit("step", epoch, step, values)
+        self._emit("step", epoch, step, {**values, **more})
         self.progress.step(step, self._last_step, epoch, self._experiment.epochs, loss, self.rate)
         if time.monotonic() - self._state_written > 0.5:
             self._progress(train_loss=loss)
 
     def epoch(self, row: dict[str, Any]) -> None:
-        """An ``epoch`` row; ``row`` has ``epoch`` (from 1) and ``step``."""
+        """An ``epoch`` row; ``row`` has ``epoch`` (from 1) and ``step``. Call on every rank, where the ranks have just met."""
+        if self._nodes is not None and (usage := self._nodes.taken()):
+            self._emit("system", row["epoch"], row["step"], usage)
         values = {key: value for key, value in row.items() if key not in ("epoch", "step")}
         self._emit("epoch", row["epoch"], row["step"], values)
         self.progress.epoch(row, self._experiment.epochs)
@@ -226,6 +242,8 @@ class Records:
             self._metrics.close()
         if self._trackers is not None:
             self._trackers.finish()
+        if self._nodes is not None:
+            self._nodes.close()
         self.progress.close()
 
 

@@ -112,7 +112,7 @@ def test_rows_of_any_kind_have_a_prefix() -> None:
     row = {"step": 3, "epoch": 1, "time": 1.0, "cpu": 2.0, "nothing": None}
     assert {kind: tracker.figures({"kind": kind, **row}) for kind in tracker.PREFIX} == {
         "step": {"step/cpu": 2.0},
-        "system": {"system/cpu": 2.0},
+        "system": {"nodes/cpu": 2.0},
         "epoch": {"cpu": 2.0},
     }
 
