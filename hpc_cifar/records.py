@@ -253,7 +253,7 @@ class TrackedAs:
     """``wandb.json``: which run of W&B a run is, see ``track/identity.py``; ``opened`` once W&B has answered.
 
     ``base_url`` is empty where nobody has named a server, ``entity`` where the login decides and W&B has not said; ``url`` is
-    where people see the run.
+    where people see the run. ``sweep`` is the id of the sweep of W&B whose agent asked for it, ``swept`` its parameters.
     """
 
     base_url: str = ""
@@ -267,6 +267,8 @@ class TrackedAs:
     notes: str = ""
     opened: bool = False
     url: str = ""
+    sweep: str = ""
+    swept: tuple[str, ...] = ()
     problem: str = ""
 
     def as_dict(self) -> dict[str, Any]:

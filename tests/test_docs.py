@@ -22,6 +22,7 @@ from documented import ROOT, Block, Command
 from reported import FIELDS
 
 from hpc_cifar import files, runs
+from hpc_cifar.cli import agent as cli_agent
 from hpc_cifar.cli import main as frame
 from hpc_cifar.config.experiment import Experiment
 from hpc_cifar.config.load import load_cluster, load_experiment, load_sweep
@@ -30,7 +31,7 @@ from hpc_cifar.config.reference import markdown
 from hpc_cifar.config.sweep import as_sets
 from hpc_cifar.errors import ConfigError, UsageError
 
-OTHER_PROGRAMS = {"awk", "scontrol", "tensorboard", ".", "cp", "uv", "podman", "apptainer", "enroot", "git", "cd"}
+OTHER_PROGRAMS = {"awk", "wandb", "scontrol", "tensorboard", ".", "cp", "uv", "podman", "apptainer", "enroot", "git", "cd"}
 SAMPLES = {"slurm/mine.yaml", "slurm/gpu.yaml", "jobs/mine.yaml", "jobs/NAME.yaml", "my-jobs/quickstart.yaml"}
 
 # ---- YAML --------------------------------------------------------------------------------------------------------------
@@ -54,6 +55,14 @@ def check_yaml(block: Block, folder: Path) -> None:
         case ("sweep",):
             for corner in load_sweep(path).corners():
                 load_experiment(find_job("quickstart"), as_sets(corner))
+        case ("wandb",):  # a sweep of W&B: its command, at the first of its points
+            sweep = yaml.safe_load(block.text)
+            values = [f"--{name}={one.get('value') or one['values'][0]}" for name, one in sweep["parameters"].items()]
+            filled = {"${program}": [sweep["program"]], "${args}": values}
+            words = documented.typed(tuple(word for part in sweep["command"] for word in filled.get(part, [part])))
+            assert documented.parsed(words) == "train"
+            sets = cli_agent.as_sets(words[2:], {"--name", "--data"})
+            load_experiment(find_job(words[1]), [word for word in sets if word != "--set"])
         case ("part",):
             part = yaml.safe_load(block.text)
             assert set(part) <= set(Experiment.model_fields)
@@ -74,6 +83,10 @@ def test_yaml_is_valid(block: Block, tmp_path: Path) -> None:
         ((), "name: mine\nepochs: 3\n"),
         (("profile",), "partitions: gpu\n"),
         (("sweep",), "method: grid\nparameters: {optimizer.rate: [1, 2]}\n"),
+        (
+            ("wandb",),
+            "program: hpc-cifar\nparameters: {epoch: {value: 3}}\ncommand: ['${program}', train, quickstart, '${args}']\n",
+        ),
         (("part",), "data: {batchsize: 3}\n"),
         (("part",), "checkpoints: {every_steps: 3}\n"),
         (("snippet",), "name: mine\n"),

@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import unquote
 
 import wandb_artifacts
+import wandb_sweeps
 
 ENTITY = "somebody"
 KEY = "c0ffee01" * 5  # not as one word, since a run keeps what differs from the commit, and tests look for it
@@ -48,6 +49,7 @@ class Kept:
     job_type: str | None = None
     tags: list[str] = field(default_factory=list)
     notes: str | None = None
+    sweep: str | None = None
     origin: dict[str, Any] = field(default_factory=dict)  # commit, program, host of whoever opened it first
     config: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
@@ -89,6 +91,7 @@ class Server:
         self.runs: dict[str, Kept] = {}
         self.reports: list[dict[str, Any]] = []  # what was asked for each, its spec parsed
         self.artifacts: dict[str, wandb_artifacts.Artifact] = {}
+        self.sweeps: dict[str, wandb_sweeps.Sweep] = {}
         self.elsewhere: list[str] = []  # runs that were asked for where they are not, as a second copy would be
         self.unknown: list[str] = []
         self.requests: list[str] = []
@@ -232,6 +235,8 @@ class Server:
     def _answer(self, operation: str, variables: dict[str, Any]) -> dict[str, Any]:
         if (about := wandb_artifacts.answer(self.artifacts, self.url, operation, variables)) is not None:
             return about
+        if (about := wandb_sweeps.answer(self.sweeps, ENTITY, operation, variables)) is not None:
+            return about
         match operation:
             case "GetDefaultEntity":
                 return {"viewer": {"id": "u", "entity": ENTITY}}
@@ -304,13 +309,14 @@ class Server:
         run.job_type = variables.get("jobType") or run.job_type
         run.tags = variables.get("tags") or run.tags
         run.notes = variables.get("notes") or run.notes
+        run.sweep = variables.get("sweep") or run.sweep
         run.origin = run.origin or {key: variables.get(key) for key in ("commit", "program", "host") if variables.get(key)}
         if variables.get("config"):
             run.config |= json.loads(variables["config"])
         if variables.get("summaryMetrics"):
             run.summary |= json.loads(variables["summaryMetrics"])
         bucket = {"id": f"id-{name}", "name": name, "displayName": run.name, "description": None, "config": None}
-        bucket |= {"sweepName": None, "project": _project(run.project, run.entity), "historyLineCount": len(run.history)}
+        bucket |= {"sweepName": run.sweep, "project": _project(run.project, run.entity), "historyLineCount": len(run.history)}
         return {"bucket": bucket, "inserted": inserted}
 
     def _resumed(self, run: Kept) -> dict[str, Any]:
@@ -337,7 +343,7 @@ class Server:
             "name": run.id,
             "displayName": run.name,
             "state": "finished" if run.ended else "running",
-            "sweepName": None,
+            "sweepName": run.sweep,
             "config": json.dumps(run.config),
             "summaryMetrics": json.dumps(run.summary),
             "systemMetrics": "{}",

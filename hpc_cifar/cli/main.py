@@ -17,7 +17,7 @@ import typer
 
 from .. import __version__, lifetime, owner, terminal
 from ..errors import HpcCifarError, Interrupted, UsageError
-from . import bench, configure, control, data, doctor, drill, evaluate, init, report, submit, sync, train
+from . import agent, bench, configure, control, data, doctor, drill, evaluate, init, report, submit, sync, train
 
 # what these have begun, they finish, whether or not anybody still reads what they print
 ACTING = frozenset(("train", "submit", "resume", "cancel", "prepare", "evaluate", "export", "sync", "drill", "bench", "init"))
@@ -76,7 +76,7 @@ app.command()(configure.jobs)
 app.command()(init.init)
 app.command()(doctor.doctor)
 app.command()(submit.submit)
-app.command()(train.train)
+app.command(cls=agent.WithFields)(train.train)
 app.command()(control.status)
 app.command("list")(control.list_runs)
 app.command()(control.logs)

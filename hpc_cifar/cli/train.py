@@ -51,6 +51,8 @@ def train(
 ) -> None:
     """Train on the processes that are here: one, or those of torchrun, srun or mpirun. The same command continues a run.
 
+    Fields may be options, as `wandb agent` passes them: --optimizer.lr=0.1 is --set optimizer.lr=0.1.
+
     \b
     hpc-cifar train quickstart
     torchrun --nproc-per-node 2 -m hpc_cifar train jobs/deep300.yaml --max-steps 20
@@ -65,11 +67,16 @@ def train(
     from ..launch import ranks
     from ..launch.control import here
     from ..runs import Run
+    from ..track import identity
 
     experiment = load_experiment(find_job(job), sets or [])
     ranks.settle()
     data_root = files.expanded(data, f"--data {data}") if data else files.data_root()
     root = files.runs_root()
+    if (asked := identity.by_agent()) is not None:
+        name = f"{name or experiment.name}-{asked[1]}"  # the agent's next run is another one, and this one again is this one
+        if experiment.tracking.wandb == "disabled" and os.environ.get("RANK", "0") == "0":
+            typer.echo("note: wandb agent waits for this run, but tracking.wandb is disabled", err=True)
     name = name or run_name(experiment, root)
 
     if os.environ.get("LOCAL_RANK", "0") == "0":

@@ -17,6 +17,7 @@ ASIDE = (
     *("checkpoint.keep_last", "checkpoint.keep_every_epochs", "data.pipeline", "data.workers", "training.log_every_steps"),
     "training.graph",
 )
+REPEATED = ("seed", "data.fold", "claim", "tracking", "resources", "name")  # what does not make it another system
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -59,3 +60,27 @@ def digest(experiment: BaseModel) -> str:
     counted = {name: value for name, value in fields.items() if name != "seed" and name not in ASIDE}
     counted = {name: value for name, value in counted.items() if not name.startswith(tuple(f"{one}." for one in ASIDE))}
     return hashlib.sha256(json.dumps(counted, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def comparable(experiment: BaseModel, **options: Any) -> dict[str, Any]:
+    """The experiment's fields by dotted names, but those that only tell repetitions of one system apart, such as the seed.
+
+    Args:
+        options: of pydantic's ``model_dump``.
+    """
+    fields = flat(experiment.model_dump(mode="json", **options))
+    return {name: value for name, value in fields.items() if not repeated(name)}
+
+
+def repeated(name: str) -> bool:
+    """Whether runs with other values of the field are repetitions of one system."""
+    return name in REPEATED or name.partition(".")[0] in REPEATED
+
+
+def system(experiment: Experiment) -> str:
+    """``<name>-<8 hex digits>``, the same for runs that differ in seed and fold only: what people group runs by in W&B.
+
+    Fields that have their default do not count, so that a field which a later version adds changes nothing.
+    """
+    fields = json.dumps(comparable(experiment, exclude_defaults=True), sort_keys=True)
+    return f"{experiment.name}-{hashlib.sha256(fields.encode()).hexdigest()[:8]}"

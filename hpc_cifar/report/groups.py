@@ -16,10 +16,9 @@ from pydantic_core import PydanticUndefined
 
 from ..config import claim as claims
 from ..config.claim import Claim, Figure, Range
-from ..config.difference import flat
+from ..config.difference import comparable, flat, repeated
 from .facts import FIGURES, Facts, ranking
 
-ASIDE = ("seed", "data.fold", "claim", "tracking", "resources", "name")  # what does not make it another experiment
 MEASURES = ("test_accuracy", "val_accuracy", "train_accuracy")  # of a verdict, the first that is claimed and measured
 # images of a test, by dataset
 TESTS = {"cifar10": 10_000, "cifar10-jpeg": 10_000, "cifar10-lossless-subset": 1_017, "cifar100": 10_000, "digits": 359}
@@ -197,22 +196,20 @@ def groups_of(facts: Sequence[Facts]) -> list[Group]:
     members: dict[str, list[Facts]] = {}
     configs: dict[str, dict[str, Any]] = {}
     for one in facts:
-        config = comparable(one)
+        config = comparable(one.experiment)
         key = json.dumps([one.experiment.name, config], sort_keys=True)
         members.setdefault(key, []).append(one)
         configs[key] = config
     names = {key: runs[0].experiment.name for key, runs in members.items()}
-    telling = {
-        name: _telling([configs[key] for key in members if names[key] == name]) for name in dict.fromkeys(names.values())
-    }
+    told = {name: telling([configs[key] for key in members if names[key] == name]) for name in dict.fromkeys(names.values())}
     found = []
     for key, runs in members.items():
-        fields = [f"{field}={text_of(configs[key].get(field))}" for field in telling[names[key]]]
+        fields = [f"{field}={text_of(configs[key].get(field))}" for field in told[names[key]]]
         found.append(Group(" ".join([names[key], *fields]), tuple(runs), configs[key]))
     return found
 
 
-def _telling(configs: Sequence[dict[str, Any]]) -> list[str]:
+def telling(configs: Sequence[dict[str, Any]]) -> list[str]:
     """Few fields that tell these apart: first the one with the most values."""
 
     def values(fields: Sequence[str]) -> int:
@@ -225,16 +222,10 @@ def _telling(configs: Sequence[dict[str, Any]]) -> list[str]:
     return chosen
 
 
-def comparable(one: Facts) -> dict[str, Any]:
-    """The experiment's fields but those that only tell runs of one group apart, by dotted names."""
-    fields = flat(one.experiment.model_dump(mode="json"))
-    return {name: value for name, value in fields.items() if not _aside(name)}
-
-
 def changed(one: Facts) -> list[tuple[str, Any, Any]]:
     """What the experiment sets otherwise than it would be: dotted name, value, and the default, None where there is none."""
     said = flat(one.experiment.model_dump(mode="json", exclude_defaults=True))
-    return [(name, value, _default(one.experiment, name)) for name, value in said.items() if not _aside(name)]
+    return [(name, value, _default(one.experiment, name)) for name, value in said.items() if not repeated(name)]
 
 
 def _default(model: Any, name: str) -> Any:
@@ -245,10 +236,6 @@ def _default(model: Any, name: str) -> Any:
         return _default(getattr(model, first), rest)
     default = type(model).model_fields[first].get_default(call_default_factory=True)
     return None if default is PydanticUndefined else default
-
-
-def _aside(name: str) -> bool:
-    return name in ASIDE or name.partition(".")[0] in ASIDE
 
 
 def differing(configs: Sequence[dict[str, Any]]) -> list[str]:

@@ -1,7 +1,8 @@
 """Which run of W&B a run directory is: decided once, kept in ``wandb.json``, the same for whoever uploads.
 
 Each field is the job file's, else W&B's own variable's, else a default. Until W&B has answered once, the variables of whoever
-uploads go before those of the training, so that a wrong server or entity can be put right; from then on nothing changes.
+uploads go before those of the training, so that a wrong server or entity can be put right; from then on nothing changes. A run
+that ``wandb agent`` asked for is in the project of its sweep, whatever the job file says.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from .. import files, records
 from ..config.experiment import Tracking
+from ..config.source import parse
 from ..errors import RunError, TrackingError
 from ..records import TrackedAs
 from ..runs import Run
@@ -34,6 +36,8 @@ VARIABLES = {
     "job_type": "WANDB_JOB_TYPE",
     "notes": "WANDB_NOTES",
 }
+AGENT = ("WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH")  # of `wandb agent`, with which the client ignores what it is told
+PLACE = ("entity", "project")  # of the sweep, for its runs
 URL = re.compile(r"https?://[!-~]{1,1000}")
 ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}")
 
@@ -75,11 +79,30 @@ def decide(run: Run, server: str, say: Callable[[str], None] = lambda _: None) -
     values["tags"] = tracking.tags or _listed(os.environ.get("WANDB_TAGS", "")) or known.tags
     values["base_url"] = _public(server) or known.base_url
     values["id"] = known.id or _own_id(run, say)
+    if known.sweep:
+        values |= {name: getattr(known, name) for name in PLACE}
+    elif (asked := by_agent()) and asked[1] == values["id"]:
+        values |= {"sweep": asked[0], "swept": _swept(os.environ.get("WANDB_SWEEP_PARAM_PATH", ""))}
+        values |= {name: value for name in PLACE if (value := os.environ.get(VARIABLES[name]))}
+    for name in ("sweep", "swept"):
+        values.setdefault(name, getattr(known, name))
     defaults = {"project": PROJECT, "name": run.id, "job_type": JOB_TYPE}
     decided = TrackedAs(**{name: value or defaults.get(name, value) for name, value in values.items()})
     if decided != known:
         _write(run, decided)
     return decided
+
+
+def by_agent() -> tuple[str, str] | None:
+    """Sweep and run for which ``wandb agent`` has started this process: their ids. Source: its client, wandb 0.31."""
+    found = os.environ.get("WANDB_SWEEP_ID", ""), os.environ.get("WANDB_RUN_ID", "")
+    return found if all(ID.fullmatch(one) for one in found) else None
+
+
+def follow_no_agent() -> None:
+    """Have W&B's client take the run's project, entity and id from what it is told, also in the shell of an agent."""
+    for name in AGENT:
+        os.environ.pop(name, None)
 
 
 def note(run: Run, server: str, say: Callable[[str], None]) -> None:
@@ -159,6 +182,16 @@ def _claimed(folder: Path, wanted: str) -> bool:
     except FileExistsError:
         return False
     return True
+
+
+def _swept(path: str) -> tuple[str, ...]:
+    """Parameters of a sweep, from the file of this run's values that its agent has written; none without it."""
+    try:
+        text = Path(path).read_text(encoding="utf-8") if path and Path(path).is_file() else ""
+    except (OSError, UnicodeDecodeError, ValueError):
+        return ()
+    root = parse(text, "")[0]
+    return tuple(name for name in root.entries if name != "wandb_version") if root is not None else ()
 
 
 def _listed(text: str) -> tuple[str, ...]:

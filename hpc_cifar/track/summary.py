@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import files
+from ..config import difference
 from ..records import Provenance, Result, RunState, is_sound
 from ..redaction import redact_words
 from ..runs import Run
+from . import identity
 from .rows import selected
 
 SUMMARY = (
@@ -49,14 +51,22 @@ def command(run: Run) -> list[str]:
 
 
 def config(run: Run) -> dict[str, Any]:
-    """The experiment's fields at their names, such as ``optimizer.lr``; what is no hyper-parameter is below ``about``."""
-    fields = run.experiment().model_dump(mode="json")
+    """The experiment's fields at their names, such as ``optimizer.lr``; what is no hyper-parameter is below ``about``.
+
+    Runs that differ in seed and fold only have the same ``system``. Parameters of a sweep of W&B have their whole name at the
+    top as well, where its search looks for them.
+    """
+    experiment = run.experiment()
+    fields = experiment.model_dump(mode="json")
+    by_name = difference.flat(fields)
+    swept = {name: by_name[name] for name in identity.kept(run).swept if "." in name and name in by_name}
     aside = {name: fields.pop(name) for name in NO_HYPER_PARAMETERS if name in fields}
     origin = provenance(run)
     known = {name: origin[name] for name in ("packages", "python", "host", "command") if name in origin}
     git = {name: value for name, value in (origin.get("git") or {}).items() if name in ("commit", "dirty")}
     plan = files.read_object(run.path / "plan.json")
-    return {**fields, "run": run.id, "about": {**aside, "plan": plan, "data": run.state().data, "git": git, **known}}
+    names = {"run": run.id, "system": difference.system(experiment)}
+    return {**fields, **swept, **names, "about": {**aside, "plan": plan, "data": run.state().data, "git": git, **known}}
 
 
 def best_and_last(epochs: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:

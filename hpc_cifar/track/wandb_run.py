@@ -98,6 +98,7 @@ class Upload:
         self._finish_s = artifact_s if tracking.artifact or tracking.code else FINISH_TIMEOUT_S
         self._shown: set[str] = set()  # digests of the pictures that this upload has handed over
         place = identity.decide(run, server())
+        identity.follow_no_agent()
         self._server = identity.address(place, server())
         command = summary.command(run)
         settings: dict[str, Any] = {
@@ -110,6 +111,7 @@ class Upload:
             **({"x_stats_pid": pid} if pid is not None else {"x_disable_stats": True, "x_disable_meta": True}),
         }
         known = {"base_url": self._server, "git_commit": summary.commit(run), "program": command[0] if command else ""}
+        known["sweep_id"] = place.sweep
         settings |= {name: value for name, value in known.items() if value}
         try:
             with _as(command), bounds.confined():

@@ -15,9 +15,10 @@ from reported import EVALUATED, left_behind
 
 from hpc_cifar import files
 from hpc_cifar.cli.main import main
+from hpc_cifar.config.difference import comparable
 from hpc_cifar.report.charts import charts
 from hpc_cifar.report.facts import gather, shown
-from hpc_cifar.report.groups import changed, comparable, groups_of, seeds_of
+from hpc_cifar.report.groups import changed, groups_of, seeds_of
 from hpc_cifar.report.page import html
 from hpc_cifar.report.text import markdown
 
@@ -248,7 +249,7 @@ def test_what_one_experiment_changes_is_shown_beside_the_defaults(tmp_path: Path
     assert found["schedule.warmup_epochs"] == (2, 0) and found["optimizer.lr"][0] == 0.01
     assert found["data.batch_size"] == (144, None), "what must be given has no default"
     assert not {"seed", "name", "training.compile"} & found.keys()
-    assert set(found) < set(comparable(one))
+    assert set(found) < set(comparable(one.experiment))
 
 
 def test_csv_json_and_markdown_say_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 from command_line import typed
-from reported import EVALUATED, left_behind
+from reported import EVALUATED, FIELDS, left_behind
 from wandb_server import ENTITY, GONE, HANG, Server
 
 from hpc_cifar import files
 from hpc_cifar.runs import Run
-from hpc_cifar.track import identity
+from hpc_cifar.track import identity, summary
 
 pytestmark = [pytest.mark.component("wandb"), pytest.mark.slow]
 TOLD: dict[str, Any] = {"claim": {"source": "a paper", "test_accuracy": 0.9}, "tracking": {"group": "t2"}}
@@ -53,21 +53,73 @@ def test_its_panels_and_tables_are_those_of_the_runs(tmp_path: Path, server: Ser
     assert "net optimizer.lr=0.1" in texts[3] and "optimizer.lr" in texts[3]
     code = [block for block in blocks if block["type"] == "code-block"]
     assert "hpc-cifar submit experiment.yaml --seeds 2" in json.dumps(code[0]) and "lr: 0.1" in json.dumps(code[1])
-    [grid] = [block for block in blocks if block["type"] == "panel-grid"]
-    panels = panels_of(grid)
-    lines = {panel["config"]["chartTitle"]: panel["config"] for panel in panels if panel["viewType"] == "Run History Line Plot"}
+    grid, single = (block for block in blocks if block["type"] == "panel-grid")
+    lines = {title: panel for kind, title, panel in panels_of(grid) if kind == "Run History Line Plot"}
     assert lines["Accuracy by epoch"]["metrics"] == ["val_accuracy", "train_accuracy"]
+    assert lines["Learning rate by epoch"]["metrics"] == ["lr"]
     assert {config["xAxis"] for config in lines.values()} == {"epoch"}
-    bars = {panel["config"]["chartTitle"] for panel in panels if panel["viewType"] == "Bar Chart"}
-    assert bars == {"Test accuracy", "Restarts", "GPU-hours"}
-    assert "Run Comparer" in {panel["viewType"] for panel in panels}
-    assert all(run.id in json.dumps(grid["metadata"]["runSets"]) for run in made)
+    bars = {title: panel for kind, title, panel in panels_of(grid) if kind == "Bar Chart"}
+    assert bars.keys() == {"Test accuracy", "Restarts", "GPU-hours"}
+    for panel in (*lines.values(), *bars.values()):  # of the runs with one rate, which differ in the seed
+        assert (panel["groupAgg"], panel["groupArea"]) == ("mean", "stddev")
+    assert {(panel["groupBy"], panel["aggregate"]) for panel in bars.values()} == {("optimizer.value.lr", True)}
+    assert grouping(grid) == [{"section": "config", "name": "optimizer.value.lr"}] and grouping(single) == []
+    assert "Run Comparer" in {kind for kind, _, _ in panels_of(single)}
+    assert all(run.id in json.dumps(block["metadata"]["runSets"]) for run in made for block in (grid, single))
+    [swept] = [panel for kind, _, panel in panels_of(single) if kind == "Parallel Coordinates Plot"]
+    columns = [(column["accessor"], column.get("log")) for column in swept["columns"]]
+    ends = [("summary:val_accuracy.max", None), ("summary:test_accuracy", None)]
+    assert columns == [("config:optimizer.value.lr", False), *ends]
     assert server.unknown == []
 
 
-def panels_of(grid: dict[str, Any]) -> list[dict[str, Any]]:
-    bank: list[dict[str, Any]] = grid["metadata"]["panelBankSectionConfig"]["panels"]
-    return bank
+@pytest.mark.parametrize(
+    ("fields", "key", "columns"),
+    [
+        ([{}, {}], "system.value", []),
+        ([{}, {"data": {**FIELDS["data"], "augment": {"flip": "random"}}}], "data.value.augment.flip", []),
+        (
+            [{}, {"optimizer": {"name": "sgd", "lr": 5.0, "momentum": 0.5}}, {"optimizer": {"name": "sgd", "lr": 5.0}}],
+            "system.value",
+            [("config:optimizer.value.lr", True), ("config:optimizer.value.momentum", False)],
+        ),
+        (
+            [{}, {"model": {"family": "sequential", "layers": ["flatten", "relu", {"dense": {"units": 10}}]}}],
+            "system.value",
+            [],
+        ),
+    ],
+    ids=["seeds alone", "one word", "two numbers", "lists"],
+)
+def test_runs_that_differ_in_the_seed_are_one_bar(
+    tmp_path: Path, server: Server, fields: list[dict[str, Any]], key: str, columns: list[tuple[str, bool]]
+) -> None:
+    made = [left_behind(tmp_path, seed=seed, **{**TOLD, **one}) for seed, one in enumerate([*fields, fields[-1]])]
+    for run in made:
+        uploaded(run)
+    report(tmp_path, server, "--campaign", "t2", "--wandb")
+    [kept] = server.reports
+    grid, single = (block for block in kept["spec"]["blocks"] if block["type"] == "panel-grid")
+    assert grouping(grid) == [{"section": "config", "name": key}]
+    assert {panel["groupBy"] for kind, _, panel in panels_of(grid) if kind == "Bar Chart"} == {key}
+    swept = [panel for kind, _, panel in panels_of(single) if kind == "Parallel Coordinates Plot"]
+    assert [(one["accessor"], one["log"]) for panel in swept for one in panel["columns"][:-2]] == columns
+    systems = [summary.config(run)["system"] for run in made]
+    assert len(set(systems)) == len({json.dumps(one) for one in fields}), "one name for runs that differ in the seed only"
+    if columns:
+        assert all(name in json.dumps(kept["spec"]["blocks"]) for name in systems), "the tables say which bar is which"
+
+
+def panels_of(grid: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
+    """Kind, title and settings of each."""
+    bank = grid["metadata"]["panelBankSectionConfig"]["panels"]
+    return [(panel["viewType"], panel["config"].get("chartTitle", ""), panel["config"]) for panel in bank]
+
+
+def grouping(grid: dict[str, Any]) -> list[dict[str, str]]:
+    [runset] = grid["metadata"]["runSets"]
+    keys: list[dict[str, str]] = runset["grouping"]
+    return keys
 
 
 @pytest.mark.parametrize(
