@@ -62,6 +62,7 @@ lint: env-dev ## ruff, ruff format, mypy --strict, hadolint, known vulnerabiliti
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+	.venv/bin/mypy --config-file tests/mypy.ini tests
 	.venv/bin/hadolint Containerfile
 	@scripts/audit.sh
 

@@ -13,7 +13,7 @@
     │   │   └── DamagedCheckpoint   its files are not what was written
     │   ├── NonFiniteLoss       the loss became NaN or infinite
     │   ├── OutOfMemory         a rank's memory is full
-    │   └── TrackingError       W&B has not got everything of a run
+    │   └── TrackingError       a tracker has not got everything of a run
     └── LaunchError      (1)    the scheduler or the local executor refused
         ├── NoCluster           Slurm's programs are there, but no cluster answers
         └── NoAnswer            Slurm did not answer; it may have the job all the same

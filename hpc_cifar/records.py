@@ -301,10 +301,10 @@ class SweepPlace:
 
 @dataclass(frozen=True, slots=True)
 class MetricRow:
-    """A row of ``metrics.jsonl``, of ``kind`` ``step``, ``epoch`` or ``event``; ``event`` is the word of an event.
+    """A row of ``metrics.jsonl``, of ``kind`` ``step``, ``system``, ``epoch`` or ``event``; ``event`` is the word of an event.
 
-    ``step`` counts updates, ``time`` is in Unix seconds. What events say beside that is in the row itself, of
-    ``reading.json_lines``.
+    ``step`` counts updates, ``time`` is in Unix seconds. What events say beside that, and figures of nodes, are in the row
+    itself, of ``reading.json_lines``.
     """
 
     kind: str = ""
@@ -318,6 +318,8 @@ class MetricRow:
     val_loss_with_l2: Loss | None = None
     lr: Loss | None = None
     images_per_second: Amount | None = None
+    grad_norm: Amount | None = None
+    weight_norm: Amount | None = None
     event: str | None = None
     reason: str | None = None
     lost_steps: int = 0

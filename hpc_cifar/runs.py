@@ -9,7 +9,7 @@ runs/<run>/                     0700, since it holds pickles
   state.json                    written by rank 0, and by commands: state, epoch, step, ...; .state.lock: while it changes
   cancelled                     present once a user cancelled the run
   .lock  .holder.json           which process trains it; see train/lock.py
-  checkpoints/  metrics.jsonl  result.json  wandb/  wandb.json: which run of W&B it is, see track/identity.py
+  checkpoints/  metrics.jsonl  result.json  wandb/  tensorboard/  wandb.json: which run of W&B it is, see track/identity.py
   saved.json                    the newest checkpoint on disk; see train/saved.py
   before-<time>/                what the run had before it was begun again
 """
@@ -42,7 +42,7 @@ from .records import Failure, Job, Result, RunState
 OUTCOME = (
     *("checkpoints", "metrics.jsonl", "state.json", "result.json", "saved.json", "left-out.json", "failures.jsonl", "losses"),
     *("interruptions.jsonl", "endings", "hangs", "heartbeat", "evaluation", "wandb.json", "wandb-id"),
-    "wandb-pictures.json",
+    *("wandb-pictures.json", "wandb-console.json", "tensorboard"),
 )
 """What training leaves in a run directory."""
 STATE_LOCK = ".state.lock"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Regenerate the four lock files from pyproject.toml. Pins stay as they are unless UPGRADE=1.
-#   requirements-dev.lock    everything: the package, ffcv, DALI, test tools
-#   requirements-all.lock    the package, ffcv and DALI: what the container holds; the same versions
+#   requirements-dev.lock    everything: the package, ffcv, DALI, TensorBoard, test tools
+#   requirements-all.lock    the package, ffcv, DALI and TensorBoard: what the container holds; the same versions
 #   requirements.lock        what the package needs to run; the same versions, all of them wheels
 #   requirements-build.lock  what builds the package itself and ffcv
 set -euo pipefail
@@ -23,7 +23,7 @@ compile() { # OUTPUT ARGUMENT...
   echo "$output: $(grep -c '==' "$output") packages"
 }
 
-compile requirements-dev.lock pyproject.toml --extra ffcv --extra dali --extra dev --group build
-compile requirements-all.lock pyproject.toml --extra ffcv --extra dali --constraint requirements-dev.lock
+compile requirements-dev.lock pyproject.toml --extra ffcv --extra dali --extra tensorboard --extra dev --group build
+compile requirements-all.lock pyproject.toml --extra ffcv --extra dali --extra tensorboard --constraint requirements-dev.lock
 compile requirements.lock pyproject.toml --only-binary :all: --constraint requirements-dev.lock
 compile requirements-build.lock --group build --only-binary :all: --constraint requirements-dev.lock

@@ -31,7 +31,7 @@ from hpc_cifar.config.reference import markdown
 from hpc_cifar.config.sweep import as_sets
 from hpc_cifar.errors import ConfigError, UsageError
 
-OTHER_PROGRAMS = {"awk", "wandb", "scontrol", ".", "cp", "uv", "podman", "apptainer", "enroot", "git", "cd"}
+OTHER_PROGRAMS = {"awk", "wandb", "scontrol", "tensorboard", ".", "cp", "uv", "podman", "apptainer", "enroot", "git", "cd"}
 SAMPLES = {"slurm/mine.yaml", "slurm/gpu.yaml", "jobs/mine.yaml", "jobs/NAME.yaml", "my-jobs/quickstart.yaml"}
 
 # ---- YAML --------------------------------------------------------------------------------------------------------------
@@ -114,6 +114,8 @@ def test_nothing_was_left_to_be_filled_in() -> None:
 def test_the_page_on_experiment_files_is_made_of_the_models() -> None:
     page = ROOT / "docs/experiments.md"
     assert page.read_text() == markdown(), "run: hpc-cifar schema --markdown -o docs/experiments.md"
+    torn = [line for line in page.read_text().splitlines() if line.startswith("|") and not line.endswith("|")]
+    assert torn == [], "a row of a table is one line"
 
 
 # ---- commands ----------------------------------------------------------------------------------------------------------

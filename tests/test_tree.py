@@ -32,7 +32,8 @@ LAYERS = (
 ORDERED = {("train", "evaluate"), ("runs", "plan")}  # the one line in which an earlier part may use a later one
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 WITH_TORCH = {"data", "models", "train", "evaluate"}
-LAZY = {"wandb", "wandb_workspaces", "ffcv", "nvidia", "triton", "plotly", "optuna", "jinja2"}  # imported where they are used
+# imported where they are used
+LAZY = {"wandb", "wandb_workspaces", "tensorboard", "ffcv", "nvidia", "triton", "plotly", "optuna", "jinja2"}
 # each is about one of these and may import it at the top; so nobody may import the module itself at the top
 ABOUT = {"hpc_cifar.data.ffcv": "ffcv", "hpc_cifar.data.dali": "nvidia", "hpc_cifar.data.triton_kernel": "triton"}
 

@@ -135,7 +135,8 @@ def two_users() -> Iterator[Site]:
             pytest.skip(f"the Python of these tests cannot be run by another user: {tried.stderr.strip()[-300:]}")
         tried = users[0].types("--version")
         assert tried.returncode == 0, f"no command runs as another user: {tried.stderr}"
-        yield Site(*users, folder)
+        alice, bob = users
+        yield Site(alice, bob, folder)
     finally:
         for name in names:
             _remove(name)

@@ -40,7 +40,12 @@ def answer(
             run = runs[variables["name"]]
             nodes = [
                 {
-                    **{"id": name, "name": name, "sizeBytes": str(len(body)), "mimetype": "", "updatedAt": None, "md5": ""},
+                    "id": name,
+                    "name": name,
+                    "sizeBytes": str(len(body)),
+                    "mimetype": "",
+                    "updatedAt": None,
+                    "md5": "",
                     **dict.fromkeys(("url", "directUrl"), f"{url}/upload/{run.id}/{name}"),
                 }
                 for name, body in run.files.items()

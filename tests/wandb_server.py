@@ -335,7 +335,7 @@ class Server:
             "name": run.id,
             "displayName": run.name,
             "summaryMetrics": json.dumps(run.summary),
-            "logLineCount": 0,
+            "logLineCount": len(run.lines.get("output.log", {})),
             "historyLineCount": len(run.history),
             "eventsLineCount": len(run.events),
             "historyTail": json.dumps([json.dumps(row) for row in run.history[-2:]]),

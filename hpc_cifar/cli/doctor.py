@@ -30,7 +30,7 @@ def doctor(
     hpc-cifar doctor --json | jq '.machines[].findings[] | select(.state != "ok")'
 
     Python, packages, compiler, folders with their room, locks and clock, data, weights, scratch, /dev/shm, torch with
-    every GPU, FFCV, DALI, the W&B login, Slurm. Exit code 1 if there is a problem; a warning is none.
+    every GPU, FFCV, DALI, the W&B login, TensorBoard, Slurm. Exit code 1 if there is a problem; a warning is none.
     """
     from .. import files
     from ..errors import HpcCifarError

@@ -109,17 +109,18 @@ def lines_of(result: dict[str, Any]) -> list[str]:
 
 
 def mirror(run: Run) -> None:
-    """Also to W&B, if the run's metrics go there."""
+    """Also to the trackers that the run's metrics go to."""
     from ..errors import RunError
+    from ..track import tracker
     from ..track.sync import sync
-    from ..track.wandb_run import mode
 
-    say = partial(typer.echo, err=True)
-    if mode(run.experiment().tracking.wandb, say) == "online":
-        try:
-            sync(run, lambda _: True, say)
-        except RunError as error:  # the evaluation is there
-            say(f"{error}; hpc-cifar sync {run.id} uploads later")
+    say, tracking = partial(typer.echo, err=True), run.experiment().tracking
+    for name in tracker.chosen(tracking):
+        if tracker.load(name).begins(run, tracking, say):
+            try:
+                sync(run, lambda _: True, say, to=name)
+            except RunError as error:  # the evaluation is there
+                say(f"{error}; hpc-cifar sync {run.id} uploads later")
 
 
 def export(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import select
 import signal
+import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,43 +23,68 @@ if TYPE_CHECKING:
 def sync(
     run: options.RunNames,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run has ended.")] = False,
+    to: Annotated[
+        list[str] | None,
+        typer.Option("--to", help="A tracker: wandb or tensorboard; repeatable.  [default: wandb and tracking.mirrors]"),
+    ] = None,
     beside: Annotated[bool, typer.Option("--beside", hidden=True, help="Started by rank 0; ends with standard input.")] = False,
     code_of: options.CodeOf = None,
 ) -> None:
-    """Bring W&B up to date with a run directory; safe to repeat, also while the job runs.
+    """Bring W&B and other trackers up to date with a run directory; safe to repeat, also while the job runs.
 
     \b
     hpc-cifar sync last
     hpc-cifar sync last --follow
+    hpc-cifar sync last --to tensorboard
     """
     from .. import files, owner
+    from ..errors import RunBusy, TrackingError, UsageError
+    from ..track import tracker
+    from ..track.sync import sync as upload
     from . import chosen
 
     root = files.runs_root()
+    if unknown := [name for name in to or () if name not in tracker.MODULES]:
+        raise UsageError(f"--to {unknown[0]}: there is no such tracker; there are {', '.join(tracker.MODULES)}")
     found = chosen.to_act_on(run, root, code_of)
     if beside:
-        _beside(found[0])
+        _beside(found[0], (to or [tracker.WANDB])[0])
         return
     for one in found:
-        owner.check_tree(one.path, parts=("evaluation", "checkpoints"))
-    from ..errors import RunBusy, TrackingError, UsageError
-    from ..track import identity
-    from ..track.sync import sync as upload
-    from ..track.wandb_run import has_login
-
-    if not all(has_login(identity.kept(one).base_url) for one in found):
-        raise UsageError("W&B: no login here: type 'wandb login', or set WANDB_API_KEY")
+        owner.check_tree(one.path, parts=("evaluation", "checkpoints", "tensorboard"))
     if follow and len(found) > 1:
         raise UsageError("--follow: name one run")
+    wanted = [(one, name) for one in found for name in dict.fromkeys(to or tracker.chosen(one.experiment().tracking))]
+    lacking = dict.fromkeys(words for one, name in wanted if (words := tracker.load(name).problem(one)))
+    able = [(one, name) for one, name in wanted if not tracker.load(name).problem(one)]
+    if follow and len(able) > 1:
+        code = _each_by_itself([name for _, name in able], able[0][0], code_of)
+        if code and not lacking:
+            raise typer.Exit(code)
     problems: list[str] = []
-    for one in found:
+    for one, name in able if not follow or len(able) == 1 else []:
+        where = f" to {tracker.load(name).TITLE}" if len(able) > len(found) else ""
         try:
-            count = upload(one, partial(_ended, one) if follow else lambda _: True, partial(typer.echo, err=True))
-            typer.echo(f"{one.id}: {count:,} rows uploaded")
+            count = upload(one, partial(_ended, one) if follow else lambda _: True, partial(typer.echo, err=True), to=name)
+            typer.echo(f"{one.id}: {count:,} rows uploaded{where}")
         except (TrackingError, RunBusy) as error:
             problems.append(f"{one.id}: {error}" if isinstance(error, TrackingError) else str(error))
+    if lacking and not problems:
+        raise UsageError("\n".join(lacking))
     if problems:
-        raise TrackingError("\n".join(problems))
+        raise TrackingError("\n".join([*problems, *lacking]))
+
+
+def _each_by_itself(trackers: Sequence[str], run: Run, code_of: str | None) -> int:
+    """Follow in a process for each tracker, so that none waits for another; the largest exit code."""
+    command = [sys.executable, "-m", "hpc_cifar", "sync", str(run.path), "--follow"]
+    command += ["--code-of", code_of] if code_of else []
+    children = [subprocess.Popen([*command, "--to", name]) for name in trackers]
+    try:
+        return max(child.wait() for child in children)
+    finally:  # a Ctrl-C is for all of them
+        for child in children:
+            child.wait()
 
 
 def _ended(run: Run, seconds: float) -> bool:
@@ -68,7 +95,7 @@ def _ended(run: Run, seconds: float) -> bool:
     return statuses([run])[0].ended
 
 
-def _beside(run: Run) -> None:
+def _beside(run: Run, to: str) -> None:
     from ..errors import RunBusy, TrackingError
     from ..track.bounds import expendable
     from ..track.companion import OPENED
@@ -83,7 +110,7 @@ def _beside(run: Run) -> None:
         return bool(ready) and not os.read(sys.stdin.fileno(), 1)
 
     try:
-        upload(run, ended, partial(typer.echo, err=True), partial(print, OPENED, flush=True), beside=True)
+        upload(run, ended, partial(typer.echo, err=True), partial(print, OPENED, flush=True), beside=True, to=to)
     except (TrackingError, RunBusy) as error:
         typer.echo(error, err=True)
         raise typer.Exit(1) from None

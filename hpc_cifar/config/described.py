@@ -16,14 +16,14 @@ from pydantic import BaseModel
 
 @cache
 def _of_module(name: str) -> dict[str, dict[str, str]]:
-    """The texts of every class of a module, by class and field."""
+    """The texts of every class of a module, by class and field, each on one line."""
     found: dict[str, dict[str, str]] = {}
     for node in ast.parse(inspect.getsource(sys.modules[name])).body:
         if isinstance(node, ast.ClassDef):
             texts = found.setdefault(node.name, {})
             for field, text in zip(node.body, node.body[1:], strict=False):
                 if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
-                    texts[ast.unparse(field.target)] = inspect.cleandoc(str(text.value.value))
+                    texts[ast.unparse(field.target)] = " ".join(str(text.value.value).split())
     return found
 
 

@@ -121,11 +121,16 @@ class Data(Model):
 # ---- the rest ------------------------------------------------------------------------------------------------------
 
 
+MirrorName = Literal["tensorboard"]  # a new one is a module of that name in track/, see track/tracker.py
+
+
 class Tracking(Model):
-    """Weights & Biases; a missing login, network or server never stops a run."""
+    """Weights & Biases and others; a missing login, network, server or package never stops a run."""
 
     wandb: Literal["online", "offline", "disabled"] = "disabled"
     """``online`` uploads while the job runs; ``offline`` and ``disabled`` leave it to ``hpc-cifar sync``."""
+    mirrors: tuple[MirrorName, ...] = ()
+    """Trackers beside W&B, each fed by a process of its own while the job runs: ``[tensorboard]``."""
     project: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     """Project in W&B; without it ``WANDB_PROJECT``, else hpc-cifar."""
     entity: str | None = None
@@ -145,6 +150,13 @@ class Tracking(Model):
     """Keep the selected checkpoint of a finished run in W&B, too."""
     code: Flag = False
     """Keep the package as it was at submit in W&B, too."""
+    console: Flag = False
+    """Show what rank 0 logs in W&B, too, without keys."""
+    norms: Flag = False
+    """Also log two L2 norms every ``log_every_steps``: ``grad_norm`` of that step's whole gradient before it is clipped, the
+    ``l2`` of layers included, and ``weight_norm`` of the trained weights after the update."""
+    nodes: Flag = True
+    """Also log how busy each node is, a row an epoch: processors, memory, and GPUs where NVML tells of them."""
 
 
 class Resources(Model):

@@ -28,6 +28,7 @@ REINSTALL = {
     "FFCV": "pip install --force-reinstall dist/ffcv-*.whl, which `make ffcv-wheel` makes: docs/install.md",
     "DALI": "pip install --force-reinstall 'hpc-cifar[dali]'",
     "W&B": "pip install --force-reinstall wandb",
+    "TensorBoard": "pip install --force-reinstall 'hpc-cifar[tensorboard]'",
 }
 """What is looked at in processes of their own; no job can do without the first."""
 LIBRARY_S = 120.0  # torch on a cold file system takes its time

@@ -80,6 +80,9 @@ class Scheduler(Protocol):
                 (22.05); without that word the job goes back, as one that was cancelled would, so it is tried second.
         """
 
+    def exclude_behind(self, nodes: Sequence[str]) -> None:
+        """Have the jobs that wait behind this one not get some nodes."""
+
     def cancel(self) -> None:
         """Cancel the job once more."""
 
@@ -172,6 +175,8 @@ def _carry_out(
             scheduler.cancel()
             action = policy.decide(Event.CANCELLED, dataclasses.replace(known, cancel_mark=True))
             _say(action, records)
+    if action.act is Act.HAND_OVER and exclude:
+        scheduler.exclude_behind(exclude)
     return action
 
 

@@ -79,7 +79,7 @@ class OwnJob:
     # ---- what is done ----------------------------------------------------------------------------------------------------
 
     def requeue(self, exclude: Sequence[str], at_limit: bool) -> str:
-        excluded = self._exclusion(list(exclude)) if exclude else ""
+        excluded = self._exclusion(self.job_id, list(exclude)) if exclude else ""
         # by the id of the element: the plain number of an array's elements may mean the whole array; Incomplete: if it runs
         only = () if at_limit else ("Incomplete",)
         command = [*UNDISTURBED, "scontrol", "requeue", *only, self.job_id]
@@ -92,28 +92,30 @@ class OwnJob:
         if reply.code != 0:
             return _line(reply)
         # Slurm 22.05 changes this of pending jobs only, and knows no "+=". The job's processes have KillWait seconds left.
-        done = "on any nodes"
-        if excluded:
-            code, said = _command(*UNDISTURBED, "scontrol", "update", f"JobId={self.job_id}", f"ExcNodeList={excluded}")
-            done = f"excluding {excluded}" if code == 0 else f"but {', '.join(exclude)} could not be excluded: {said}"
-        elif exclude:
-            done = "excluding nothing: there are too few other nodes"
+        done = _exclude(self.job_id, excluded, exclude) if exclude else "on any nodes"
         print(f"job {self.job_id} requeued, {done}", flush=True)
         return ""
+
+    def exclude_behind(self, nodes: Sequence[str]) -> None:
+        link = chain.next_link(self.run, self.job_id)
+        while link is not None:
+            done = _exclude(link, self._exclusion(link, list(nodes)), nodes)
+            print(f"job {link} goes on, {done}", flush=True)
+            link = chain.next_link(self.run, link)
 
     def cancel(self) -> None:
         _command("scancel", self.job_id)
 
-    def _exclusion(self, nodes: list[str]) -> str:
-        """The job's ExcNodeList with ``nodes``; "" if the job could not start then, or Slurm cannot be asked."""
-        code, text = _command("scontrol", "--oneliner", "show", "job", self.job_id)
+    def _exclusion(self, job_id: str, nodes: list[str]) -> str:
+        """A job's ExcNodeList with ``nodes``; "" if the job could not start then, or Slurm cannot be asked."""
+        code, text = _command("scontrol", "--oneliner", "show", "job", job_id)
         fields = dict(word.split("=", 1) for word in text.split() if "=" in word)
         if code != 0 or "JobId" not in fields:
             return ""
         exclude = list(dict.fromkeys([*_hostnames(fields.get("ExcNodeList")), *nodes]))
         if set(nodes) & set(_hostnames(fields.get("ReqNodeList"))):  # the profile's nodelist: it may run nowhere else
             return ""
-        submitted = self.run.submitit / f"{self.job_id}_submission.sh"  # with all that a node must have
+        submitted = self.run.submitit / f"{job_id}_submission.sh"  # with all that a node must have
         try:
             text = submitted.read_text(encoding="utf-8")
         except OSError:
@@ -193,6 +195,19 @@ class OwnJob:
 
     def _row(self, reason: str) -> dict[str, Any]:
         return {"time": runs.now(), "segment": segment(), "rank": self.env.global_rank, "reason": reason}
+
+
+def _exclude(job_id: str, excluded: str, wanted: Sequence[str]) -> str:
+    """Change a job's ExcNodeList; in words what became of it.
+
+    Args:
+        excluded: the list; "" where the job could not start with it.
+        wanted: nodes that it should not get.
+    """
+    if not excluded:
+        return "excluding nothing: there are too few other nodes"
+    code, said = _command(*UNDISTURBED, "scontrol", "update", f"JobId={job_id}", f"ExcNodeList={excluded}")
+    return f"excluding {excluded}" if code == 0 else f"but {', '.join(wanted)} could not be excluded: {said}"
 
 
 def _hostnames(listed: str | None) -> list[str]:

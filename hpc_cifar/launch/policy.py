@@ -239,12 +239,16 @@ REMEDIES: Mapping[Event, str] = {
 
 def _last_words(event: Event, known: Knowledge, detail: str) -> str:
     about, remedy = said(event, detail), REMEDIES[event]
-    count, kind = faults_of(known) + 1, known.faults.get(event, 0) + 1
-    if count == 1:
+    before = {kind: count for kind, count in known.faults.items() if count and (kind is event or kind is not Event.EARLY_EXIT)}
+    counts = {**before, event: before.get(event, 0) + 1}
+    if counts == {event: 1}:
         return f"{about}: {remedy}"
-    if kind == count:
-        return f"{about}; {event.value}: {kind} times without a checkpoint in between, so it is not restarted: {remedy}"
-    return f"{about}; {event.value}, {kind} of {count} faults without a checkpoint in between, so it is not restarted: {remedy}"
+    often = f"{event.value}: {counts[event]} times"
+    if len(counts) > 1:
+        told = (f"{kind.value}: {count} times" if count > 1 else kind.value for kind, count in counts.items())
+        often = f"{sum(counts.values())} faults ({', '.join(told)})"
+    first = f"{about}; " if detail else ""
+    return f"{first}{often} without a checkpoint in between, so it is not restarted: {remedy}"
 
 
 # ---- the start of a job --------------------------------------------------------------------------------------------------

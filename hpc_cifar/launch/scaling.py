@@ -104,7 +104,7 @@ def _rates(
     place = {"nodes": 1, "gpus_per_node": processes if on_gpu else 0, "processes_per_node": processes}
     changes = [
         *sets, *(f"resources.{name}={value}" for name, value in place.items()),
-        f"training.log_every_steps={WINDOW}", "tracking.wandb=disabled", "checkpoint.every_steps=null",
+        f"training.log_every_steps={WINDOW}", "tracking={}", "checkpoint.every_steps=null",
     ]  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="hpc-cifar-bench-") as folder:
         command = [

@@ -19,6 +19,7 @@ from ..config.shapes import check_fits
 from ..errors import DataError, Interrupted, LaunchError, NoCluster, UsageError
 from ..plan import Placement, Plan, make_plan, requested_placement, seconds_of
 from ..runs import Run
+from ..track import tracker
 from . import dependency, estimate, handover, interruptions, local, provenance, script, slurm, snapshot, submission
 from .job import TrainJob
 
@@ -100,7 +101,9 @@ def place(experiment: Experiment, cluster: Cluster) -> tuple[Placement, int, tup
 def plan_for(experiment: Experiment, cluster: Cluster, stored: int, notes: tuple[str, ...] = ()) -> Plan:
     """The plan of one job on this cluster."""
     placement, time_s, adapted = place(experiment, cluster)
-    plan = make_plan(experiment, placement, stored, (*adapted, *notes))
+    of_here = cluster.python is None and cluster.container is None  # what is installed here is what the job has
+    lacking = [f"{words}; the run trains without" for words in tracker.lacking(experiment.tracking)] if of_here else ()
+    plan = make_plan(experiment, placement, stored, (*adapted, *notes, *lacking))
     if time_s == plan.time_s:
         return plan
     share = time_s / plan.time_s

@@ -9,7 +9,7 @@ from typing import Any
 from ..config.difference import system
 from ..errors import TrackingError, UsageError, first_line
 from ..track import identity
-from ..track.wandb_run import server
+from ..track.login import server
 from . import groups as grouped
 from .facts import Facts, shown
 from .groups import Group

@@ -9,24 +9,29 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from .. import processes
-from ..errors import TrackingError
+from .tracker import Hopeless
 
 LIMIT = 512 << 20  # resident bytes of the service, and of what this process gets in addition, above which the upload is ended
+ALLOCATED = 768 << 20  # bytes that the kernel lets the service allocate, where looking comes too late, as on a busy machine
 GO_LIMIT = "256MiB"  # from which on the service, a Go program, collects its garbage at once
 LOOK_S = 0.1  # between looks: an answer over a fast network brings some 100 MiB in that time
+SERVICE = "wandb-core"  # what the kernel calls it
+DYING_S = 0.5  # for a service that has closed its connections to be gone
 GRACE_S = 5.0  # for the client to notice that its service has gone
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
-class TooLarge(TrackingError):
-    """The upload took more memory than it may; another attempt would as well."""
+class TooLarge(Hopeless):
+    """The upload took more memory than it may."""
 
 
 def expendable(pid: int | str = "self") -> None:
@@ -47,12 +52,61 @@ def resident(pid: int | str) -> int:
         return 0
 
 
+def _allocated() -> int:
+    """Bytes that this process has allocated, as the kernel counts them for RLIMIT_DATA."""
+    pages = Path("/proc/self/statm").read_text().split()[5]
+    return int(pages) * PAGE
+
+
+@contextlib.contextmanager
+def confined() -> Iterator[None]:
+    """Start the client's service in this: it inherits a limit to what it may allocate, and is silent.
+
+    Its last words would be those of a Go program, which may hold whatever a server has sent.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    least = [limit for limit in (soft, _allocated() + LIMIT) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_DATA, (min(least), hard))
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def _limit(pid: int) -> None:
+    with contextlib.suppress(OSError, ValueError):  # it has gone, or has less already
+        _, hard = resource.prlimit(pid, resource.RLIMIT_DATA)
+        most = ALLOCATED if hard == resource.RLIM_INFINITY else min(ALLOCATED, hard)
+        resource.prlimit(pid, resource.RLIMIT_DATA, (most, hard))
+
+
+def _grew_and_ended() -> bool:
+    """Whether a service has ended by itself after it had grown, as when the kernel gives it no more."""
+    deadline = time.monotonic() + DYING_S
+    while time.monotonic() < deadline:
+        for child in processes.children(os.getpid()):
+            with contextlib.suppress(OSError):
+                if Path(f"/proc/{child}/comm").read_text(errors="replace").startswith(SERVICE):
+                    pid, _, usage = os.wait4(child, os.WNOHANG)
+                    if pid:
+                        return usage.ru_maxrss << 10 > LIMIT // 2
+        time.sleep(LOOK_S if LOOK_S < DYING_S else DYING_S)
+    return False
+
+
 def _others() -> set[int]:
     """What this process has started for something else, and whatever that has started; a service may be there already."""
     found: set[int] = set()
     for child in processes.children(os.getpid()):
         with contextlib.suppress(OSError):
-            if not Path(f"/proc/{child}/comm").read_text(errors="replace").startswith("wandb-core"):
+            if not Path(f"/proc/{child}/comm").read_text(errors="replace").startswith(SERVICE):
                 found |= {child, *processes.descendants(child)}
     return found
 
@@ -65,6 +119,7 @@ def watched(run_id: str) -> Iterator[None]:
         TooLarge: it took too much, so that its service was ended.
     """
     os.environ.setdefault("GOMEMLIMIT", GO_LIMIT)
+    words_to = os.dup(2)  # also while the service is started
     done, over, begun, others = threading.Event(), threading.Event(), resident("self"), _others()
     words = (
         f"W&B: the upload took more than {LIMIT >> 20} MiB of memory, as when a server answers without end, and was ended; "
@@ -77,13 +132,14 @@ def watched(run_id: str) -> Iterator[None]:
             family = [pid for pid in processes.descendants(os.getpid()) if pid not in others]
             for pid in set(family) - known:
                 expendable(pid)
+                _limit(pid)
             known = set(family)
             if sum(map(resident, family)) + max(0, resident("self") - begun) > LIMIT:
                 over.set()
                 for pid in family:
                     processes.send(pid, signal.SIGKILL, lambda pid: pid in processes.descendants(os.getpid()))
                 if not done.wait(GRACE_S):
-                    print(words, file=sys.stderr, flush=True)
+                    os.write(words_to, f"{words}\n".encode())
                     os._exit(1)
                 return
 
@@ -92,9 +148,10 @@ def watched(run_id: str) -> Iterator[None]:
     try:
         yield
     except Exception:
-        if not over.is_set():
+        if not over.is_set() and not _grew_and_ended():
             raise
         raise TooLarge(words) from None
     finally:
         done.set()
         thread.join()
+        os.close(words_to)

@@ -2,15 +2,68 @@
 
 from __future__ import annotations
 
+import configparser
+import contextlib
+import netrc
 import os
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import urlparse
 
 from ..errors import first_line
 from ..findings import Finding, ok, warning
-from .wandb_run import has_login, server
 
 NAME = "W&B"
 ANSWER_S = 8
 LATER = "metrics stay in the run directory until hpc-cifar sync RUN"
+HOSTS = ("api.forge.coreweave.com", "api.wandb.ai")  # where the client looks unless it is told: since 0.31, and before
+
+
+def mode(wanted: str, say: Callable[[str], None]) -> str:
+    """``online``, ``offline`` or ``disabled``: what the job file wants, or WANDB_MODE, as far as there is a login."""
+    found = os.environ.get("WANDB_MODE", wanted) if wanted != "disabled" else wanted
+    if found == "online" and not has_login():
+        say("W&B: no login here (wandb login, or WANDB_API_KEY); hpc-cifar sync uploads later")
+        return "offline"
+    return found if found in ("online", "offline") else "disabled"
+
+
+def has_login(where: str = "") -> bool:
+    """Whether W&B would find a key, without asking its server: a variable, or a netrc entry for its host.
+
+    Args:
+        where: address of the server; without it the one that was chosen here.
+    """
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    named = urlparse(where or server()).netloc.rpartition("@")[2]
+    try:
+        path = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
+        known = netrc.netrc(str(path))
+        return any(known.authenticators(host) for host in ((named,) if named else HOSTS))
+    except (OSError, netrc.NetrcParseError, RuntimeError):
+        return False
+
+
+def server() -> str:
+    """The address that was chosen for W&B; empty where nobody has chosen one."""
+    return os.environ.get("WANDB_BASE_URL") or _host_in_settings()
+
+
+def _host_in_settings() -> str:
+    """What ``wandb login --host`` wrote down: the client's settings, of this folder or of the user."""
+    paths = [Path(os.environ.get("WANDB_DIR") or ".") / "wandb" / "settings"]
+    with contextlib.suppress(RuntimeError):  # no home folder at all, as in some containers
+        paths.insert(0, Path(os.environ.get("WANDB_CONFIG_DIR") or Path.home() / ".config" / "wandb") / "settings")
+    found = ""
+    for path in paths:
+        settings = configparser.ConfigParser()
+        try:
+            settings.read(path, encoding="utf-8")
+        except (configparser.Error, UnicodeDecodeError):
+            continue
+        found = settings.get("default", "base_url", fallback=found)
+    return found
 
 
 def finding() -> Finding:

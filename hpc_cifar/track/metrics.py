@@ -1,7 +1,8 @@
 """``metrics.jsonl``: one JSON object a row, the truth about a run's curves.
 
-``kind`` is ``step``, ``epoch`` or ``event``; rows carry ``epoch`` and ``step`` (updates made so far) and where they apply
-``train_loss``, ``train_accuracy``, ``val_loss``, ``val_accuracy``, ``lr``, ``images_per_second``, ``time`` (Unix seconds).
+``kind`` is ``step``, ``epoch``, ``system`` or ``event``; rows carry ``epoch`` and ``step`` (updates made so far) and where they
+apply ``train_loss``, ``train_accuracy``, ``val_loss``, ``val_accuracy``, ``lr``, ``images_per_second``, ``grad_norm``,
+``weight_norm``, ``time`` (Unix seconds); those of ``system``, how busy the nodes are: see ``train/node_usage.py``.
 Between two rows of one segment as much time has passed as their times say, also where the machine's clock was set.
 A rate counts the images of the batches of the steps that were made, over all ranks, and no image that was not there.
 """
@@ -25,7 +26,7 @@ class MetricsLog:
 
     Args:
         path: the file; its folder exists.
-        resume_step: the step the run continues from. Later ``step`` and ``epoch`` rows go, events stay.
+        resume_step: the step the run continues from. Later rows go, but for events.
         history: rows of the epochs until then, as the checkpoint has them; those that are damaged in the file are put back.
 
     Attributes:

@@ -19,15 +19,19 @@ from ..config.optimization import Monitor, lower_is_better
 from ..reading import is_regular
 from ..records import MetricRow, is_sound
 
-STEP_LINE = re.compile(rb'\{"kind": "step"(, "[a-z0-9_]{1,40}": (-?[0-9][0-9.e+-]{0,30}|null)){2,30}\}')
+_FIGURE = rb'(, "[a-z0-9_]{1,40}": (-?[0-9][0-9.e+-]{0,30}|null))'
+STEP_LINE = re.compile(rb'\{"kind": "step"' + _FIGURE + rb"{2,30}\}")
+NODES_LINE = re.compile(rb'\{"kind": "system"' + _FIGURE + rb"{2,30000}\}")
 EPOCH = b'{"kind": "epoch"'
-CURVES = ("step", "epoch")  # kinds of rows that have a number; events have none
-A_STEP = 1000  # numbers of one step: its row, pictures, from the middle on the row of an epoch that ends there, pictures
+A_STEP = (
+    1000  # numbers of one step: its row, pictures, a row of the nodes, pictures, that of an epoch that ends there, pictures
+)
+CURVES = {"step": 0, "system": A_STEP // 4, "epoch": A_STEP // 2}  # kinds of rows that have a number; events have none
 
 
 def number_of(row: dict[str, Any]) -> int:
     """Larger than that of every row before."""
-    return A_STEP * int(row["step"]) + (A_STEP // 2 if row["kind"] == "epoch" else 0)
+    return A_STEP * int(row["step"]) + CURVES[row["kind"]]
 
 
 def is_better(value: float, best: float | None, monitor: Monitor, min_delta: float = 0.0) -> bool:
@@ -79,9 +83,9 @@ def rows_of(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def rows_but_steps(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The same rows without those of steps, most of which nobody asks for: the last one of a segment stays.
+    """The same rows without those of nodes and of steps, for which nobody asks but for the last step of a segment.
 
-    A line of a step is looked at, not read: a thousand long files are read in seconds so.
+    Their lines are looked at, not read: a thousand long files are read in seconds so.
 
     Raises:
         Damaged: the file cannot be read at all.
@@ -91,6 +95,8 @@ def rows_but_steps(path: Path) -> tuple[list[dict[str, Any]], int]:
     for line, ended in reading.lines(path):
         if line is not None and ended and STEP_LINE.fullmatch(line):
             skipped = line
+            continue
+        if line is not None and ended and NODES_LINE.fullmatch(line):
             continue
         for one, whole in ([(skipped, True)] if skipped and not (line or b"").startswith(EPOCH) else []) + [(line, ended)]:
             row = reading.row_of(one)

@@ -7,79 +7,71 @@ that the server has.
 
 from __future__ import annotations
 
-import configparser
 import contextlib
 import hashlib
 import math
-import netrc
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 from .. import files, processes
+from ..config.experiment import Tracking
 from ..errors import TrackingError, first_line
+from ..records import RunState
 from ..runs import Run
-from . import identity, summary, wandb_tables
-from .rows import Tail
+from . import bounds, identity, summary, wandb_tables
+from .login import has_login, mode, server
+from .rows import A_STEP
+from .tracker import PREFIX, Rows, figures
+from .wandb_console import Console
 
 INIT_TIMEOUT_S = 20
 FINISH_TIMEOUT_S = 20
 LATE_S = 10  # after the client's own time limit, which what comes before the last rows, such as an alert, may keep it from
-HOSTS = ("api.forge.coreweave.com", "api.wandb.ai")  # where the client looks unless it is told: since 0.31, and before
 EPOCH_CURVES = ("train_loss", "train_accuracy", "lr", "images_per_second")
-NO_CURVES = ("kind", "step", "epoch", "time")  # of a row: not curves
+OVER_STEPS = (*(f"{prefix}*" for prefix in PREFIX.values() if prefix), "evaluation/*")
+NO_CONSOLE = "W&B: this client cannot show a log, so tracking.console is left out: pip install --upgrade wandb"
+CHECKS, CHECK_S = 5, 1.0  # whether the server has every row; it may take a moment to count
+PATIENT_S = 600.0  # for an artifact, where nobody waits for this process
 
 
-def mode(wanted: str, say: Callable[[str], None]) -> str:
-    """``online``, ``offline`` or ``disabled``: what the job file wants, or WANDB_MODE, as far as there is a login."""
-    found = os.environ.get("WANDB_MODE", wanted) if wanted != "disabled" else wanted
-    if found == "online" and not has_login():
-        say("W&B: no login here (wandb login, or WANDB_API_KEY); hpc-cifar sync uploads later")
-        return "offline"
-    return found if found in ("online", "offline") else "disabled"
+TITLE = "W&B"
 
 
-def has_login(where: str = "") -> bool:
-    """Whether W&B would find a key, without asking its server: a variable, or a netrc entry for its host.
-
-    Args:
-        where: address of the server; without it the one that was chosen here.
-    """
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    named = urlparse(where or server()).netloc.rpartition("@")[2]
-    try:
-        path = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
-        known = netrc.netrc(str(path))
-        return any(known.authenticators(host) for host in ((named,) if named else HOSTS))
-    except (OSError, netrc.NetrcParseError, RuntimeError):
-        return False
+def problem(run: Run | None) -> str:
+    """See :class:`tracker.Tracker`."""
+    there = has_login(identity.kept(run).base_url if run is not None else "")
+    return "" if there else "W&B: no login here: type 'wandb login', or set WANDB_API_KEY"
 
 
-def server() -> str:
-    """The address that was chosen for W&B; empty where nobody has chosen one."""
-    return os.environ.get("WANDB_BASE_URL") or _host_in_settings()
+def begins(run: Run, tracking: Tracking, say: Callable[[str], None]) -> bool:
+    """See :class:`tracker.Tracker`; which run of W&B it is, is noted, for whoever uploads it later."""
+    found = mode(tracking.wandb, say)
+    if found != "disabled":
+        identity.note(run, server(), say)
+    return found == "online"
 
 
-def _host_in_settings() -> str:
-    """What ``wandb login --host`` wrote down: the client's settings, of this folder or of the user."""
-    paths = [Path(os.environ.get("WANDB_DIR") or ".") / "wandb" / "settings"]
-    with contextlib.suppress(RuntimeError):  # no home folder at all, as in some containers
-        paths.insert(0, Path(os.environ.get("WANDB_CONFIG_DIR") or Path.home() / ".config" / "wandb") / "settings")
-    found = ""
-    for path in paths:
-        settings = configparser.ConfigParser()
+@contextlib.contextmanager
+def opened(run: Run, say: Callable[[str], None], beside: bool) -> Iterator[Upload]:
+    """See :class:`tracker.Tracker`; it keeps within its memory meanwhile."""
+    with bounds.watched(run.id):
+        state = run.state()
+        trains_here = state.state == "running" and state.host == os.uname().nodename
+        upload = Upload(run, state.pid if trains_here else None, FINISH_TIMEOUT_S if beside else PATIENT_S)
+        say(f"W&B: {upload.address}")
+        for note in upload.notes:
+            say(note)
         try:
-            settings.read(path, encoding="utf-8")
-        except (configparser.Error, UnicodeDecodeError):
-            continue
-        found = settings.get("default", "base_url", fallback=found)
-    return found
+            yield upload
+        except Exception:
+            upload.take_back()
+            raise
 
 
 class Upload:
@@ -88,7 +80,7 @@ class Upload:
     Args:
         run: its directory; W&B's own files go below it.
         pid: process whose memory and processors W&B's system metrics are of, if it runs here.
-        artifact_s: how long :meth:`close` waits for what is on its way, of a run whose checkpoint or code is kept in W&B.
+        artifact_s: how long :meth:`finish` waits for what is on its way, of a run whose checkpoint or code is kept in W&B.
 
     Raises:
         TrackingError: W&B does not answer, or does not want it.
@@ -99,9 +91,8 @@ class Upload:
         import wandb
 
         self.run = run
-        self._tail = Tail(run.metrics_file)
         self._ledger = run.path / "wandb-pictures.json"
-        self._epochs: list[dict[str, Any]] = []  # rows of all epochs so far
+        self._told = 0  # of how many epochs the summary knows
         tracking = run.experiment().tracking
         self._alerts, self._artifact, self._code = tracking.alerts, tracking.artifact, tracking.code
         self._finish_s = artifact_s if tracking.artifact or tracking.code else FINISH_TIMEOUT_S
@@ -123,7 +114,7 @@ class Upload:
         known["sweep_id"] = place.sweep
         settings |= {name: value for name, value in known.items() if value}
         try:
-            with _as(command):
+            with _as(command), bounds.confined():
                 self._wandb = wandb.init(
                     project=place.project,
                     entity=place.entity or None,
@@ -139,12 +130,12 @@ class Upload:
                     mode="online",
                     settings=wandb.Settings(**_settings(settings)),
                 )
-            for name in EPOCH_CURVES:
-                self._wandb.define_metric(name, step_metric="epoch")
-            for name in summary.VALIDATION:  # their best and last are told, see there
-                self._wandb.define_metric(name, step_metric="epoch", summary="none")
-            self._wandb.define_metric("step/*", step_metric="global_step")
-            self.left_aside = identity.left_aside(run, place, server()) if place.opened else ""
+            self._define_axes()
+            self.notes = [words for words in (identity.left_aside(run, place, server()),) if words and place.opened]
+            self._console = Console(run) if tracking.console else None
+            if self._console is not None and not hasattr(self._wandb, "write_logs"):
+                self.notes.append(NO_CONSOLE)
+                self._console = None
             identity.opened(run, place, *(str(getattr(self._wandb, name) or "") for name in ("entity", "project", "url")))
             if run.state().state == "running":
                 self._tell({"state": "running"})
@@ -153,7 +144,18 @@ class Upload:
             raise TrackingError(f"W&B: {first_line(error)}") from None
         self.begun = int(self._wandb.starting_step)  # W&B has what has a smaller number
         self.taken = self.begun
-        self.pushed = 0  # rows
+
+    def _define_axes(self) -> None:
+        """No panel is over W&B's own ``_step``, which counts thousandths here; what is only an axis has no panel."""
+        self._wandb.define_metric("global_step", hidden=True)
+        self._wandb.define_metric("epoch", step_metric="global_step", hidden=True)
+        for name in OVER_STEPS:
+            self._wandb.define_metric(name, step_metric="global_step")
+        for name in EPOCH_CURVES:
+            self._wandb.define_metric(name, step_metric="epoch")
+        for name in summary.VALIDATION:  # their best and last are told, see there
+            self._wandb.define_metric(name, step_metric="epoch", summary="none")
+        self._known = {*EPOCH_CURVES, *summary.VALIDATION}  # figures of epochs that have their axis
 
     @property
     def address(self) -> str:
@@ -174,34 +176,32 @@ class Upload:
         except Exception as error:
             raise TrackingError(f"W&B does not say what it has: {first_line(error)}") from None
 
-    @property
-    def damaged(self) -> int:
-        """Lines of ``metrics.jsonl`` that were left out."""
-        return self._tail.damaged
-
-    def push(self) -> int:
-        """Hand over rows and pictures that W&B has not got; the number of rows."""
-        count, known = 0, len(self._epochs)
+    def push(self, rows: Rows) -> None:
+        """Hand over rows and pictures."""
         try:
-            for at, row in self._tail.new():
-                if row["kind"] == "epoch":
-                    while self._epochs and self._epochs[-1]["epoch"] >= row["epoch"]:  # the file was replaced
-                        self._epochs.pop()
-                    self._epochs.append(row)
-                if at < self.taken:
-                    continue
-                prefix = "step/" if row["kind"] == "step" else ""  # curves over steps and epochs are different panels
-                values = {prefix + k: v for k, v in row.items() if k not in NO_CURVES and v is not None}
-                self._wandb.log({"global_step": row["step"], "epoch": row["epoch"], **values}, step=at, commit=True)
+            for name in {name for row in rows.epochs[self._told :] for name in figures(row)} - self._known:
+                self._wandb.define_metric(name, step_metric="epoch")
+                self._known.add(name)
+            for at, row in rows.new:
+                self._wandb.log({"global_step": row["step"], "epoch": row["epoch"], **figures(row)}, step=at, commit=True)
                 self.taken = at + 1
-                count += 1
-            if len(self._epochs) != known:
-                self._wandb.summary.update(summary.best_and_last(self._epochs))
+            if len(rows.epochs) != self._told:
+                self._wandb.summary.update(summary.best_and_last(rows.epochs))
+                self._told = len(rows.epochs)
             self._push_pictures(_ledger(self._ledger))
+            self._push_console()
         except Exception as error:
             raise TrackingError(f"W&B took no more rows: {first_line(error)}") from None
-        self.pushed += count
-        return count
+
+    def _push_console(self, ended: bool = False) -> None:
+        for text in self._console.new(ended) if self._console is not None else ():
+            self._wandb.write_logs(text)
+
+    def take_back(self) -> None:
+        """Note that W&B may not have what it was handed; what has a number of its own is asked of the server."""
+        if self._console is not None:
+            with contextlib.suppress(OSError):
+                self._console.back()
 
     def _push_pictures(self, taken: list[dict[str, Any]]) -> None:
         """Pictures and tables of evaluations, once each: with a number of their own, behind the rows that there are.
@@ -217,34 +217,29 @@ class Upload:
             digest = hashlib.sha256("".join(files.sha256_of(path) for path in pictures).encode()).hexdigest()
             if not pictures or digest in known:
                 continue
-            at = max(self.taken, self._tail.last + 1)
+            at = self.taken
             self._shown.add(digest)
             taken.append({"at": at, "digest": digest, "folder": folder.name})
             files.write_json(self._ledger, taken)
-            shown = {
-                f"evaluation/{folder.name}-{path.stem}": wandb.Image(str(path)) for path in pictures if path.suffix == ".png"
-            }
+            shown = {f"evaluation/{folder.name}-{path.stem}": wandb.Image(str(path)) for path in folder.glob("*.png")}
             shown |= wandb_tables.tables(folder)
-            self._wandb.log(shown, step=at, commit=True)
+            self._wandb.log({"global_step": at // A_STEP, **shown}, step=at, commit=True)
             self.taken = at + 1
 
-    def close(self, left: bool = False) -> None:
-        """Hand over the rest and the summary; in bounded time.
-
-        Args:
-            left: whoever trained has gone, so that a run that seems to run has failed.
+    def finish(self, rows: Rows, state: RunState, left: bool) -> None:
+        """Hand over the rest and the summary, and ask the server whether it has every row; in bounded time.
 
         Raises:
             TrackingError: W&B may not have everything.
         """
-        state = self.run.state()
         sent_away = summary.interrupted(state)
         try:
             if sent_away:  # first, since the machine may be gone before the rest has arrived
                 self._wandb.mark_preempting()
-            self.push()
+            self.push(rows)
+            self._push_console(ended=True)
             told = self._wandb.summary.get("state")  # type: ignore[no-untyped-call]  # by an upload before
-            self._tell(summary.outcome(self.run, self._epochs))
+            self._tell(summary.outcome(self.run, rows.epochs))
             if self._alerts and told != state.state and state.state in ("finished", "failed"):
                 level = "ERROR" if state.state == "failed" else "INFO"
                 self._wandb.alert(f"{self.run.id}: {state.state}"[:63], state.reason or "see its report", level=level)
@@ -258,6 +253,11 @@ class Upload:
         except Exception as error:
             _forget()
             raise TrackingError(f"W&B could not be finished: {first_line(error)}") from None
+        for _ in range(CHECKS):
+            if self.rows_there() >= self.taken:
+                return
+            time.sleep(CHECK_S)
+        raise TrackingError("W&B does not have all rows")
 
     def _push_checkpoint(self) -> None:
         """The selected one, as a version of the experiment's model, and that it has arrived; W&B knows the same files again."""

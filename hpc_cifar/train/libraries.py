@@ -1,4 +1,4 @@
-"""Whether torch, its GPUs, FFCV, DALI and W&B's client work here; ``doctor`` asks in processes that may crash or hang.
+"""Whether torch, GPUs, FFCV, DALI, W&B's client and TensorBoard work here; ``doctor`` asks in processes that may crash or hang.
 
 ``python -m hpc_cifar.train.libraries WHICH GPUS`` prints a JSON list of findings as its last line. GPUS: of the job, "" if
 there is none.
@@ -119,11 +119,22 @@ def wandb(_: int | None = None) -> list[Finding]:
     return [login.finding()]
 
 
+def tensorboard(_: int | None = None) -> list[Finding]:
+    """What jobs need that name it in ``tracking.mirrors``."""
+    from ..track import tensorboard as mirror
+
+    if mirror.problem(None):
+        return [ok(mirror.TITLE, f"not installed: jobs that name it in tracking.mirrors train without; {mirror.GET}")]
+    mirror.library()
+    return [ok(mirror.TITLE, importlib.metadata.version("tensorboard"))]
+
+
 CHECKS: dict[str, Callable[[int | None], list[Finding]]] = {
     "torch": torch_and_gpus,
     "FFCV": lambda _: pipeline("ffcv"),
     "DALI": lambda _: pipeline("dali"),
     "W&B": wandb,
+    "TensorBoard": tensorboard,
 }
 
 

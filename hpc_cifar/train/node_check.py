@@ -18,11 +18,10 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined, unused-i
 
 from ..data.store import Store
 from ..errors import DataError, HpcCifarError, first_line
-from . import interfaces
+from . import cgroups, interfaces
 from .distributed import device_for
 from .meeting import Meeting
 
-CGROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 GIB = 2**30
 HOST_GIB_PER_RANK = 0.5  # free, beyond what the process has already; little training does with less
 DEVICE_GIB = 2.0
@@ -98,33 +97,15 @@ def _check_memory(local_size: int) -> None:
         raise Broken(f"{free:.1f} GiB free for {local_size} processes, needed are {needed:.1f}")
 
 
-def free_host_bytes(groups: Path = CGROUPS, own: Path = OWN_GROUPS) -> int:
-    """Memory that can still be had: of the machine, and of the control groups (v1 and v2) this process is in.
+def free_host_bytes(groups: Path = cgroups.GROUPS, own: Path = cgroups.OWN) -> int:
+    """Memory that can still be had: of the machine, and of the control groups this process is in.
 
     Args:
-        groups: where the control groups are mounted.
-        own: what lists those of this process.
+        groups, own: see :mod:`hpc_cifar.train.cgroups`.
     """
-    meminfo = Path("/proc/meminfo").read_text()
-    found = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo, re.MULTILINE)
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
     free = int(found[1]) * 1024 if found else 2**62
-    with contextlib.suppress(OSError):
-        for line in own.read_text().splitlines():
-            _, controllers, path = [*line.split(":", 2), "", ""][:3]
-            if not controllers:
-                names, cached, mounted = ("memory.max", "memory.current"), "inactive_file", groups
-            elif "memory" in controllers.split(","):
-                names, cached = ("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_inactive_file"
-                mounted = groups / "memory"
-            else:
-                continue
-            group = mounted / path.lstrip("/")
-            for folder in (group, *group.parents):  # in a container its own group is mounted as the uppermost one
-                with contextlib.suppress(OSError, ValueError):  # no limit there, or the text "max"
-                    limit, used = (int((folder / name).read_text()) for name in names)
-                    cache = re.search(rf"^{cached} (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE)
-                    free = min(free, limit - used + (int(cache[1]) if cache else 0))
-    return max(0, free)
+    return max(0, min([free, *(limit - used for limit, used in cgroups.memory_limits(groups, own))]))
 
 
 def _check_folder(folder: Path) -> None:

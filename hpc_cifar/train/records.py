@@ -1,10 +1,10 @@
-"""What rank 0 tells the outside: metrics.jsonl, state.json, W&B and the console. Silent on the other ranks."""
+"""What rank 0 tells the outside: metrics.jsonl, state.json, trackers and the console. Silent on the other ranks."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ from ..errors import LostRank, NonFiniteLoss, first_line
 from ..plan import Plan
 from ..records import RunState
 from ..runs import UPDATE_WAIT_S, Run, now
-from ..track.companion import Companion
+from ..track.companion import Companions
 from ..track.metrics import MetricsLog
 from ..track.progress import Progress
 from . import recovery
 from .distributed import World, is_lost_peer
+from .node_usage import NodeUsage
 from .session import Session
 
 SHOWN = 32  # images of the first batch
@@ -60,13 +61,14 @@ class Records:
         self._precision = self._before.precision
         self._lost_steps = self._before.lost_steps  # trained, and to be trained again
         self._metrics: MetricsLog | None = None
-        self._wandb: Companion | None = None
+        self._trackers: Companions | None = None
+        self._nodes = NodeUsage(world) if experiment.tracking.nodes else None
         if world.main:
             self._metrics = MetricsLog(run.metrics_file, session.position.step, session.history)
             reached = max(self._metrics.reached, self._before.step or 0)
             self._lost_steps += max(0, reached - session.position.step)
-            self.state("running")  # what W&B is told of the run
-            self._wandb = Companion(run, experiment.tracking, self.progress.say)
+            self.state("running")  # what trackers are told of the run
+            self._trackers = Companions(run, experiment.tracking, self.progress.say)
 
     def announce(self, parameters: int, precision: str, notes: list[str]) -> None:
         """The first lines of a segment: what is trained on what, and what was adapted."""
@@ -91,8 +93,9 @@ class Records:
         self.event("pipeline", pipeline=name, why=why)
 
     def first_batch(self, images: torch.Tensor) -> None:
-        """What the network is given first, as a picture for W&B: (N, C, H, W), stretched to the range of a picture."""
-        if not self._world.main or self._experiment.tracking.wandb == "disabled" or images.dim() != 4:
+        """What the network is given first, as a picture for trackers: (N, C, H, W), stretched to the range of a picture."""
+        tracking = self._experiment.tracking
+        if not self._world.main or (tracking.wandb == "disabled" and not tracking.mirrors) or images.dim() != 4:
             return
         path = self._run.path / "evaluation" / "training" / "batch.png"
         if path.exists():
@@ -112,9 +115,21 @@ class Records:
         self.event("first step", seconds=seconds)
 
     def window(
-        self, epoch: int, step: int, losses: list[float], accuracy: float, rate: float, seconds: float, images: int
+        self,
+        epoch: int,
+        step: int,
+        losses: list[float],
+        accuracy: float,
+        rate: float,
+        seconds: float,
+        images: int,
+        more: Mapping[str, float],
     ) -> None:
-        """A ``step`` row over the last ``len(losses)`` steps, which took ``seconds`` for ``images`` of all ranks."""
+        """A ``step`` row over the last ``len(losses)`` steps, which took ``seconds`` for ``images`` of all ranks.
+
+        Args:
+            more: further figures of the row, of its step alone.
+        """
         seconds = max(seconds, 1e-9)
         self._recent.append((images, seconds))
         # a window of few images says little of those to come: together they are at least a whole one
@@ -125,13 +140,15 @@ class Records:
         loss = sum(losses) / len(losses)
         own = round(images / seconds, 1)
         values = {"train_loss": loss, "train_accuracy": accuracy, "lr": rate, "images_per_second": own}
-        self._emit("step", epoch, step, values)
+        self._emit("step", epoch, step, {**values, **more})
         self.progress.step(step, self._last_step, epoch, self._experiment.epochs, loss, self.rate)
         if time.monotonic() - self._state_written > 0.5:
             self._progress(train_loss=loss)
 
     def epoch(self, row: dict[str, Any]) -> None:
-        """An ``epoch`` row; ``row`` has ``epoch`` (from 1) and ``step``."""
+        """An ``epoch`` row; ``row`` has ``epoch`` (from 1) and ``step``. Call on every rank, where the ranks have just met."""
+        if self._nodes is not None and (usage := self._nodes.taken()):
+            self._emit("system", row["epoch"], row["step"], usage)
         values = {key: value for key, value in row.items() if key not in ("epoch", "step")}
         self._emit("epoch", row["epoch"], row["step"], values)
         self.progress.epoch(row, self._experiment.epochs)
@@ -203,7 +220,7 @@ class Records:
         self._write_state(state)
 
     def finish(self, result: dict[str, Any]) -> None:
-        """Close metrics and W&B with the result of this segment, which has been written."""
+        """Close metrics and trackers with the result of this segment, which has been written."""
         self.event(result["state"], **{name: result.get(name) for name in ("reason", "heard_after_ms", "saved_after_ms")})
         self.close()
 
@@ -220,11 +237,13 @@ class Records:
         self.close()
 
     def close(self) -> None:
-        """Let go of files and terminal; W&B takes a run that is still running for a failed one."""
+        """Let go of files and terminal; trackers take a run that is still running for a failed one."""
         if self._metrics is not None:
             self._metrics.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        if self._trackers is not None:
+            self._trackers.finish()
+        if self._nodes is not None:
+            self._nodes.close()
         self.progress.close()
 
 

@@ -67,7 +67,7 @@ def shortened(job: Path, sets: list[str], batch: int, steps: int, rounds: int) -
     small = [
         f"data.batch_size={batch}", "data.micro_batch_size=null", f"data.train_images={batch * steps}", "data.validation=0.01",
         f"epochs={epochs}", f"training.evaluate_every_epochs={epochs}", "training.early_stopping=null",
-        "schedule={name: constant}", "tracking.wandb=disabled", "checkpoint={every_epochs: 1}", "resources.nodes=1",
+        "schedule={name: constant}", "tracking={}", "checkpoint={every_epochs: 1}", "resources.nodes=1",
     ]  # fmt: skip
     return load_experiment(job, [*small, *sets])
 

@@ -21,6 +21,7 @@ from ..models.build import Rule
 from ..plan import Plan, shard
 from .distributed import GradientSync, World
 from .graph import Graphs
+from .norms import NAMES, Norms
 from .optim import EMA, LR_EPOCHS, LR_FACTOR, add_l2, halves, keep_norms
 from .schedule import History, factor
 
@@ -95,6 +96,8 @@ class Stepper:
         self.rate = 0.0  # learning rate of the last step
         self.rest: Callable[[], None] | None = None  # called after every step of a rehearsal
         self._parameters = [p for p in sync.module.parameters() if p.requires_grad]
+        clips = experiment.training.clip_grad_norm is not None
+        self._norms = Norms(self._parameters, clips) if experiment.tracking.norms else None
         window = experiment.training.log_every_steps
         # per step of the window: this rank's part of the batch loss; then correct and seen images of the window
         self._window = torch.zeros(window + 2, dtype=torch.float64, device=world.device)
@@ -168,7 +171,9 @@ class Stepper:
         self._sync.finish()
         add_l2(self.rules)
         if experiment.training.clip_grad_norm is not None:
-            nn.utils.clip_grad_norm_(self._parameters, experiment.training.clip_grad_norm)
+            norm = nn.utils.clip_grad_norm_(self._parameters, experiment.training.clip_grad_norm)
+            if self._norms is not None:
+                self._norms.clipped(norm)
         self._fast()
         if self._slow is None:
             self._settle()
@@ -236,7 +241,9 @@ class Stepper:
     def take_window(self) -> PendingWindow:
         """Sum the window over the ranks and start its way to the host; call on every rank at the same step."""
         totals = self._world.sum(self._window.clone())
-        pending = PendingWindow(totals, self._seen, self._begin, self._images)
+        if self._norms is not None:  # the same on every rank
+            totals = torch.cat([totals, self._norms.now()])
+        pending = PendingWindow(totals, self._seen, self._begin, self._images, NAMES if self._norms is not None else ())
         self._begin = pending.end
         self._window.zero_()
         self._slot.zero_()
@@ -268,12 +275,15 @@ class Mark:
 class PendingWindow:
     """Metrics of the last few steps on their way from the device to the host, without stalling either.
 
-    ``images`` is the size of their batches over all ranks; the last batch of an epoch is smaller than the others.
+    Args:
+        images: size of their batches over all ranks; the last batch of an epoch is smaller than the others.
+        more: names of what follows the window in ``totals``.
     """
 
-    def __init__(self, totals: Tensor, steps: int, begin: Mark, images: int) -> None:
+    def __init__(self, totals: Tensor, steps: int, begin: Mark, images: int, more: Sequence[str] = ()) -> None:
         self.steps, self.images = steps, images
-        self._begin = begin
+        self._begin, self._more = begin, more
+        self._window = len(totals) - len(more)
         if totals.is_cuda:
             self._host = torch.empty(totals.shape, dtype=totals.dtype, pin_memory=True)
             self._host.copy_(totals, non_blocking=True)
@@ -284,5 +294,10 @@ class PendingWindow:
     def result(self) -> tuple[list[float], float, float]:
         """Global batch losses of the steps, training accuracy over them and their seconds; waits if they are not there yet."""
         self.end.wait()
-        values = self._host.tolist()
+        values = self._host[: self._window].tolist()
         return values[: self.steps], values[-2] / max(values[-1], 1.0), self.end.seconds_since(self._begin)
+
+    def more(self) -> dict[str, float]:
+        """What follows the window, by its names; waits as well."""
+        self.end.wait()
+        return dict(zip(self._more, self._host[self._window :].tolist(), strict=True))

@@ -276,7 +276,7 @@ class Trainer:
                 if not math.isfinite(loss):
                     raise self._non_finite(step - window.steps + index + 1, loss)
             if losses:
-                self.records.window(epoch, step, losses, accuracy, rate, seconds, window.images)
+                self.records.window(epoch, step, losses, accuracy, rate, seconds, window.images, window.more())
         self.pending.clear()
 
     def _non_finite(self, step: int, loss: float) -> NonFiniteLoss:

@@ -30,6 +30,8 @@ def test_explicit_draws_equal_numpy(mode: str) -> None:
     drawn = draws.augmentation(11, 2, np.arange(BATCH), augment, 32)
     mean, std = [120.0, 121.0, 122.0], [60.0, 61.0, 62.0]
 
+    float32 = types.FLOAT  # type: ignore[attr-defined]
+
     @pipeline_def(batch_size=BATCH, num_threads=len(os.sched_getaffinity(0)), device_id=None)
     def pipeline():  # type: ignore[no-untyped-def]
         pixels = fn.external_source(name="images", device="cpu", layout="HWC")
@@ -37,7 +39,7 @@ def test_explicit_draws_equal_numpy(mode: str) -> None:
         flip = fn.external_source(name="flip", device="cpu")
         cropped = fn.slice(pixels, start=start, shape=[32, 32], axes=[0, 1], out_of_bounds_policy="pad", fill_values=0)
         raw = fn.flip(cropped, horizontal=flip)
-        normal = fn.crop_mirror_normalize(cropped, mirror=flip, mean=mean, std=std, dtype=types.FLOAT, output_layout="CHW")
+        normal = fn.crop_mirror_normalize(cropped, mirror=flip, mean=mean, std=std, dtype=float32, output_layout="CHW")
         return raw, normal
 
     # a reflected border cannot be drawn by `slice`: the images come with it already

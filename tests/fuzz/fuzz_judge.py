@@ -141,10 +141,10 @@ def _told(case: Case, err: str) -> bool:
 def _table(case: Case, now: Outcome, before: Outcome) -> Iterator[Finding]:
     if "--json" not in case.argv:
         mine = case.run or ""
-        old = [line for line in before.out.splitlines() if not line.startswith(f"{mine}\t") and ": " not in line]
-        new = [line for line in now.out.splitlines() if not line.startswith(f"{mine}\t") and ": " not in line]
-        if old != new:
-            yield Finding("lines of other runs changed", f"{len(old)} before, {len(new)} now")
+        there = [line for line in before.out.splitlines() if not line.startswith(f"{mine}\t") and ": " not in line]
+        here = [line for line in now.out.splitlines() if not line.startswith(f"{mine}\t") and ": " not in line]
+        if there != here:
+            yield Finding("lines of other runs changed", f"{len(there)} before, {len(here)} now")
         if any(len(line.split("\t")) != len(COLUMNS) for line in now.out.splitlines() if line.startswith(f"{mine}\t")):
             yield Finding("a line is torn", "")
         return

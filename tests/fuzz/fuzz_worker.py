@@ -46,7 +46,7 @@ def preload(heavy: bool) -> None:
     if not heavy:
         del sys.modules["torch"]
     # the commands of the application are made once, not in every fork
-    made = importlib.import_module("typer.main")
+    made: Any = importlib.import_module("typer.main")
     made.get_command = functools.cache(made.get_command)
     made.get_command(importlib.import_module("hpc_cifar.cli.main").app)
     for name in (

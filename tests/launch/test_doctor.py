@@ -180,6 +180,15 @@ def asked(environment: dict[str, str]) -> Finding:
     return Finding(**json.loads(done.stdout.splitlines()[-1])[0])
 
 
+def test_a_mirror_that_is_not_installed_is_none_that_a_job_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorboard")
+    found = only(libraries.tensorboard())
+    assert (found.state, found.said) == ("ok", importlib.metadata.version("tensorboard"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    found = only(libraries.tensorboard())
+    assert found.state == "ok" and "not installed" in found.said and "pip install 'hpc-cifar[tensorboard]'" in found.said
+
+
 @pytest.mark.slow
 def test_who_we_are_to_wandb(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import wandb
@@ -219,7 +228,7 @@ def test_the_command(tmp_path: Path, digits_data: Path) -> None:
     (here,) = said["machines"]
     names = [row["name"] for row in here["findings"]]
     assert names[:6] == ["Python", "packages", "compiler", "runs", "clock", "data"]
-    assert {"torch", "FFCV", "DALI", "W&B", "/dev/shm", "cache"} <= set(names) and "Slurm" not in names
+    assert {"torch", "FFCV", "DALI", "W&B", "TensorBoard", "/dev/shm", "cache"} <= set(names) and "Slurm" not in names
     bad = typed(["doctor", "--cluster", "local"], {**environment, "HPC_CIFAR_DATA": str(tmp_path / "no")}, tmp_path, 200)
     assert bad.returncode == 1
     assert "fix: hpc-cifar prepare cifar10" in bad.stdout

@@ -35,6 +35,17 @@ def test_the_last_words() -> None:
     )
 
 
+def test_the_last_words_of_several_kinds() -> None:
+    known = Knowledge(faults={Event.KILLED: 4, Event.EARLY_EXIT: 1, Event.HUNG: 1}, restarts_allowed=5)
+    action = policy.decide(Event.RANK_LOST, known, "")
+    assert action.reason == (
+        "6 faults (killed rank: 4 times, hang, lost rank) without a checkpoint in between, so it is not restarted: "
+        "its logs may say why"
+    )
+    action = policy.decide(Event.RANK_LOST, Knowledge(faults={Event.RANK_LOST: 5}), "")
+    assert action.reason == "lost rank: 6 times without a checkpoint in between, so it is not restarted: its logs may say why"
+
+
 @pytest.mark.parametrize(
     ("seen", "restarts", "word"),
     [

@@ -56,6 +56,9 @@ class OwnScheduler:
         segment.spend(self.rank, 30 if segment.world.slurm.down else segment.world.site.answer_s)
         return segment.world.sent_back(segment, incomplete=not at_limit)
 
+    def exclude_behind(self, nodes: Sequence[str]) -> None:
+        self.segment.spend(self.rank, self.segment.world.site.answer_s)
+
     def cancel(self) -> None:
         self.segment.spend(self.rank, self.segment.world.site.answer_s)
         self.segment.world.slurm.scancel(self.segment.job)

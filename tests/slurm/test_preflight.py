@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 from slurm_site import PROFILE, Site, SlurmCluster
 
+from hpc_cifar import files
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
 
@@ -83,6 +85,7 @@ BAD = {
     "full scratch": ("n1", "scratch", "scratch: SCRATCH\nnodelist: n1\npreflight: false\n", ("--nodes", "1")),
     "rank 0 elsewhere": ("n1", "data", "", ()),  # rank 0 is there, so that another rank has to act
     "rank 0 alone": ("n1", "data", "exclude: n3\n", ("--nodes", "1")),
+    "a link": ("n1", "data", "requeue: false\nchain_links: 2\nexclude: n3\n", ("--nodes", "1")),  # one that waits goes on
     "no other choice": ("n2", "data", "exclude: n3\n", ()),  # too few nodes are left, so the job comes back to the bad one
 }
 
@@ -168,6 +171,19 @@ def test_the_profiles_own_exclusion_is_kept_and_rank_0_may_be_the_bad_one(bad: B
     site.requeued(job, excluding={"n1", "n3"})
     assert site.result(run)["state"] == "finished"
     assert site.cluster.job(job)["NodeList"] == "n2"
+
+
+def test_a_link_that_waits_goes_on_elsewhere(bad: Bad) -> None:
+    site, run, job = bad["a link"]
+    assert site.result(run)["state"] == "finished"
+    [row] = site.interruptions(run)
+    assert row["event"] == "bad node" and row["nodes"] == ["n1"] and row["segment"] == f"{job}.0"
+    links = [row["job_id"] for row in files.read_json_lines(site.runs / run / "jobs.jsonl")]
+    assert links[0] == job and len(links) == 3
+    assert site.cluster.job(links[0])["NodeList"] == "n1" and site.cluster.job(links[0])["Restarts"] == "0"
+    assert site.cluster.job(links[1])["NodeList"] == "n2"
+    for link in links[1:]:
+        assert f"job {link} goes on, excluding n[1,3]" in site.log(run).replace("n3,n1", "n[1,3]").replace("n1,n3", "n[1,3]")
 
 
 def test_a_second_failure_ends_the_run(bad: Bad) -> None:

@@ -41,6 +41,23 @@ def test_a_process_that_grows_ends_with_one_line() -> None:
     assert (done.returncode, done.stderr.count("\n")) == (1, 1) and "hpc-cifar sync some-run uploads later" in done.stderr
 
 
+ALLOCATES = """
+import os, subprocess, sys
+from hpc_cifar.track import bounds
+with bounds.confined():
+    grown = subprocess.run([sys.executable, "-c", "b'x' * (2 << 30)"])
+print(grown.returncode)
+print("afterwards", file=sys.stderr)
+held = b"x" * (1 << 30)
+"""
+
+
+def test_what_the_client_starts_has_a_limit_and_no_words() -> None:
+    """Where nobody looks in time, the kernel does; for this process all is as before."""
+    done = subprocess.run([sys.executable, "-c", ALLOCATES], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1\n", "afterwards\n")
+
+
 MAPS = """
 import hashlib, mmap, os, sys
 from hpc_cifar.track.bounds import resident

@@ -45,9 +45,18 @@ def resident(pid: int) -> int:
         return 0
 
 
-def beside(run: Path, server: Server, ends_after_s: float) -> Seen:
+UNWATCHED = """
+import runpy
+from hpc_cifar.track import bounds
+bounds.LOOK_S = 3600
+runpy.run_module("hpc_cifar", run_name="__main__")
+"""
+
+
+def beside(run: Path, server: Server, ends_after_s: float, watched: bool = True) -> Seen:
     """Play rank 0, which ends after some seconds."""
-    command = [sys.executable, "-m", "hpc_cifar", "sync", str(run), "--beside"]
+    begin = ["-m", "hpc_cifar"] if watched else ["-c", UNWATCHED]
+    command = [sys.executable, *begin, "sync", str(run), "--beside"]
     child = subprocess.Popen(
         command, env={**os.environ, **server.environment}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )  # fmt: skip
@@ -89,6 +98,21 @@ def test_no_answer_takes_the_memory_of_a_job(server: Server, tmp_path: Path, kin
     assert_whole(server, run, 30)
 
 
+@pytest.mark.parametrize("where", PLACES["endless"])
+def test_on_a_machine_too_busy_to_look_the_kernel_bounds_it(server: Server, tmp_path: Path, where: str) -> None:
+    run = a_run(tmp_path)
+    train(run, 0, 30, ended="finished")
+    server.trouble = lambda what, number: ENDLESS if what.endswith(where) else None
+    seen = beside(run.path, server, 8, watched=False)
+    print(f"endless in {where}: at most {seen.most / MIB:.0f} MiB, {seen.seconds:.1f} s\n{seen.said}")
+    assert seen.most < BOUND, f"{seen.most / MIB:.0f} MiB"
+    assert seen.code == 1 and "goroutine" not in seen.said and len(seen.said.splitlines()) < 10
+    assert "W&B: the upload took more than " in seen.said
+    server.trouble = lambda what, number: None
+    sync(run, server)
+    assert_whole(server, run, 30)
+
+
 def test_a_service_does_not_outlive_the_patience_of_rank_0(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,10 +123,11 @@ def test_a_service_does_not_outlive_the_patience_of_rank_0(
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(companion, "FINISH_TIMEOUT_S", 1.0)
     said: list[str] = []
-    upload = companion.Companion(run, run.experiment().tracking, said.append)
+    upload = companion.Companions(run, run.experiment().tracking, said.append)
     until(lambda: identity.url_of(run))
-    assert upload._process is not None
-    family = [processes.identity(pid) for pid in processes.descendants(upload._process.pid)]
+    [beside_it] = upload._all
+    assert beside_it.process is not None
+    family = [processes.identity(pid) for pid in processes.descendants(beside_it.process.pid)]
     assert len(family) >= 1 and all(map(processes.is_alive, family))
     server.trouble = lambda what, number: HANG
     train(run, 10, 20, ended="finished")

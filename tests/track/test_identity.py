@@ -76,7 +76,7 @@ def test_a_run_stays_where_its_first_upload_was(server: Server, tmp_path: Path, 
 def test_the_variables_of_the_training_count_for_whoever_uploads_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = made(tmp_path, wandb="offline")
     shell(monkeypatch, **SAID, WANDB_BASE_URL="https://me:secret@wandb.here/")
-    companion.Companion(run, run.experiment().tracking, lambda _: None)
+    companion.Companions(run, run.experiment().tracking, lambda _: None)
     assert "secret" not in (run.path / identity.FILE).read_text()
     shell(monkeypatch)
     found = identity.decide(run, "")

@@ -28,12 +28,12 @@ def test_an_upload_is_waited_for_while_its_process_is_there(tmp_path: Path) -> N
     run.update_state(state="finished")
     assert underway.left_s(run) == 0
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
-        underway.begin(run, child.pid, 25.0)
+        underway.begin(run, "wandb", child.pid, 25.0)
         assert underway.left_s(run) == 25.0
         assert child.stdin is not None
         child.stdin.close()
     assert underway.left_s(run) == 0, "it was killed"
-    note = run.path / underway.NAME
+    note = underway.note(run, "wandb")
     files.write_json(note, {**processes.identity(1), "host": "another", "most_s": 0.6})
     began = time.monotonic()
     until_uploaded([run])
@@ -44,7 +44,7 @@ def test_an_upload_is_waited_for_while_its_process_is_there(tmp_path: Path) -> N
     for text in ('{"most_s": 1e9}', '{"most_s": "x", "host": 7}', '{"most_s": -1}', "[]", "{", ""):
         note.write_text(text)
         assert underway.left_s(run) == 0
-    underway.end(run)
+    underway.end(run, "wandb")
     os.mkfifo(note)
     assert underway.left_s(run) == 0
 
