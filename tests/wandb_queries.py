@@ -58,23 +58,19 @@ def answer(
 
 
 def document(run: Any) -> dict[str, Any]:
-    """A run as it is looked through: its config as the client has sent it, each entry with its ``value``."""
+    """A run as it is looked through; the entries of its config as a user gave them, as the client's docs name them."""
     state = "finished" if run.ended else "running"
     about = {"name": run.id, "display_name": run.name, "group": run.group, "sweep": run.sweep, "state": state, "tags": run.tags}
-    return {**about, "config": run.config, "summary_metrics": run.summary}
+    return {**about, "config": run.values(), "summary_metrics": run.summary}
 
 
 def found_at(value: Any, path: str) -> Any:
-    """What lies at a dotted path; a key may have dots of its own. MISSING where nothing is."""
-    if not path:
-        return value
-    if isinstance(value, dict):
-        for key in value:
-            if path == key or path.startswith(f"{key}."):
-                inner = found_at(value[key], path[len(key) + 1 :])
-                if inner is not MISSING:
-                    return inner
-    return MISSING
+    """What lies at a dotted path; MISSING where nothing is. Keys that have dots are found by W&B as little."""
+    for key in path.split("."):
+        if not isinstance(value, dict) or key not in value:
+            return MISSING
+        value = value[key]
+    return value
 
 
 def matches(wanted: dict[str, Any], of: dict[str, Any]) -> bool:

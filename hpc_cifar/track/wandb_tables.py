@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -69,8 +68,7 @@ def tables(folder: Path) -> dict[str, Any]:
 def names(classes: Sequence[str]) -> list[str]:
     """Of classes, which an archive may have given any name: of bounded length, without what a terminal obeys, all different."""
     short = [one_line(name[: 2 * MOST_LETTERS])[:MOST_LETTERS] for name in classes]
-    often = Counter(short)
-    return [f"{name} ({number})" if often[name] > 1 else name for number, name in enumerate(short)]
+    return short if len(set(short)) == len(short) else [f"{number} {name}" for number, name in enumerate(short)]
 
 
 def worst_first(rows: Sequence[Prediction]) -> list[Prediction]:
