@@ -89,15 +89,14 @@ def _limit(pid: int) -> None:
 
 def _grew_and_ended() -> bool:
     """Whether a service has ended by itself after it had grown, as when the kernel gives it no more."""
-    deadline = time.monotonic() + DYING_S
-    while time.monotonic() < deadline:
+    for _ in range(10):
         for child in processes.children(os.getpid()):
             with contextlib.suppress(OSError):
                 if Path(f"/proc/{child}/comm").read_text(errors="replace").startswith(SERVICE):
                     pid, _, usage = os.wait4(child, os.WNOHANG)
                     if pid:
                         return usage.ru_maxrss << 10 > LIMIT // 2
-        time.sleep(LOOK_S if LOOK_S < DYING_S else DYING_S)
+        time.sleep(DYING_S / 10)
     return False
 
 
