@@ -87,15 +87,24 @@ def _limit(pid: int) -> None:
         resource.prlimit(pid, resource.RLIMIT_DATA, (most, hard))
 
 
-def _grew_and_ended() -> bool:
-    """Whether a service has ended by itself after it had grown, as when the kernel gives it no more."""
+def _largest_child() -> int:
+    """Bytes that any child of this process which has ended had in memory at its most."""
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10
+
+
+def _grew_and_ended(largest: int) -> bool:
+    """Whether a service has ended after it had grown, as when the kernel gives it no more.
+
+    Args:
+        largest: what :func:`_largest_child` was before.
+    """
     for _ in range(10):
         for child in processes.children(os.getpid()):
             with contextlib.suppress(OSError):
                 if Path(f"/proc/{child}/comm").read_text(errors="replace").startswith(SERVICE):
-                    pid, _, usage = os.wait4(child, os.WNOHANG)
-                    if pid:
-                        return usage.ru_maxrss << 10 > LIMIT // 2
+                    os.waitpid(child, os.WNOHANG)  # it counts then; the client finds it gone
+        if _largest_child() > max(largest, LIMIT // 2):
+            return True
         time.sleep(DYING_S / 10)
     return False
 
@@ -118,7 +127,7 @@ def watched(run_id: str) -> Iterator[None]:
         TooLarge: it took too much, so that its service was ended.
     """
     os.environ.setdefault("GOMEMLIMIT", GO_LIMIT)
-    words_to = os.dup(2)  # also while the service is started
+    words_to, largest = os.dup(2), _largest_child()  # those words are heard while the service is started, too
     done, over, begun, others = threading.Event(), threading.Event(), resident("self"), _others()
     words = (
         f"W&B: the upload took more than {LIMIT >> 20} MiB of memory, as when a server answers without end, and was ended; "
@@ -147,7 +156,7 @@ def watched(run_id: str) -> Iterator[None]:
     try:
         yield
     except Exception:
-        if not over.is_set() and not _grew_and_ended():
+        if not over.is_set() and not _grew_and_ended(largest):
             raise
         raise TooLarge(words) from None
     finally:
