@@ -87,23 +87,25 @@ def _limit(pid: int) -> None:
         resource.prlimit(pid, resource.RLIMIT_DATA, (most, hard))
 
 
-def _largest_child() -> int:
-    """Bytes that any child of this process which has ended had in memory at its most."""
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10
+def _largest(who: int) -> int:
+    """Bytes that this process, or any child of it that has ended, had in memory at its most."""
+    return resource.getrusage(who).ru_maxrss << 10
 
 
 def _grew_and_ended(largest: int) -> bool:
     """Whether a service has ended after it had grown, as when the kernel gives it no more.
 
     Args:
-        largest: what :func:`_largest_child` was before.
+        largest: of the children that had ended before.
     """
+    # the kernel counts a child as large as this process was when it made it
+    least = max(largest, LIMIT // 2, _largest(resource.RUSAGE_SELF))
     for _ in range(10):
         for child in processes.children(os.getpid()):
             with contextlib.suppress(OSError):
                 if Path(f"/proc/{child}/comm").read_text(errors="replace").startswith(SERVICE):
                     os.waitpid(child, os.WNOHANG)  # it counts then; the client finds it gone
-        if _largest_child() > max(largest, LIMIT // 2):
+        if _largest(resource.RUSAGE_CHILDREN) > least:
             return True
         time.sleep(DYING_S / 10)
     return False
@@ -127,7 +129,7 @@ def watched(run_id: str) -> Iterator[None]:
         TooLarge: it took too much, so that its service was ended.
     """
     os.environ.setdefault("GOMEMLIMIT", GO_LIMIT)
-    words_to, largest = os.dup(2), _largest_child()  # those words are heard while the service is started, too
+    words_to, largest = os.dup(2), _largest(resource.RUSAGE_CHILDREN)  # those words are heard while the service is started, too
     done, over, begun, others = threading.Event(), threading.Event(), resident("self"), _others()
     words = (
         f"W&B: the upload took more than {LIMIT >> 20} MiB of memory, as when a server answers without end, and was ended; "

@@ -83,3 +83,20 @@ def test_a_file_that_is_read_takes_no_memory(tmp_path: Path) -> None:
 def test_an_error_of_something_small_is_told_as_it_is() -> None:
     with pytest.raises(ValueError, match="other"), bounds.watched("some-run"):
         raise ValueError("other")
+
+
+LARGE = """
+import os, subprocess, sys
+from hpc_cifar.track import bounds
+held = b"x" * (400 << 20)
+with bounds.watched("some-run"):
+    if os.fork() == 0:  # as large as this process, says the kernel
+        os._exit(0)
+    os.wait()
+    raise ValueError("other")
+"""
+
+
+def test_a_large_process_does_not_take_its_own_size_for_a_services() -> None:
+    done = subprocess.run([sys.executable, "-c", LARGE], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1 and done.stderr.endswith("ValueError: other\n") and "took more" not in done.stderr
