@@ -57,10 +57,10 @@ def begins(run: Run, tracking: Tracking, say: Callable[[str], None]) -> bool:
 @contextlib.contextmanager
 def opened(run: Run, say: Callable[[str], None], beside: bool) -> Iterator[Upload]:
     """See :class:`tracker.Tracker`; it keeps within its memory meanwhile."""
-    with bounds.watched(run.id):
+    with bounds.watched(run.id) as last_words:
         state = run.state()
         trains_here = state.state == "running" and state.host == os.uname().nodename
-        upload = Upload(run, state.pid if trains_here else None, FINISH_S if beside else PATIENT_S)
+        upload = Upload(run, last_words, state.pid if trains_here else None, FINISH_S if beside else PATIENT_S)
         say(f"W&B: {upload.address}")
         for note in upload.notes:
             say(note)
@@ -76,6 +76,7 @@ class Upload:
 
     Args:
         run: its directory; W&B's own files go below it.
+        last_words: see :func:`bounds.confined`.
         pid: process whose memory and processors W&B's system metrics are of, if it runs here.
         artifact_s: how long :meth:`finish` waits for what is on its way, of a run whose checkpoint or code is kept in W&B.
 
@@ -83,7 +84,7 @@ class Upload:
         TrackingError: W&B does not answer, or does not want it.
     """
 
-    def __init__(self, run: Run, pid: int | None = None, artifact_s: float = FINISH_S) -> None:
+    def __init__(self, run: Run, last_words: int, pid: int | None = None, artifact_s: float = FINISH_S) -> None:
         os.environ.setdefault("WANDB_SILENT", "true")  # it tells where it found its key before it reads its settings
         import wandb
 
@@ -111,7 +112,7 @@ class Upload:
         known["sweep_id"] = place.sweep
         settings |= {name: value for name, value in known.items() if value}
         try:
-            with _as(command), bounds.confined():
+            with _as(command), bounds.confined(last_words):
                 self._wandb = wandb.init(
                     project=place.project,
                     entity=place.entity or None,
