@@ -25,10 +25,10 @@ def curve(shown: Any, tag: str) -> list[tuple[int, float]]:
 
 
 def records(run: Run) -> int:
-    """Scalars of rows, one by one as they lie in the files."""
+    """How many records of rows there are, one by one as they lie in the files."""
     found = [event for path in sorted((run.path / "tensorboard").iterdir()) for event in EventFileLoader(str(path)).Load()]
-    tags = [value.tag for event in found for value in event.summary.value]
-    return sum(tag == "epoch" or tag == "step/train_loss" for tag in tags)
+    tags = [{value.tag.partition("/")[0] for value in event.summary.value} for event in found]
+    return sum(bool(tag & {"epoch", "step", "nodes"}) for tag in tags)
 
 
 def assert_whole(run: Run) -> None:
@@ -36,10 +36,10 @@ def assert_whole(run: Run) -> None:
     shown, wanted = accumulated(run), dict[str, list[tuple[int, float]]]()
     rows = [row for row in files.read_json_lines(run.metrics_file) if row["kind"] != "event"]
     for row in rows:
-        step = row["kind"] == "step"
+        prefix = {"step": "step/", "system": "nodes/", "epoch": ""}[row["kind"]]
         for name, value in row.items():
-            if name not in ("kind", "step", "time") and not (step and name == "epoch") and value is not None:
-                wanted.setdefault("step/" + name if step else name, []).append((row["step"], float(np.float32(value))))
+            if name not in ("kind", "step", "time") and not (prefix and name == "epoch") and value is not None:
+                wanted.setdefault(prefix + name, []).append((row["step"], float(np.float32(value))))
     assert rows and {tag for tag in shown.Tags()["scalars"] if not tag.startswith("result/")} == set(wanted)
     for tag, values in wanted.items():
         assert curve(shown, tag) == values, tag

@@ -38,9 +38,8 @@ def sync(
     hpc-cifar sync last --to tensorboard
     """
     from .. import files, owner
-    from ..errors import RunBusy, TrackingError, UsageError
+    from ..errors import TrackingError, UsageError
     from ..track import tracker
-    from ..track.sync import sync as upload
     from . import chosen
 
     root = files.runs_root()
@@ -54,25 +53,47 @@ def sync(
         owner.check_tree(one.path, parts=("evaluation", "checkpoints", "tensorboard"))
     if follow and len(found) > 1:
         raise UsageError("--follow: name one run")
-    wanted = [(one, name) for one in found for name in dict.fromkeys(to or tracker.chosen(one.experiment().tracking))]
-    lacking = dict.fromkeys(words for one, name in wanted if (words := tracker.load(name).problem(one)))
-    able = [(one, name) for one, name in wanted if not tracker.load(name).problem(one)]
+    able: list[tuple[Run, str]] = []
+    lacking: list[str] = []
+    for one in found:
+        for name in dict.fromkeys(to or tracker.chosen(one.experiment().tracking)):
+            words = tracker.load(name).problem(one)
+            if not words:
+                able.append((one, name))
+            elif words not in lacking:
+                lacking.append(words)
     if follow and len(able) > 1:
         code = _each_by_itself([name for _, name in able], able[0][0], code_of)
         if code and not lacking:
             raise typer.Exit(code)
-    problems: list[str] = []
-    for one, name in able if not follow or len(able) == 1 else []:
-        where = f" to {tracker.load(name).TITLE}" if len(able) > len(found) else ""
-        try:
-            count = upload(one, partial(_ended, one) if follow else lambda _: True, partial(typer.echo, err=True), to=name)
-            typer.echo(f"{one.id}: {count:,} rows uploaded{where}")
-        except (TrackingError, RunBusy) as error:
-            problems.append(f"{one.id}: {error}" if isinstance(error, TrackingError) else str(error))
-    if lacking and not problems:
-        raise UsageError("\n".join(lacking))
+        problems = []
+    else:
+        problems = _one_by_one(able, follow, several=len(able) > len(found))
     if problems:
         raise TrackingError("\n".join([*problems, *lacking]))
+    if lacking:
+        raise UsageError("\n".join(lacking))
+
+
+def _one_by_one(able: Sequence[tuple[Run, str]], follow: bool, several: bool) -> list[str]:
+    """Upload runs to trackers, and say how much; what went wrong, a line each.
+
+    Args:
+        several: a run goes to more than one of them, so that each line says to which.
+    """
+    from ..errors import RunBusy, TrackingError
+    from ..track import tracker
+    from ..track.sync import sync as upload
+
+    problems: list[str] = []
+    for run, name in able:
+        where = f" to {tracker.load(name).TITLE}" if several else ""
+        try:
+            count = upload(run, partial(_ended, run) if follow else lambda _: True, partial(typer.echo, err=True), to=name)
+            typer.echo(f"{run.id}: {count:,} rows uploaded{where}")
+        except (TrackingError, RunBusy) as error:
+            problems.append(f"{run.id}: {error}" if isinstance(error, TrackingError) else str(error))
+    return problems
 
 
 def _each_by_itself(trackers: Sequence[str], run: Run, code_of: str | None) -> int:

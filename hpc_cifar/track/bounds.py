@@ -8,6 +8,7 @@ limit to an answer's body.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import resource
 import signal
@@ -25,7 +26,8 @@ ALLOCATED = 768 << 20  # bytes that the kernel lets the service allocate, where 
 GO_LIMIT = "256MiB"  # from which on the service, a Go program, collects its garbage at once
 LOOK_S = 0.1  # between looks: an answer over a fast network brings some 100 MiB in that time
 SERVICE = "wandb-core"  # what the kernel calls it
-DYING_S = 0.5  # for a service that has closed its connections to be gone
+WORDS = 64 << 10  # bytes of what the service writes that are kept
+DYING_S = 0.5  # for a service that has closed its connections to say why
 GRACE_S = 5.0  # for the client to notice that its service has gone
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -58,25 +60,41 @@ def _allocated() -> int:
     return int(pages) * PAGE
 
 
+def _last_words() -> int:
+    """An open file, in memory and of a fixed size, for what the service writes before it ends; else one that keeps nothing.
+
+    Some builds of Python, and old kernels, have no such files: the end of a service is then told as the client tells it.
+    """
+    try:
+        words = os.memfd_create("last words of the service", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.truncate(words, WORDS)
+        fcntl.fcntl(words, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
+    except (AttributeError, OSError):
+        return os.open(os.devnull, os.O_RDWR)
+    return words
+
+
 @contextlib.contextmanager
-def confined() -> Iterator[None]:
+def confined(words: int) -> Iterator[None]:
     """Start the client's service in this: it inherits a limit to what it may allocate, and is silent.
 
     Its last words would be those of a Go program, which may hold whatever a server has sent.
+
+    Args:
+        words: file that takes them; :func:`watched` gives it.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     least = [limit for limit in (soft, _allocated() + LIMIT) if limit != resource.RLIM_INFINITY]
     resource.setrlimit(resource.RLIMIT_DATA, (min(least), hard))
     sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
+    kept = os.dup(2)
+    os.dup2(words, 2)
     try:
         yield
     finally:
         sys.stderr.flush()
         os.dup2(kept, 2)
         os.close(kept)
-        os.close(nowhere)
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
@@ -87,17 +105,13 @@ def _limit(pid: int) -> None:
         resource.prlimit(pid, resource.RLIMIT_DATA, (most, hard))
 
 
-def _grew_and_ended() -> bool:
-    """Whether a service has ended by itself after it had grown, as when the kernel gives it no more."""
-    deadline = time.monotonic() + DYING_S
-    while time.monotonic() < deadline:
-        for child in processes.children(os.getpid()):
-            with contextlib.suppress(OSError):
-                if Path(f"/proc/{child}/comm").read_text(errors="replace").startswith(SERVICE):
-                    pid, _, usage = os.wait4(child, os.WNOHANG)
-                    if pid:
-                        return usage.ru_maxrss << 10 > LIMIT // 2
-        time.sleep(LOOK_S if LOOK_S < DYING_S else DYING_S)
+def _had_no_memory(words: int) -> bool:
+    """Whether a service ended since the kernel gave it no more memory; the client may notice its end before it has said why."""
+    for _ in range(10):
+        said = os.pread(words, WORDS, 0)
+        if any(line.startswith(b"fatal error: ") and b"memory" in line for line in said.splitlines()):
+            return True
+        time.sleep(DYING_S / 10)
     return False
 
 
@@ -112,14 +126,17 @@ def _others() -> set[int]:
 
 
 @contextlib.contextmanager
-def watched(run_id: str) -> Iterator[None]:
+def watched(run_id: str) -> Iterator[int]:
     """Bound the memory of an upload that is made meanwhile; the client starts its service in it.
+
+    Yields:
+        The file that :func:`confined` wants.
 
     Raises:
         TooLarge: it took too much, so that its service was ended.
     """
     os.environ.setdefault("GOMEMLIMIT", GO_LIMIT)
-    words_to = os.dup(2)  # also while the service is started
+    words_to, last_words = os.dup(2), _last_words()  # this process is heard while the service is started, too
     done, over, begun, others = threading.Event(), threading.Event(), resident("self"), _others()
     words = (
         f"W&B: the upload took more than {LIMIT >> 20} MiB of memory, as when a server answers without end, and was ended; "
@@ -146,12 +163,13 @@ def watched(run_id: str) -> Iterator[None]:
     thread = threading.Thread(target=watch, name="memory of the upload", daemon=True)
     thread.start()
     try:
-        yield
+        yield last_words
     except Exception:
-        if not over.is_set() and not _grew_and_ended():
+        if not over.is_set() and not _had_no_memory(last_words):
             raise
         raise TooLarge(words) from None
     finally:
         done.set()
         thread.join()
         os.close(words_to)
+        os.close(last_words)

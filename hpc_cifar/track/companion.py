@@ -17,12 +17,11 @@ from .. import owner, processes
 from ..config.experiment import Tracking
 from ..runs import Run
 from . import underway
-from .tracker import MODULES, WANDB, chosen, load
+from .tracker import FINISH_S, MODULES, WANDB, chosen, load
 
 VARIABLE = "HPC_CIFAR_WANDB_START_S"  # another START_S, where Python starts slowly
 OPENED = "opened"  # what it prints once its tracker has answered
 REQUEUE_S = 4.0
-FINISH_TIMEOUT_S = 20  # for one whose tracker has answered, to hand over the rest
 PATIENCE_S, START_S = 2.0, 15.0  # for one whose tracker has not answered: at the end, and since its start
 SPARE_S = 5.0  # between the last word of a run and the end of its upload, in addition
 
@@ -70,14 +69,14 @@ class Companion:
         except OSError as error:
             say(f"{self._title}: no process for it ({error.strerror}); {self._later} uploads later")
             return
-        underway.begin(run, tracker, self.process.pid, max(_answer_s(), FINISH_TIMEOUT_S) + SPARE_S)
+        underway.begin(run, tracker, self.process.pid, max(_answer_s(), FINISH_S) + SPARE_S)
 
     def close(self, requeued: bool) -> None:
         """Tell it that the training has ended; it is not waited for. A short run is to arrive, but nothing waits for a tracker
         where the machine is wanted back.
         """
         self._closed = time.monotonic()
-        self._answer_s, self._finish_s = (0.0, REQUEUE_S) if requeued else (_answer_s(), FINISH_TIMEOUT_S)
+        self._answer_s, self._finish_s = (0.0, REQUEUE_S) if requeued else (_answer_s(), FINISH_S)
         if self.process is not None and self.process.stdin is not None and self.process.stdout is not None:
             with contextlib.suppress(OSError):
                 self.process.stdin.close()

@@ -23,9 +23,9 @@ from ..config.source import parse
 from ..errors import RunError, TrackingError
 from ..records import TrackedAs
 from ..runs import Run
+from . import tracker
 
 FILE, OLD_ID = "wandb.json", "wandb-id"  # an earlier version kept the id alone
-LOCK = ".wandb.lock"  # of whoever uploads
 IDS = ".wandb-ids"  # of the runs folder, by user: which ids of WANDB_RUN_ID are some run's
 PROJECT, JOB_TYPE = "hpc-cifar", "train"
 VARIABLES = {
@@ -108,7 +108,7 @@ def follow_no_agent() -> None:
 def note(run: Run, server: str, say: Callable[[str], None]) -> None:
     """Keep what the variables of a training say, for whoever uploads later; a training goes on whatever comes of it."""
     try:
-        with files.hold(run.path / LOCK):
+        with files.hold(tracker.lock(run, tracker.WANDB)):
             decide(run, server, say)
     except BlockingIOError:  # an upload, which decides
         pass

@@ -23,9 +23,8 @@ _FIGURE = rb'(, "[a-z0-9_]{1,40}": (-?[0-9][0-9.e+-]{0,30}|null))'
 STEP_LINE = re.compile(rb'\{"kind": "step"' + _FIGURE + rb"{2,30}\}")
 NODES_LINE = re.compile(rb'\{"kind": "system"' + _FIGURE + rb"{2,30000}\}")
 EPOCH = b'{"kind": "epoch"'
-A_STEP = (
-    1000  # numbers of one step: its row, pictures, a row of the nodes, pictures, that of an epoch that ends there, pictures
-)
+# numbers of one step: its row, pictures, a row of the nodes, pictures, that of an epoch that ends there, pictures
+A_STEP = 1000
 CURVES = {"step": 0, "system": A_STEP // 4, "epoch": A_STEP // 2}  # kinds of rows that have a number; events have none
 
 
@@ -131,7 +130,6 @@ class Tail:
         self._path = path
         self._inode, self._offset = -1, 0
         self._rest = b""  # of a line whose end is not there yet
-        self.last = 0  # the largest number so far
         self.damaged = 0  # lines that cannot be read, which are left out
 
     def new(self) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -145,7 +143,7 @@ class Tail:
         with stream:
             about = os.fstat(stream.fileno())
             if about.st_ino != self._inode or about.st_size < self._offset:
-                self._inode, self._offset, self._rest, self.last, self.damaged = about.st_ino, 0, b"", 0, 0
+                self._inode, self._offset, self._rest, self.damaged = about.st_ino, 0, b"", 0
             stream.seek(self._offset)
             data = stream.read()
             self._offset += len(data)
@@ -158,7 +156,5 @@ class Tail:
             if not is_row(row):
                 self.damaged += 1
                 continue
-            number = number_of(row) if row["kind"] in CURVES else None
-            if number is not None:
-                self.last = max(self.last, number)
-                yield number, row
+            if row["kind"] in CURVES:
+                yield number_of(row), row

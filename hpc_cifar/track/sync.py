@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from .. import files
 from ..errors import RunBusy, TrackingError
 from ..runs import Run
-from .tracker import WANDB, Feed, Hopeless, load
+from .tracker import WANDB, Feed, Hopeless, load, lock
 
 EVERY_S = 2.0
 RETRY_S, RETRY_AT_MOST_S = 5.0, 600.0
@@ -82,7 +82,7 @@ def _upload(
 def _alone(run: Run, to: str) -> Iterator[None]:
     """Two uploads of one run would number rows beside each other."""
     try:
-        stream = files.hold(run.path / f".{to}.lock")
+        stream = files.hold(lock(run, to))
     except BlockingIOError as error:
         raise RunBusy(f"{run.id}: is being uploaded to {load(to).TITLE} by {error.strerror}") from None
     with stream:

@@ -11,6 +11,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, cast, get_args
 
 from ..config.experiment import MirrorName, Tracking
@@ -24,6 +25,7 @@ MODULES = {WANDB: "hpc_cifar.track.wandb_run", **{name: f"hpc_cifar.track.{name}
 """Imported when they are used; by the names that people type."""
 # of figures by kind of row: other kinds are other panels; system/ is what the client of W&B measures itself
 PREFIX = {"step": "step/", "system": "nodes/", "epoch": ""}
+FINISH_S = 20  # seconds that a tracker which has answered gets beside a training to take the rest
 NO_FIGURES = ("kind", "step", "epoch", "time")  # of a row: where and when it is, and what it is
 
 
@@ -89,6 +91,11 @@ class Tracker(Protocol):
 def load(name: str) -> Tracker:
     """The tracker of that name."""
     return cast(Tracker, importlib.import_module(MODULES[name]))
+
+
+def lock(run: Run, name: str) -> Path:
+    """What whoever uploads to that tracker holds."""
+    return run.path / f".{name}.lock"
 
 
 def chosen(tracking: Tracking) -> tuple[str, ...]:

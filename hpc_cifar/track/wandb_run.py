@@ -27,20 +27,17 @@ from ..runs import Run
 from . import bounds, identity, summary, wandb_tables
 from .login import has_login, mode, server
 from .rows import A_STEP
-from .tracker import PREFIX, Rows, figures
+from .tracker import FINISH_S, PREFIX, Rows, figures
 from .wandb_console import Console
 
+TITLE = "W&B"
 INIT_TIMEOUT_S = 20
-FINISH_TIMEOUT_S = 20
 LATE_S = 10  # after the client's own time limit, which what comes before the last rows, such as an alert, may keep it from
 EPOCH_CURVES = ("train_loss", "train_accuracy", "lr", "images_per_second")
 OVER_STEPS = (*(f"{prefix}*" for prefix in PREFIX.values() if prefix), "evaluation/*")
 NO_CONSOLE = "W&B: this client cannot show a log, so tracking.console is left out: pip install --upgrade wandb"
 CHECKS, CHECK_S = 5, 1.0  # whether the server has every row; it may take a moment to count
 PATIENT_S = 600.0  # for an artifact, where nobody waits for this process
-
-
-TITLE = "W&B"
 
 
 def problem(run: Run | None) -> str:
@@ -60,10 +57,10 @@ def begins(run: Run, tracking: Tracking, say: Callable[[str], None]) -> bool:
 @contextlib.contextmanager
 def opened(run: Run, say: Callable[[str], None], beside: bool) -> Iterator[Upload]:
     """See :class:`tracker.Tracker`; it keeps within its memory meanwhile."""
-    with bounds.watched(run.id):
+    with bounds.watched(run.id) as last_words:
         state = run.state()
         trains_here = state.state == "running" and state.host == os.uname().nodename
-        upload = Upload(run, state.pid if trains_here else None, FINISH_TIMEOUT_S if beside else PATIENT_S)
+        upload = Upload(run, last_words, state.pid if trains_here else None, FINISH_S if beside else PATIENT_S)
         say(f"W&B: {upload.address}")
         for note in upload.notes:
             say(note)
@@ -79,6 +76,7 @@ class Upload:
 
     Args:
         run: its directory; W&B's own files go below it.
+        last_words: see :func:`bounds.confined`.
         pid: process whose memory and processors W&B's system metrics are of, if it runs here.
         artifact_s: how long :meth:`finish` waits for what is on its way, of a run whose checkpoint or code is kept in W&B.
 
@@ -86,7 +84,7 @@ class Upload:
         TrackingError: W&B does not answer, or does not want it.
     """
 
-    def __init__(self, run: Run, pid: int | None = None, artifact_s: float = FINISH_TIMEOUT_S) -> None:
+    def __init__(self, run: Run, last_words: int, pid: int | None = None, artifact_s: float = FINISH_S) -> None:
         os.environ.setdefault("WANDB_SILENT", "true")  # it tells where it found its key before it reads its settings
         import wandb
 
@@ -95,7 +93,7 @@ class Upload:
         self._told = 0  # of how many epochs the summary knows
         tracking = run.experiment().tracking
         self._alerts, self._artifact, self._code = tracking.alerts, tracking.artifact, tracking.code
-        self._finish_s = artifact_s if tracking.artifact or tracking.code else FINISH_TIMEOUT_S
+        self._finish_s = artifact_s if tracking.artifact or tracking.code else FINISH_S
         self._shown: set[str] = set()  # digests of the pictures that this upload has handed over
         place = identity.decide(run, server())
         identity.follow_no_agent()
@@ -114,7 +112,7 @@ class Upload:
         known["sweep_id"] = place.sweep
         settings |= {name: value for name, value in known.items() if value}
         try:
-            with _as(command), bounds.confined():
+            with _as(command), bounds.confined(last_words):
                 self._wandb = wandb.init(
                     project=place.project,
                     entity=place.entity or None,

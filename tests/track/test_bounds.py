@@ -44,7 +44,7 @@ def test_a_process_that_grows_ends_with_one_line() -> None:
 ALLOCATES = """
 import os, subprocess, sys
 from hpc_cifar.track import bounds
-with bounds.confined():
+with bounds.watched("some-run") as last_words, bounds.confined(last_words):
     grown = subprocess.run([sys.executable, "-c", "b'x' * (2 << 30)"])
 print(grown.returncode)
 print("afterwards", file=sys.stderr)
@@ -83,3 +83,47 @@ def test_a_file_that_is_read_takes_no_memory(tmp_path: Path) -> None:
 def test_an_error_of_something_small_is_told_as_it_is() -> None:
     with pytest.raises(ValueError, match="other"), bounds.watched("some-run"):
         raise ValueError("other")
+
+
+WRITES = """
+import os, sys
+for part in (sys.argv[1] + 9_000 * "\\ngoroutine 1").splitlines(keepends=True):
+    try:
+        os.write(2, part.encode())
+    except OSError:  # all is full
+        pass
+"""
+SAYS = f"""
+import subprocess, sys
+from hpc_cifar.track import bounds
+WRITES = {WRITES!r}
+with bounds.watched("some-run") as last_words:
+    with bounds.confined(last_words):
+        subprocess.run([sys.executable, "-c", WRITES, sys.argv[1]])
+    raise ValueError("other")
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "no_memory"),
+    [
+        ("fatal error: runtime: out of memory", True),
+        ("fatal error: runtime: cannot allocate memory", True),
+        ("runtime: errno=12\nfatal error: out of memory allocating heap arena metadata", True),
+        ("fatal error: all goroutines are asleep - deadlock!", False),
+        ("panic: the server said: out of memory", False),
+        ("", False),
+    ],
+)
+def test_the_last_words_of_a_service_tell_that_it_had_no_memory(words: str, no_memory: bool) -> None:
+    """It may have had little by then: what it wanted at once counts."""
+    done = subprocess.run([sys.executable, "-c", SAYS, words], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1 and "goroutine" not in done.stderr
+    assert ("took more than 512 MiB" in done.stderr) == no_memory and done.stderr.endswith("ValueError: other\n") != no_memory
+
+
+def test_without_a_file_in_memory_the_service_is_silent_all_the_same() -> None:
+    without = "import os; del os.memfd_create\n" + SAYS
+    says = "fatal error: runtime: out of memory"
+    done = subprocess.run([sys.executable, "-c", without, says], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1 and "fatal error" not in done.stderr and done.stderr.endswith("ValueError: other\n")

@@ -121,7 +121,7 @@ def test_a_service_does_not_outlive_the_patience_of_rank_0(
     train(run, 0, 10)
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(companion, "FINISH_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(companion, "FINISH_S", 1.0)
     said: list[str] = []
     upload = companion.Companions(run, run.experiment().tracking, said.append)
     until(lambda: identity.url_of(run))

@@ -155,7 +155,7 @@ def test_they_are_waited_for_at_once(tmp_path: Path, lines: str, monkeypatch: py
     began = time.monotonic()
     beside.finish()
     assert 1.9 < time.monotonic() - began < 4 and said == [] and underway.left_s(run) == 0
-    monkeypatch.setattr(companion, "FINISH_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(companion, "FINISH_S", 0.5)
     slow.command = Slow(60).command
     beside = companion.Companions(run, run.experiment().tracking, said.append)
     began = time.monotonic()

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,14 +90,9 @@ def test_a_look_at_this_node_is_plausible() -> None:
 
 
 @pytest.fixture(scope="module")
-def nvml(tmp_path_factory: pytest.TempPathFactory) -> str:
+def nvml(compiled: Callable[[str], Path]) -> str:
     """A stand-in for the driver's library."""
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        pytest.skip("there is no C compiler")
-    made = tmp_path_factory.mktemp("library") / "nvml.so"
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", str(made), str(Path(__file__).with_name("nvml.c"))], check=True)
-    return str(made)
+    return str(compiled("nvml"))
 
 
 def test_gpus_say_what_the_library_knows(nvml: str) -> None:
