@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import unquote
 
 import wandb_artifacts
+import wandb_queries
 import wandb_sweeps
 
 ENTITY = "somebody"
@@ -145,7 +146,7 @@ class Server:
                 return gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body
 
             def _reply(self, value: Any, status: int = 200) -> None:
-                body = json.dumps(value).encode()
+                body = value if isinstance(value, bytes) else json.dumps(value).encode()
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(body)))
@@ -178,6 +179,8 @@ class Server:
                 with server._lock:
                     if self.path == "/graphql":
                         self._reply({"data": server._answer(what, asked.get("variables") or {})})
+                    elif self.command == "GET":
+                        self._reply(server._stored(unquote(self.path)))
                     else:
                         server._take(unquote(self.path), body)
                         self._reply({"exitcode": None, "limits": {}})
@@ -232,10 +235,17 @@ class Server:
         else:
             self.unknown.append(path)
 
+    def _stored(self, path: str) -> bytes:
+        """A file that was uploaded."""
+        _, run, name = path.strip("/").split("/", 2)
+        return self.runs[run].files[name]
+
     def _answer(self, operation: str, variables: dict[str, Any]) -> dict[str, Any]:
         if (about := wandb_artifacts.answer(self.artifacts, self.url, operation, variables)) is not None:
             return about
         if (about := wandb_sweeps.answer(self.sweeps, ENTITY, operation, variables)) is not None:
+            return about
+        if (about := wandb_queries.answer(self.runs, self._public, self.url, operation, variables)) is not None:
             return about
         match operation:
             case "GetDefaultEntity":

@@ -13,15 +13,14 @@ from .. import files, records
 from ..config.claim import Claim
 from ..config.experiment import Experiment
 from ..errors import RunError
-from ..records import Evaluation, Provenance, Result, SweepPlace
+from ..records import Provenance, Result, SweepPlace
 from ..runs import Run
-from ..track import identity
+from ..track import evaluated, identity
 from ..track.rows import rows_but_steps, selected
 from ..train import begun
 from . import history
 
 FIGURES = ("train_accuracy", "train_loss", "val_accuracy", "val_loss", "test_accuracy", "test_loss")
-EVALUATED = {"images", "split", "checkpoint", "step", "accuracy", "ece", "per_class", "confusion"}
 ENDED = ("finished", "requeued", "stopped", "cancelled", "failed")
 COST = ("seconds", "gpu_hours", "restarts", "lost_steps", "host_memory_mib", "device_memory_mib", "checkpoint_seconds")
 
@@ -168,32 +167,9 @@ def _evaluation(run: Run) -> tuple[dict[str, Any], Path | None]:
     """What was said of the test images, or of the validation images; a file that is damaged or of another version is none."""
     for split in ("test", "validation"):
         folder = run.path / "evaluation" / split
-        found = files.read_object(folder / "evaluation.json")
-        if found.keys() >= EVALUATED and is_evaluation(found):
+        if found := evaluated.read(folder):
             return found, folder
     return {}, None
-
-
-def is_evaluation(found: dict[str, Any]) -> bool:
-    """Whether all that a report shows of it has the right shape."""
-    scores, matrix, wrong = found["per_class"], found["confusion"], found.get("misclassified", [])
-    if not records.is_sound(Evaluation, found) or not isinstance(scores, dict) or not isinstance(wrong, list):
-        return False
-    figures = [
-        one.get(name) for one in scores.values() if isinstance(one, dict) for name in ("precision", "recall", "f1", "images")
-    ]
-    if len(figures) != 4 * len(scores) or not all(type(value) in (int, float) for value in figures):
-        return False
-    if not isinstance(matrix, list) or len(matrix) != len(scores):
-        return False
-    if not all(isinstance(row, list) and len(row) == len(matrix) and all(type(n) is int for n in row) for row in matrix):
-        return False
-    return all(isinstance(row, dict) and _is_mistake(row) for row in wrong)
-
-
-def _is_mistake(row: dict[str, Any]) -> bool:
-    names = isinstance(row.get("class"), str) and isinstance(row.get("predicted"), str)
-    return names and type(row.get("image")) is int and type(row.get("confidence")) in (int, float)
 
 
 def segments_of(rows: Sequence[dict[str, Any]], state: str = "") -> list[Segment]:

@@ -24,7 +24,7 @@ from ..config.experiment import Tracking
 from ..errors import TrackingError, first_line
 from ..records import RunState
 from ..runs import Run
-from . import bounds, identity, summary
+from . import bounds, identity, summary, wandb_tables
 from .login import has_login, mode, server
 from .rows import A_STEP
 from .tracker import FINISH_S, PREFIX, Rows, figures
@@ -202,7 +202,7 @@ class Upload:
                 self._console.back()
 
     def _push_pictures(self, taken: list[dict[str, Any]]) -> None:
-        """Pictures of evaluations, once each: with a number of their own, behind the rows that there are.
+        """Pictures and tables of evaluations, once each: with a number of their own, behind the rows that there are.
 
         It is noted first; if the pictures do not arrive, they get another one next time.
         """
@@ -211,7 +211,7 @@ class Upload:
         arrived = (place["digest"] for place in taken if place["at"] < self.begun)
         known = {*arrived, *self._shown}
         for folder in sorted(path for path in (self.run.path / "evaluation").glob("*") if path.is_dir()):
-            pictures = sorted(folder.glob("*.png"))
+            pictures = [*sorted(folder.glob("*.png")), *wandb_tables.files_of(folder)]
             digest = hashlib.sha256("".join(files.sha256_of(path) for path in pictures).encode()).hexdigest()
             if not pictures or digest in known:
                 continue
@@ -219,7 +219,8 @@ class Upload:
             self._shown.add(digest)
             taken.append({"at": at, "digest": digest, "folder": folder.name})
             files.write_json(self._ledger, taken)
-            shown = {f"evaluation/{folder.name}-{path.stem}": wandb.Image(str(path)) for path in pictures}
+            shown = {f"evaluation/{folder.name}-{path.stem}": wandb.Image(str(path)) for path in folder.glob("*.png")}
+            shown |= wandb_tables.tables(folder)
             self._wandb.log({"global_step": at // A_STEP, **shown}, step=at, commit=True)
             self.taken = at + 1
 

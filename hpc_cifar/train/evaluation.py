@@ -17,6 +17,8 @@ from ..errors import UsageError
 from ..evaluate import figures, maps, metrics
 from ..evaluate.predict import PLAIN, probabilities, tta_views
 from ..runs import now
+from ..track import evaluated
+from ..track.evaluated import Prediction
 from .step import autocast
 from .trained import Trained
 
@@ -71,7 +73,15 @@ def evaluate(
         views = tta_views(SHIFT)
         averaged, _ = probabilities(trained.network, trained.batches(arrays, indices), views, inference)
         result["tta"] = {"views": len(views), **metrics.summary(averaged, labels, classes)}
-    figures.tiles(arrays.images[indices[wrong]], folder / "mistakes")
+    figures.tiles(arrays.images[indices[wrong]], folder / evaluated.MISTAKES)
+    chosen = plain.argmax(1)
+    evaluated.write_predictions(
+        folder,
+        [
+            Prediction(position, int(label), int(chosen[position]), float(row[chosen[position]]), float(row[label]))
+            for position, (row, label) in enumerate(zip(plain, labels, strict=True))
+        ],
+    )
     if pictures:
         figures.confusion(result["confusion"], classes, folder / "confusion.png")
         figures.reliability(result["calibration"], result["ece"], folder / "reliability.png")
@@ -87,7 +97,7 @@ def evaluate(
             )
     if maps_of is not None:
         _draw_maps(trained, arrays, indices[maps_of : maps_of + 1], maps_of, folder)
-    files.write_sealed(folder / "evaluation.json", result)
+    files.write_sealed(folder / evaluated.FIGURES, result)
     return result, folder
 
 
