@@ -17,7 +17,9 @@ CLUSTERS := -n 2 --dist loadfile --no-loadscope-reorder
 # one worker a processor, eight at most: each imports torch
 PARALLEL := -n $(shell n=$$(nproc); echo $$((n < 8 ? n : 8))) --dist worksteal
 
-.PHONY: help run test test-full test-slurm unit unit-all coverage lint format lock ffcv-wheel container-base container \
+OLDEST_WANDB = $(shell sed -nE 's/^ *"wandb>=([0-9.]+)",/\1/p' pyproject.toml)
+
+.PHONY: help run test test-full test-slurm test-wandb unit unit-all coverage lint format lock ffcv-wheel container-base container \
   container-test container-apptainer slurm-up slurm-down soak faults histories fuzz systems figures clean env env-dev
 
 help: ## this list
@@ -51,6 +53,11 @@ test-slurm: ## the tests of Slurm on VERSION=24.11 (or 22.05, 26.05), in a Debia
 	@scripts/environment.sh dev
 	$(QUIET) .venv/bin/python slurm/testbed/roots.py within $(or $(VERSION),24.11) \
 	  .venv/bin/python -m pytest tests/slurm $(or $(ARGS),-m "not alone" $(CLUSTERS))
+
+test-wandb: env-dev ## the tests of W&B with the oldest client that pyproject.toml allows
+	.venv/bin/python -m pip install --quiet --upgrade --no-deps --target build/oldest-wandb "wandb==$(OLDEST_WANDB)" "protobuf<7" sentry-sdk
+	PYTHONPATH=build/oldest-wandb PYTHONWARNINGS=ignore $(QUIET) .venv/bin/python -m pytest \
+	  tests/track tests/report/test_wandb_report.py $(PARALLEL) $(ARGS)
 
 unit: env-dev ## the fast tests: CPU, no root, no network, under two minutes
 	.venv/bin/python -m pytest -m "not slow and not component" $(ARGS)

@@ -86,3 +86,10 @@ def job(folder: Path) -> Path:
 def at(server: Server, folder: Path, data: Path) -> dict[str, str]:
     """The environment of a training whose runs are in a folder and whose W&B is that server."""
     return {**os.environ, **server.environment, "HPC_CIFAR_RUNS": str(folder), "HPC_CIFAR_DATA": str(data)}
+
+
+def is_oldest_client() -> bool:
+    """Whether it is one of 0.21, which cannot show a log, and measures the machine after 15 s only."""
+    import wandb
+
+    return not hasattr(wandb.sdk.wandb_run.Run, "write_logs")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,9 @@ class Artifact:
     committed: bool = False
 
 
+NOTHING = Artifact("", "", "", "", {})
+
+
 def answer(kept: dict[str, Artifact], url: str, operation: str, variables: dict[str, Any]) -> dict[str, Any] | None:
     """What the server says to an operation about artifacts; None if it is about something else."""
     told = variables.get("input") or variables  # 0.21 has them without that
@@ -42,7 +46,8 @@ def answer(kept: dict[str, Artifact], url: str, operation: str, variables: dict[
             if made is None:
                 metadata = json.loads(told.get("metadata") or "{}")
                 name = (told.get("artifactCollectionNames") or [told.get("artifactCollectionName")])[0]
-                made = Artifact(f"artifact-{len(kept)}", name, told["artifactTypeName"], told["digest"], metadata)
+                number = base64.b64encode(f"Artifact:{len(kept):03}".encode()).decode()  # 0.21 decodes it
+                made = Artifact(number, name, told["artifactTypeName"], told["digest"], metadata)
                 kept[made.id] = made
             made.aliases += [one["alias"] for one in told.get("aliases") or []]
             state = "COMMITTED" if made.committed else "PENDING"
@@ -68,17 +73,19 @@ def answer(kept: dict[str, Artifact], url: str, operation: str, variables: dict[
                 for one in told["artifactFiles"]
             ]
             return {"createArtifactFiles": {"files": {"edges": [{"node": node} for node in nodes]}}}
-        case "ArtifactByID":
-            return {"artifact": _told(kept[variables["id"]])}
+        case "ProbeServerArtifact":  # of 0.21: which fields the server knows of one that is asked for
+            return {"ArtifactInfoType": {"fields": [{"name": name} for name in _told(NOTHING, url)]}}
+        case "ArtifactByID" | "ArtifactByIDShort":  # the latter of 0.21
+            return {"artifact": _told(kept[variables["id"]], url)}
         case "CommitArtifact":
             kept[variables["artifactID"]].committed = True
             return {"commitArtifact": {"artifact": {"id": variables["artifactID"], "digest": "x"}}}
     return None
 
 
-def _told(made: Artifact) -> dict[str, Any]:
+def _told(made: Artifact, url: str) -> dict[str, Any]:
     """A version as the client asks for it after its upload."""
-    project = {"id": "p", "internalId": "1", "name": "project", "entity": {"name": "entity"}}
+    project = {"id": "p", "internalId": "1", "name": "project", "entityName": "entity", "entity": {"name": "entity"}}
     return {
         "__typename": "Artifact", "id": made.id, "artifactType": {"name": made.type}, "metadata": json.dumps(made.metadata),
         "artifactSequence": {"__typename": "ArtifactSequence", "id": "s", "name": made.name, "project": project},
@@ -86,6 +93,7 @@ def _told(made: Artifact) -> dict[str, Any]:
         "digest": made.digest, "fileCount": len(made.files), "createdAt": "2026-01-01T00:00:00", "updatedAt": None,
         "versionIndex": 0, "commitHash": "c", "historyStep": None, "description": None, "tags": [], "aliases": [],
         "ttlDurationSeconds": -2, "ttlIsInherited": True,
+        "currentManifest": {"file": {"directUrl": f"{url}/artifact/{made.id}/manifest"}},
     }  # fmt: skip
 
 

@@ -236,9 +236,9 @@ class Server:
             self.unknown.append(path)
 
     def _stored(self, path: str) -> bytes:
-        """A file that was uploaded."""
-        _, run, name = path.strip("/").split("/", 2)
-        return self.runs[run].files[name]
+        """A file that was uploaded, or the manifest of an artifact."""
+        kind, of, name = path.strip("/").split("/", 2)
+        return json.dumps(self.artifacts[of].manifest).encode() if kind == "artifact" else self.runs[of].files[name]
 
     def _answer(self, operation: str, variables: dict[str, Any]) -> dict[str, Any]:
         if (about := wandb_artifacts.answer(self.artifacts, self.url, operation, variables)) is not None:

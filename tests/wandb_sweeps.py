@@ -42,6 +42,12 @@ def answer(kept: dict[str, Sweep], entity: str, operation: str, variables: dict[
                 return {"project": None}
             about = {"id": asked.id, "name": asked.id, "state": "RUNNING", "config": yaml.safe_dump(asked.config)}
             return {"project": {"sweep": about | {"runs": {"edges": []}}}}
+        case "Sweep":  # of 0.21, for a run that belongs to one
+            known = kept.get(variables["name"])
+            if known is None:
+                return {"project": {"sweep": None}}
+            about = {"id": known.id, "name": known.id, "state": "RUNNING", "config": yaml.safe_dump(known.config)}
+            return {"project": {"sweep": about | {"runCountExpected": None, "bestLoss": None}}}
         case "CreateAgent":
             return {"createAgent": {"agent": {"id": variables["sweep"]}}}
         case "Heartbeat":

@@ -8,7 +8,7 @@ another, and each goes on at the first row that it has not got.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,10 +40,12 @@ class Rows:
     Attributes:
         new: rows that the tracker has not got, in order, each with the number that stays its own.
         epochs: the rows of all epochs so far, those that the tracker has, too.
+        kinds: the kind of row by the name of each figure so far, as :func:`figures` names it.
     """
 
     new: Sequence[tuple[int, dict[str, Any]]]
     epochs: Sequence[dict[str, Any]]
+    kinds: Mapping[str, str]
 
 
 class Mirror(Protocol):
@@ -120,18 +122,20 @@ class Feed:
     def __init__(self, run: Run) -> None:
         self._tail = Tail(run.metrics_file)
         self._epochs: list[dict[str, Any]] = []
+        self._kinds: dict[str, str] = {}
 
     def new(self, taken: int) -> Rows:
         """Rows from that number on, of those that were added since the last call."""
         rows = []
         for number, row in self._tail.new():
+            self._kinds |= dict.fromkeys(figures(row), row["kind"])
             if row["kind"] == "epoch":
                 while self._epochs and self._epochs[-1]["epoch"] >= row["epoch"]:  # the file was replaced
                     self._epochs.pop()
                 self._epochs.append(row)
             if number >= taken:
                 rows.append((number, row))
-        return Rows(rows, self._epochs)
+        return Rows(rows, self._epochs, self._kinds)
 
     @property
     def damaged(self) -> int:

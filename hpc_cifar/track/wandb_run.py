@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +153,13 @@ class Upload:
             self._wandb.define_metric(name, step_metric="epoch")
         for name in summary.VALIDATION:  # their best and last are told, see there
             self._wandb.define_metric(name, step_metric="epoch", summary="none")
-        self._known = {*EPOCH_CURVES, *summary.VALIDATION}  # figures of epochs that have their axis
+        self._known = {*EPOCH_CURVES, *summary.VALIDATION}  # figures that have their axis
+
+    def _define(self, kinds: Mapping[str, str]) -> None:
+        """Name the axis of each figure: clients of 0.21 do not tell a server of names with a ``*``."""
+        for name in kinds.keys() - self._known:
+            self._wandb.define_metric(name, step_metric="epoch" if kinds[name] == "epoch" else "global_step")
+            self._known.add(name)
 
     @property
     def address(self) -> str:
@@ -177,9 +183,7 @@ class Upload:
     def push(self, rows: Rows) -> None:
         """Hand over rows and pictures."""
         try:
-            for name in {name for row in rows.epochs[self._told :] for name in figures(row)} - self._known:
-                self._wandb.define_metric(name, step_metric="epoch")
-                self._known.add(name)
+            self._define(rows.kinds)
             for at, row in rows.new:
                 self._wandb.log({"global_step": row["step"], "epoch": row["epoch"], **figures(row)}, step=at, commit=True)
                 self.taken = at + 1
@@ -212,6 +216,8 @@ class Upload:
         known = {*arrived, *self._shown}
         for folder in sorted(path for path in (self.run.path / "evaluation").glob("*") if path.is_dir()):
             pictures = [*sorted(folder.glob("*.png")), *wandb_tables.files_of(folder)]
+            panels = (*(path.stem for path in folder.glob("*.png")), *wandb_tables.PANELS)
+            self._define({f"evaluation/{folder.name}-{panel}": "evaluation" for panel in panels})
             digest = hashlib.sha256("".join(files.sha256_of(path) for path in pictures).encode()).hexdigest()
             if not pictures or digest in known:
                 continue

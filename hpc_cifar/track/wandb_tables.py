@@ -11,6 +11,7 @@ from ..terminal import one_line
 from . import evaluated
 from .evaluated import Prediction
 
+PANELS = ("classes", "confusion-matrix", "confusion-matrix_table", "predictions")  # a chart has its data as a table
 MOST_ROWS = 1000  # of predictions
 MOST_CLASSES = 100  # of a confusion matrix, so that its cells are no more than W&B shows of a table
 MOST_LETTERS = 60  # of the name of a class

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import wandb_server
 from command_line import typed
-from mirrored import GIT, a_run, assert_whole, at, job, sync, train
+from mirrored import GIT, a_run, assert_whole, at, is_oldest_client, job, sync, train
 from wandb_server import Server
 
 from hpc_cifar import files
@@ -167,7 +167,8 @@ def test_a_run_that_was_killed_three_times_is_one_run(server: Server, tmp_path: 
     assert steps == list(local) and (every > 1 or steps == list(range(1, 361)))
     assert [row["epoch"] for row in kept.history if "val_loss" in row] == list(range(1, 41))
     assert all(row["step/train_loss"] == local[row["global_step"]] for row in kept.history if "step/train_loss" in row)
-    assert kept.events, "system metrics of the machine that trained"
+    if not is_oldest_client():
+        assert kept.events, "system metrics of the machine that trained"
     assert kept.summary["restarts"] == 3 and kept.ended[-1] == 0 and set(kept.ended[:-1]) <= {1}
 
 
