@@ -88,7 +88,7 @@ def train(folder: Path, kind: str, job: str, sets: list[str], threads: int) -> T
         if kind == "online":
             [kept] = server.runs.values()
             curves = [row for row in rows if row["kind"] != "event"]
-            shown = [row for row in kept.history if "global_step" in row]  # the others are pictures
+            shown = [row for row in kept.history if not any(key.startswith("evaluation/") for key in row)]  # no pictures
             assert len(shown) == len(curves), f"it has {len(shown)} of {len(curves)} rows"
     return taken
 
