@@ -72,7 +72,9 @@ def report(
     heading = title or campaign or (chosen[0].id if len(chosen) == 1 else f"{len(chosen)} runs")
     if wandb:
         from ..report import wandb_report
+        from ..track import bounds
 
+        bounds.bound_command()
         typer.echo(wandb_report.publish(groups, heading))
         return
     text = _text(groups, heading, output_format)

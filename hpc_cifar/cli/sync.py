@@ -39,13 +39,14 @@ def sync(
     """
     from .. import files, owner
     from ..errors import TrackingError, UsageError
-    from ..track import tracker
+    from ..track import bounds, tracker
     from . import chosen
 
     root = files.runs_root()
     if unknown := [name for name in to or () if name not in tracker.MODULES]:
         raise UsageError(f"--to {unknown[0]}: there is no such tracker; there are {', '.join(tracker.MODULES)}")
     found = chosen.to_act_on(run, root, code_of)
+    bounds.bound_command()
     if beside:
         _beside(found[0], (to or [tracker.WANDB])[0])
         return

@@ -9,7 +9,7 @@ from typing import Any
 from ..config.difference import system
 from ..errors import TrackingError, UsageError, first_line
 from ..track import identity
-from ..track.login import server
+from ..track.login import quiet_client, server
 from . import groups as grouped
 from .facts import Facts, shown
 from .groups import Group
@@ -38,7 +38,7 @@ def publish(groups: Sequence[Group], title: str) -> str:
     [(_, entity, project)] = projects
     if where := identity.address(places[0], server()):
         os.environ["WANDB_BASE_URL"] = where  # the report is saved by a client of its own
-    os.environ.setdefault("WANDB_SILENT", "true")
+    quiet_client()
     import wandb
     import wandb_workspaces.reports.v2 as wr
 

@@ -60,6 +60,17 @@ def _allocated() -> int:
     return int(pages) * PAGE
 
 
+def bound_command() -> None:
+    """Have the kernel refuse this process more memory than an upload may take; for a command that does nothing else.
+
+    The client reads answers of a server in this process, too, and at its end, when nobody watches it any more.
+    """
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's would take it all on a large node: one a processor
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    least = [limit for limit in (soft, _allocated() + LIMIT) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_DATA, (min(least), hard))
+
+
 def _last_words() -> int:
     """An open file, in memory and of a fixed size, for what the service writes before it ends; else one that keeps nothing.
 

@@ -66,8 +66,16 @@ def _host_in_settings() -> str:
     return found
 
 
+def quiet_client() -> None:
+    """Have the client that is imported next keep to what it is asked; a user's own variables stay."""
+    os.environ.setdefault("WANDB_SILENT", "true")  # it tells where it found its key before it reads its settings
+    # it reports to its makers by the same server, whose answer it reads to its end, without a limit, as this process ends
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+
+
 def finding() -> Finding:
     """What ``doctor`` says; it asks the server within seconds, unless W&B is switched off."""
+    quiet_client()
     try:
         import wandb
     except Exception as error:

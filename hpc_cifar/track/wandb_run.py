@@ -25,7 +25,7 @@ from ..errors import TrackingError, first_line
 from ..records import RunState
 from ..runs import Run
 from . import bounds, identity, summary, wandb_tables
-from .login import has_login, mode, server
+from .login import has_login, mode, quiet_client, server
 from .rows import A_STEP
 from .tracker import FINISH_S, PREFIX, Rows, figures
 from .wandb_console import Console
@@ -85,7 +85,7 @@ class Upload:
     """
 
     def __init__(self, run: Run, last_words: int, pid: int | None = None, artifact_s: float = FINISH_S) -> None:
-        os.environ.setdefault("WANDB_SILENT", "true")  # it tells where it found its key before it reads its settings
+        quiet_client()
         import wandb
 
         self.run = run

@@ -114,8 +114,9 @@ def pipeline(name: str) -> list[Finding]:
 
 def wandb(_: int | None = None) -> list[Finding]:
     """W&B's client, its mode, server and login; the server is asked who we are."""
-    from ..track import login
+    from ..track import bounds, login
 
+    bounds.bound_command()
     return [login.finding()]
 
 

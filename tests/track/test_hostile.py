@@ -21,7 +21,8 @@ pytestmark = [pytest.mark.component("wandb"), pytest.mark.slow]
 MIB = 2**20
 BOUND = 1024 * MIB  # of process and service together, as docs/tracking.md says
 TOO_MUCH = 3 * BOUND  # at which a test that fails ends the processes, before they hurt its machine
-PLACES = {"endless": ("UpsertBucket", "file_stream", "RunResumeStatus"), "headers": ("file_stream",)}
+EVERYWHERE = ""
+PLACES = {"endless": ("UpsertBucket", "file_stream", "RunResumeStatus", EVERYWHERE), "headers": ("file_stream",)}
 PLACES |= {"redirects": ("file_stream",), "html": ("UpsertBucket", "file_stream")}
 KINDS = {"endless": ENDLESS, "headers": HEADERS, "redirects": REDIRECT, "html": HTML}
 
@@ -95,6 +96,27 @@ def test_no_answer_takes_the_memory_of_a_job(server: Server, tmp_path: Path, kin
     assert "\x1b" not in seen.said and "\x07" not in seen.said and "Traceback" not in seen.said
     server.trouble = lambda what, number: None
     sync(run, server)
+    assert_whole(server, run, 30)
+
+
+@pytest.mark.parametrize("wanted", ["false", "true"])
+def test_what_the_client_reports_to_its_makers_costs_nothing(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: str
+) -> None:
+    """It is switched off; where a user wants it, an answer to it is bounded, too: it is read as the process ends."""
+    run = a_run(tmp_path)
+    train(run, 0, 30, ended="finished")
+    asked: list[str] = []
+
+    def trouble(what: str, number: int) -> int | None:
+        asked.append(what)
+        return ENDLESS if "/otel/" in what else None
+
+    server.trouble = trouble
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", wanted)
+    seen = beside(run.path, server, 1)
+    assert any("/otel/" in what for what in asked) == (wanted == "true")
+    assert seen.most < BOUND and seen.code == 0, seen
     assert_whole(server, run, 30)
 
 
