@@ -141,17 +141,23 @@ def kernel_lines(name: str, result: Json) -> list[str]:
 
 
 def tracking_lines(name: str, result: Json) -> list[str]:
-    taken, changes = result["seconds"], " ".join(["", *(f"--set {change}" for change in result["set"])])
+    changes = " ".join(["", *(f"--set {change}" for change in result["set"])])
     lines = [
         f"{facts(name, result)} `{result['job']}{changes}`, trained by {result['threads']} "
-        f"thread{'s' * (result['threads'] > 1)}; from the first step to the last epoch's end; ratios: median.",
+        f"thread{'s' * (result['threads'] > 1)}; seconds from the first step to the last epoch's end, processor seconds of the "
+        "rank alone from its start to its end, memory of all that runs beside it; ratios: median.",
         "",
-        "| W&B | seconds | beside disabled |",
-        "|---|---|---|",
+        "| W&B | seconds | beside disabled | processor seconds | beside disabled | MiB beside it, at most |",
+        "|---" * 6 + "|",
     ]
-    for kind, values in taken.items():
-        ratio = statistics.median(a / b for a, b in zip(values, taken["disabled"], strict=True))
-        lines.append(f"| {kind} | {statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f}) | {ratio:.3f} |")
+    for kind, values in result["seconds"].items():
+        processor = result["processor"][kind]
+        ratios = [result[f"{of}_ratio"].get(kind, 1) for of in ("seconds", "processor")]
+        lines.append(
+            f"| {kind} | {statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f}) | {ratios[0]:.3f} "
+            f"| {statistics.median(processor):.2f} ({min(processor):.2f} to {max(processor):.2f}) | {ratios[1]:.3f} "
+            f"| {result['beside_mib'][kind]} |"
+        )
     return lines
 
 
@@ -279,7 +285,7 @@ REGIONS = {
     "restart-cold": Region(("restart-cold",), restart_lines, "benchmarks/restart.py --cold"),
     "checkpoint": Region(("checkpoint",), checkpoint_lines, "-m hpc_cifar bench checkpoint"),
     "kernel": Region(("kernel",), kernel_lines, "benchmarks/kernel.py", machine="gpu"),
-    "tracking": Region(("tracking",), tracking_lines, "benchmarks/tracking.py"),
+    "tracking": Region(("tracking", "tracking-endless", "tracking-hanging"), tracking_lines, "benchmarks/tracking.py"),
     "scaling": Region(("scaling",), scaling_lines, "-m hpc_cifar bench step", "Images per second by processes"),
     "systems": Region(
         ("systems",), trained, "benchmarks/systems.py --background", "Accuracy of each system, claimed and measured"
