@@ -56,7 +56,7 @@ test-slurm: ## the tests of Slurm on VERSION=24.11 (or 22.05, 26.05), in a Debia
 
 test-wandb: env-dev ## the tests of W&B with the oldest client that pyproject.toml allows
 	.venv/bin/python -m pip install --quiet --upgrade --no-deps --target build/oldest-wandb "wandb==$(OLDEST_WANDB)" "protobuf<7" sentry-sdk
-	PYTHONPATH=build/oldest-wandb PYTHONWARNINGS=ignore $(QUIET) .venv/bin/python -m pytest \
+	PYTHONPATH=$(CURDIR)/build/oldest-wandb PYTHONWARNINGS=ignore $(QUIET) .venv/bin/python -m pytest \
 	  tests/track tests/report/test_wandb_report.py $(PARALLEL) $(ARGS)
 
 unit: env-dev ## the fast tests: CPU, no root, no network, under two minutes
