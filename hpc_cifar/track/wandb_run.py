@@ -7,6 +7,7 @@ that the server has.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import hashlib
 import math
@@ -68,6 +69,8 @@ def opened(run: Run, say: Callable[[str], None], beside: bool) -> Iterator[Uploa
             yield upload
         except Exception:
             upload.take_back()
+            atexit.unregister(_hush)
+            atexit.register(_hush)  # runs before the client's own, which were registered before
             raise
 
 
@@ -358,6 +361,13 @@ def _is_service(pid: int) -> bool:
     if fields is None or int(fields[1]) != os.getpid():
         return False
     return Path(f"/proc/{pid}/comm").read_text(errors="replace").startswith("wandb-core")
+
+
+def _hush() -> None:
+    """Say nothing more: a client of 0.21 calls its service as this process ends, and prints a traceback if that has gone."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.flush()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def _forget() -> None:
