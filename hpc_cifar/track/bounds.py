@@ -65,10 +65,16 @@ def bound_command() -> None:
 
     The client reads answers of a server in this process, too, and at its end, when nobody watches it any more.
     """
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's would take it all on a large node: one a processor
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy starts one a processor, whose stacks would take all of it
+    _allow_no_more()
+
+
+def _allow_no_more() -> tuple[int, int]:
+    """Limit what this process, and whatever it starts, may allocate from now on; what the limit was before."""
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     least = [limit for limit in (soft, _allocated() + LIMIT) if limit != resource.RLIM_INFINITY]
     resource.setrlimit(resource.RLIMIT_DATA, (min(least), hard))
+    return soft, hard
 
 
 def _last_words() -> int:
@@ -94,9 +100,7 @@ def confined(words: int) -> Iterator[None]:
     Args:
         words: file that takes them; :func:`watched` gives it.
     """
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    least = [limit for limit in (soft, _allocated() + LIMIT) if limit != resource.RLIM_INFINITY]
-    resource.setrlimit(resource.RLIMIT_DATA, (min(least), hard))
+    before = _allow_no_more()
     sys.stderr.flush()
     kept = os.dup(2)
     os.dup2(words, 2)
@@ -106,7 +110,7 @@ def confined(words: int) -> Iterator[None]:
         sys.stderr.flush()
         os.dup2(kept, 2)
         os.close(kept)
-        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 def _limit(pid: int) -> None:
