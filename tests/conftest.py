@@ -10,6 +10,7 @@ import fcntl
 import functools
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -98,6 +99,14 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 BOX = pytest.StashKey[Path]()
 
 # -- fixtures ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def own_limit_of_memory() -> Iterator[None]:
+    """Commands run in this process bound its memory until their end; the tests after them must not live with that."""
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    yield
+    resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 @pytest.fixture(scope="session")
