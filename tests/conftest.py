@@ -102,11 +102,13 @@ BOX = pytest.StashKey[Path]()
 
 
 @pytest.fixture(autouse=True)
-def own_limit_of_memory() -> Iterator[None]:
-    """Commands run in this process bound its memory until their end; the tests after them must not live with that."""
-    before = resource.getrlimit(resource.RLIMIT_DATA)
+def memory_as_before() -> Iterator[None]:
+    """Take back the bound of memory that a command sets for its process, and its number of threads: here more tests follow."""
+    limits, threads = resource.getrlimit(resource.RLIMIT_DATA), os.environ.get("OPENBLAS_NUM_THREADS")
     yield
-    resource.setrlimit(resource.RLIMIT_DATA, before)
+    resource.setrlimit(resource.RLIMIT_DATA, limits)
+    if threads is None:
+        os.environ.pop("OPENBLAS_NUM_THREADS", None)
 
 
 @pytest.fixture(scope="session")
